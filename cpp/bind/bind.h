@@ -1,0 +1,27 @@
+// What the binding files share.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "qmoe/status.h"
+
+namespace qmoe::bind {
+
+using Bytes = pybind11::array_t<uint8_t, pybind11::array::c_style>;
+
+// Raises qmoe_core.errors.QmoeError. `where` may hold file, tensor, offset, expected and actual.
+[[noreturn]] void raise(Code code, const std::string& what, pybind11::dict where = {});
+void check(const Status& status, pybind11::dict where = {});
+
+std::span<const uint8_t> bytes_of(const Bytes& array);
+Bytes to_array(std::vector<uint8_t>&& bytes);
+
+void bind_safetensors(pybind11::module_& m);
+
+}  // namespace qmoe::bind

@@ -1,0 +1,116 @@
+// `ternary`: every weight is low, 0 or high of its row; the trits are entropy-coded without loss.
+//
+// Six trits make a symbol, coded by tANS with 4096 states. The matrix is cut into blocks of 32 lanes that decode in lock-step;
+// all lanes of a block draw 16-bit words from one shared sequence, in the order in which they need them. See FORMAT.md for the
+// bit diagrams, for the order of words and for the codes this one was measured against.
+#include "formats/ternary.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace qmoe {
+namespace {
+
+Status check_spec(const uint8_t* spec) noexcept {
+    if (spec[kLevelsAt] != 1 && spec[kLevelsAt] != 2) return Status::error(Code::kUnknown, "ternary: levels must be 1 or 2", 2);
+    const uint32_t segments = spec[kSegmentsAt], rows_per_lane = load<uint16_t>(spec + kRowsPerLaneAt);
+    if (segments == 0 || segments > kLanes || (segments & (segments - 1)) != 0)
+        return Status::error(Code::kUnknown, "ternary: segments must be 1, 2, 4, 8, 16 or 32", kSegmentsAt);
+    if (rows_per_lane == 0 || rows_per_lane > 4096)
+        return Status::error(Code::kUnknown, "ternary: rows per lane must be 1 to 4096", kRowsPerLaneAt);
+    if (!all_zero(spec + 6, 2) || !all_zero(spec + kEscapeFreqAt + 2, kSpecBytes - kEscapeFreqAt - 2))
+        return Status::error(Code::kUnknown, "ternary: reserved spec bytes are not zero", 6);
+    uint64_t total = 0;
+    const auto freq = ternary_frequencies(spec);
+    for (const uint16_t f : freq) total += f;
+    if (total != kStates)
+        return Status::mismatch(Code::kUnknown, "ternary: slots do not sum to 4096", kClassFreqAt, kStates, total);
+    return {};
+}
+
+Status validate(const MatrixView& view, bool values) noexcept {
+    QMOE_TRY(check_spec(view.spec.data()));
+    const TernaryLayout layout(view.spec.data(), view.rows, view.cols);
+    if (layout.segments > 1 && layout.padded_cols() - layout.segment_cols >= view.cols)
+        return Status::mismatch(Code::kShape, "ternary: a segment lies wholly beyond the last column", 0, view.cols, layout.padded_cols());
+    if (layout.rows_per_lane * layout.segment_cols > kMaxLaneWeights && (layout.segments != kLanes || layout.rows_per_lane != 1))
+        return Status::mismatch(Code::kLimit, "ternary: too many weights in a lane", 0, kMaxLaneWeights,
+                                layout.rows_per_lane * layout.segment_cols);
+    const uint8_t* const data = view.data.data();
+    if (view.data.size() < layout.payload_at)
+        return Status::mismatch(Code::kTruncated, "ternary: too short for its tables", 0, layout.payload_at, view.data.size());
+    uint32_t previous = 0;
+    for (uint64_t b = 0; b <= layout.blocks; ++b) {
+        const uint64_t at = layout.offsets_at + b * 4;
+        const uint32_t offset = load<uint32_t>(data + at);
+        if ((b == 0 && offset != 0) || offset < previous)
+            return Status::mismatch(Code::kCorrupt, "ternary: block offsets do not ascend from 0", at, previous, offset);
+        if (b > 0 && offset - previous < layout.live_groups(b - 1, 0) * layout.segments)
+            return Status::mismatch(Code::kCorrupt, "ternary: a block has fewer words than lanes", at, kLanes, offset - previous);
+        previous = offset;
+    }
+    const uint64_t end = layout.payload_at + uint64_t{previous} * 2, padded = ceil_div(end, 16) * 16;
+    if (view.data.size() != padded)
+        return Status::mismatch(Code::kShape, "ternary: data size does not match the block offsets", 0, padded, view.data.size());
+    if (!all_zero(data + end, padded - end)) return Status::error(Code::kCorrupt, "ternary: padding is not zero", end);
+    for (uint64_t i = 0; values && i < layout.rows * layout.levels; ++i)
+        if (!std::isfinite(bfloat_to_float(load<uint16_t>(data + i * 2))))
+            return Status::error(Code::kCorrupt, "ternary: a level is not finite", i * 2);
+    return {};
+}
+
+Status verify(const MatrixView& view) noexcept {
+    const TernaryLayout layout(view.spec.data(), view.rows, view.cols);
+    const uint64_t stride = layout.padded_cols();
+    try {
+        const auto table = ternary_table(view.spec.data());
+        std::vector<int8_t> trits(layout.rows_in_block(0) * stride);
+        for (uint64_t b = 0; b < layout.blocks; ++b) {
+            bool clean = true;
+            ternary_decode_block(layout, *table, view.data.data(), b, trits.data(), &clean);
+            for (uint64_t r = 0; r < layout.rows_in_block(b) && clean; ++r)
+                clean = all_zero(reinterpret_cast<const uint8_t*>(trits.data() + r * stride + layout.cols), stride - layout.cols);
+            if (!clean)
+                return Status::error(Code::kCorrupt, "ternary: a block is not a stream that the encoder writes",
+                                     layout.offsets_at + b * 4);
+        }
+    } catch (const std::bad_alloc&) {
+        return Status::error(Code::kNoSpace, "ternary: out of memory");
+    }
+    return {};
+}
+
+Status decode_rows(const MatrixView& view, uint64_t first, uint64_t count, float* out) noexcept {
+    const TernaryLayout layout(view.spec.data(), view.rows, view.cols);
+    const uint8_t* const data = view.data.data();
+    const uint64_t stride = layout.padded_cols();
+    try {
+        const auto table = ternary_table(view.spec.data());
+        std::vector<int8_t> trits(layout.rows_in_block(0) * stride);
+        for (uint64_t b = first / layout.block_rows; b * layout.block_rows < first + count; ++b) {
+            ternary_decode_block(layout, *table, data, b, trits.data(), nullptr);
+            const uint64_t base = b * layout.block_rows;
+            const uint64_t begin = std::max(base, first);
+            const uint64_t end = std::min({base + layout.block_rows, first + count});
+            for (uint64_t r = begin; r < end; ++r) {
+                const float value[3] = {layout.low(data, r), 0.0f, layout.high(data, r)};
+                const int8_t* const row = trits.data() + (r - base) * stride;
+                for (uint64_t k = 0; k < layout.cols; ++k) *out++ = value[row[k] + 1];
+            }
+        }
+    } catch (const std::bad_alloc&) {
+        return Status::error(Code::kNoSpace, "ternary: out of memory");
+    }
+    return {};
+}
+
+}  // namespace
+
+// Encoder: ternary_encode.cpp.
+Status ternary_make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& spec);
+Status ternary_encode(const MatrixInput& in, const SpecBytes& spec, std::vector<uint8_t>& out);
+
+extern constinit const Format format_ternary{kTernaryId, "ternary", ternary_make_spec, ternary_encode, validate, verify, decode_rows};
+
+}  // namespace qmoe

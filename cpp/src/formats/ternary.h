@@ -1,0 +1,133 @@
+// Layout and decoding tables of the `ternary` format, shared by the codec and the kernels. See ternary.cpp and FORMAT.md.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+
+#include "bytes.h"
+#include "half.h"
+#include "qmoe/checked.h"
+#include "qmoe/format.h"
+
+namespace qmoe {
+
+inline constexpr uint16_t kTernaryId = 2;
+inline constexpr uint32_t kTrits = 6;                 // trits per symbol
+inline constexpr uint32_t kSymbols = 729;             // 3^6
+inline constexpr uint32_t kStateBits = 12;
+inline constexpr uint32_t kStates = 1u << kStateBits;
+inline constexpr uint32_t kClasses = 28;              // (plus, minus) counts with plus + minus <= 6
+inline constexpr uint32_t kLanes = 32;
+inline constexpr uint32_t kRawBits = 2 * kTrits;      // an escaped symbol: six trits of two bits
+
+// Spec fields behind the u16 format id.
+inline constexpr size_t kLevelsAt = 2, kSegmentsAt = 3, kRowsPerLaneAt = 4, kClassFreqAt = 8, kEscapeFreqAt = 64;
+
+// Index of the class with `plus` ones and `minus` minus-ones: rows of a triangle.
+constexpr uint32_t ternary_class(uint32_t plus, uint32_t minus) noexcept {
+    const uint32_t nonzero = plus + minus;
+    return nonzero * (nonzero + 1) / 2 + minus;
+}
+
+// Symbol v = sum of digit_i * 3^i, digit 0 = zero, 1 = plus, 2 = minus; trit i is column i of the six.
+struct SymbolInfo {
+    uint8_t cls;
+    uint16_t packed;  // two bits a trit, trit 0 lowest
+};
+constexpr std::array<SymbolInfo, kSymbols> make_symbols() noexcept {
+    std::array<SymbolInfo, kSymbols> table{};
+    for (uint32_t v = 0; v < kSymbols; ++v) {
+        uint32_t rest = v, plus = 0, minus = 0, packed = 0;
+        for (uint32_t i = 0; i < kTrits; ++i, rest /= 3) {
+            plus += rest % 3 == 1;
+            minus += rest % 3 == 2;
+            packed |= (rest % 3) << (2 * i);
+        }
+        table[v] = {static_cast<uint8_t>(ternary_class(plus, minus)), static_cast<uint16_t>(packed)};
+    }
+    return table;
+}
+inline constexpr std::array<SymbolInfo, kSymbols> kSymbolTable = make_symbols();
+
+// Slots of the 4096 given to every symbol; entry 729 is the escape. Sums to 4096 in a valid spec.
+std::array<uint16_t, kSymbols + 1> ternary_frequencies(const uint8_t* spec) noexcept;
+
+// For every state the symbol (729 = escape), in the order that both coders share.
+void ternary_spread(const std::array<uint16_t, kSymbols + 1>& freq, std::array<uint16_t, kStates>& symbol_of) noexcept;
+
+// Decoding table. Entry: bits 0-11 packed trits | 12-15 bits to read | 16-27 next state before adding them | 28 escape.
+struct TernaryTable {
+    std::array<uint32_t, kStates> entry;
+    explicit TernaryTable(const uint8_t* spec) noexcept;
+};
+// A cache of the tables of recently used specs; safe to call from any thread.
+std::shared_ptr<const TernaryTable> ternary_table(const uint8_t* spec);
+
+// Where everything is in one stored matrix, and which lane codes what.
+struct TernaryLayout {
+    uint32_t levels = 0;         // 1 (high = -low) or 2 (low, high), bfloat16 each
+    uint32_t segments = 0;       // a row is cut into this many segments, one lane each
+    uint32_t rows_per_lane = 0;  // rows that follow each other in one lane's stream
+    uint64_t rows = 0, cols = 0;
+    uint64_t segment_cols = 0;   // multiple of 6
+    uint64_t steps = 0;          // symbols per segment
+    uint64_t block_rows = 0, blocks = 0;
+    uint64_t offsets_at = 0, payload_at = 0;
+
+    TernaryLayout(const uint8_t* spec, uint64_t n, uint64_t k) noexcept
+        : levels(spec[kLevelsAt]),
+          segments(spec[kSegmentsAt]),
+          rows_per_lane(load<uint16_t>(spec + kRowsPerLaneAt)),
+          rows(n),
+          cols(k) {
+        segment_cols = ceil_div(ceil_div(k, segments), kTrits) * kTrits;
+        steps = segment_cols / kTrits;
+        block_rows = uint64_t{kLanes / segments} * rows_per_lane;
+        blocks = ceil_div(n, block_rows);
+        offsets_at = ceil_div(rows * levels * 2, 4) * 4;
+        payload_at = offsets_at + (blocks + 1) * 4;
+    }
+
+    // Row of the matrix that `lane` codes as its j-th.
+    uint64_t row(uint64_t block, uint32_t lane, uint32_t j) const noexcept {
+        return block * block_rows + uint64_t{j} * (kLanes / segments) + lane / segments;
+    }
+    uint64_t col(uint32_t lane) const noexcept { return lane % segments * segment_cols; }
+    // Row groups of a block that still have a row in round j; each has `segments` lanes at work.
+    uint32_t live_groups(uint64_t block, uint32_t j) const noexcept {
+        const uint64_t base = row(block, 0, j), groups = kLanes / segments;
+        return base >= rows ? 0u : static_cast<uint32_t>(rows - base < groups ? rows - base : groups);
+    }
+    uint64_t rows_in_block(uint64_t block) const noexcept {
+        const uint64_t left = rows - block * block_rows;
+        return left < block_rows ? left : block_rows;
+    }
+    uint64_t padded_cols() const noexcept { return segments * segment_cols; }
+    float high(const uint8_t* data, uint64_t r) const noexcept {
+        return bfloat_to_float(load<uint16_t>(data + (r * levels + levels - 1) * 2));
+    }
+    float low(const uint8_t* data, uint64_t r) const noexcept {
+        return levels == 1 ? -high(data, r) : bfloat_to_float(load<uint16_t>(data + r * 4));
+    }
+    // Payload words of one block.
+    const uint8_t* words(const uint8_t* data, uint64_t block) const noexcept {
+        return data + payload_at + uint64_t{load<uint32_t>(data + offsets_at + block * 4)} * 2;
+    }
+    uint64_t word_count(const uint8_t* data, uint64_t block) const noexcept {
+        return load<uint32_t>(data + offsets_at + block * 4 + 4) - load<uint32_t>(data + offsets_at + block * 4);
+    }
+};
+
+// A lane codes at most this many weights, and a block's worth of bytes stays small, unless one row alone is longer than 32 such
+// lanes. Bounds what a few bytes of a hostile file can make a reader do.
+inline constexpr uint64_t kMaxLaneWeights = 16384;
+
+// Decodes one block to signed bytes -1, 0, 1: out[r * padded_cols + k] for the block's rows r and k < padded_cols. Columns from
+// K on receive the padding of the stream, which an encoder sets to zero.
+// Reads past the block's last word give zero bits, so every payload decodes in bounds to something.
+// `clean` (may be null) becomes false unless the stream is one that the encoder writes.
+void ternary_decode_block(const TernaryLayout& layout, const TernaryTable& table, const uint8_t* data, uint64_t block,
+                          int8_t* out, bool* clean) noexcept;
+
+}  // namespace qmoe

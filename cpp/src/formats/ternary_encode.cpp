@@ -1,0 +1,328 @@
+// Encoder of `ternary`: chooses the slots of the 4096 states and the geometry of the lanes, then codes block by block.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "formats/ternary.h"
+
+namespace qmoe {
+namespace {
+
+constexpr std::array<uint16_t, kClasses> kMembers = [] {  // symbols per class
+    std::array<uint16_t, kClasses> members{};
+    for (const SymbolInfo& symbol : kSymbolTable) ++members[symbol.cls];
+    return members;
+}();
+
+// Packed trits (two bits each) to symbol number; unused patterns map to the escape and never occur.
+constexpr std::array<uint16_t, 1u << kRawBits> kSymbolOfPacked = [] {
+    std::array<uint16_t, 1u << kRawBits> table{};
+    table.fill(kSymbols);
+    for (uint32_t v = 0; v < kSymbols; ++v) table[kSymbolTable[v].packed] = static_cast<uint16_t>(v);
+    return table;
+}();
+
+// Six signed bytes -1, 0, 1 (and two more that are ignored) to twelve bits.
+inline uint32_t pack_trits(const int8_t* p) noexcept {
+    uint64_t x = load<uint64_t>(reinterpret_cast<const uint8_t*>(p)) & 0xFFFFFFFFFFFFu;
+    x = (x & 0x010101010101u) + ((x >> 1) & 0x010101010101u);  // 0, 1, 2 in every byte
+    x = (x | x >> 6) & 0x000F000F000Fu;
+    return static_cast<uint32_t>((x | x >> 12 | x >> 24) & 0xFFFu);
+}
+
+// Copies one row, cut into segments, with zeros to the full length plus slack for eight-byte loads. False on a bad trit.
+bool pad_row(const int8_t* row, uint64_t cols, std::vector<int8_t>& padded) noexcept {
+    uint8_t bad = 0;
+    for (uint64_t k = 0; k < cols; ++k) {
+        padded[k] = row[k];
+        bad |= static_cast<uint8_t>(row[k] + 1) > 2;
+    }
+    return !bad;
+}
+
+struct Census {
+    std::array<uint64_t, kClasses> count{};
+    uint64_t symbols = 0, weights = 0;
+};
+
+// How many symbols of each class the inputs hold. Counted on unsegmented rows: where segments cut does not change a census.
+Status take_census(std::span<const MatrixInput* const> inputs, Census& census) {
+    for (const MatrixInput* in : inputs) {
+        if (in->trits.size() != in->rows * in->cols)
+            return Status::mismatch(Code::kShape, "ternary: number of trits", 0, in->rows * in->cols, in->trits.size());
+        std::vector<int8_t> padded(ceil_div(in->cols, kTrits) * kTrits + 2);
+        for (uint64_t r = 0; r < in->rows; ++r) {
+            if (!pad_row(in->trits.data() + r * in->cols, in->cols, padded))
+                return Status::mismatch(Code::kValue, "ternary: a trit is not -1, 0 or 1; row", 0, 0, r);
+            for (uint64_t k = 0; k < in->cols; k += kTrits)
+                ++census.count[kSymbolTable[kSymbolOfPacked[pack_trits(padded.data() + k)]].cls];
+        }
+        census.symbols += in->rows * ceil_div(in->cols, kTrits);
+        census.weights += in->rows * in->cols;
+    }
+    return {};
+}
+
+struct Slots {
+    std::array<uint16_t, kClasses> cls{};
+    uint16_t escape = 0;
+    double bits = std::numeric_limits<double>::infinity();  // expected total
+};
+
+// Best slots when exactly the classes in `kept` have codes of their own. Starts from the rounded-down ideal, then spends (or
+// takes back) slots where a slot is worth most (least). Class 0 has one member, so every remainder can be placed.
+Slots fit_slots(const Census& census, std::span<const uint32_t> kept) {
+    Slots slots;
+    uint64_t escaped = census.symbols;
+    int64_t left = kStates;
+    const double per_symbol = static_cast<double>(kStates) / static_cast<double>(census.symbols);
+    for (const uint32_t c : kept) {
+        escaped -= census.count[c];
+        slots.cls[c] = static_cast<uint16_t>(
+            std::max(1.0, std::floor(static_cast<double>(census.count[c]) * per_symbol / kMembers[c])));
+        left -= int64_t{slots.cls[c]} * kMembers[c];
+    }
+    if (escaped > 0) slots.escape = static_cast<uint16_t>(std::max(1.0, std::round(static_cast<double>(escaped) * per_symbol)));
+    left -= slots.escape;
+    while (left != 0) {
+        double best = left > 0 ? -1.0 : std::numeric_limits<double>::infinity();
+        uint32_t chosen = kClasses;
+        for (const uint32_t c : kept) {
+            if (left > 0 ? kMembers[c] > left : slots.cls[c] == 1) continue;
+            const double f = slots.cls[c], count = static_cast<double>(census.count[c]);
+            const double worth = count * std::log2(left > 0 ? (f + 1) / f : f / (f - 1)) / kMembers[c];
+            if (left > 0 ? worth > best : worth < best) {
+                best = worth;
+                chosen = c;
+            }
+        }
+        if (chosen == kClasses) return slots;  // more classes than states can hold: infinite cost
+        slots.cls[chosen] = static_cast<uint16_t>(slots.cls[chosen] + (left > 0 ? 1 : -1));
+        left += left > 0 ? -int64_t{kMembers[chosen]} : int64_t{kMembers[chosen]};
+    }
+    slots.bits = escaped == 0 ? 0.0 : static_cast<double>(escaped) * (kStateBits - std::log2(slots.escape) + kRawBits);
+    for (const uint32_t c : kept)
+        slots.bits += static_cast<double>(census.count[c]) * (kStateBits - std::log2(slots.cls[c]));
+    return slots;
+}
+
+// Classes by how often one of their members occurs; all prefixes are tried and the cheapest wins.
+Slots choose_slots(const Census& census) {
+    std::array<uint32_t, kClasses> order;
+    for (uint32_t c = 0; c < kClasses; ++c) order[c] = c;
+    std::stable_sort(order.begin() + 1, order.end(), [&](uint32_t a, uint32_t b) {
+        return census.count[a] * kMembers[b] > census.count[b] * kMembers[a];
+    });
+    Slots best;
+    for (size_t n = 1; n <= kClasses; ++n) {
+        const Slots slots = fit_slots(census, {order.data(), n});
+        if (slots.bits < best.bits) best = slots;
+    }
+    return best;
+}
+
+// Every lane costs its 12-bit state and on average half a word of padding. Lanes are made just long enough for that to be at most
+// 3 % of their payload: short lanes are what a GPU hides latency with, and what lets a CPU decode a few rows alone.
+constexpr double kLaneBits = kStateBits + 7.5, kLaneShare = 0.03;
+
+void choose_geometry(uint64_t rows, uint64_t cols, double bits_per_weight, SpecBytes& spec) {
+    const double wanted = std::clamp(kLaneBits / (kLaneShare * std::max(bits_per_weight, 1e-3)), 256.0, double{kMaxLaneWeights} / 2);
+    const auto padding = [&](uint64_t s) { return ceil_div(ceil_div(cols, s), kTrits) * kTrits * s - cols; };
+    const auto fits = [&](uint64_t s) { return (s - 1) * ceil_div(ceil_div(cols, s), kTrits) * kTrits < cols; };
+    // Four segments a row (the four lanes that share a row of a tensor-core tile) unless rows are too short to cut or so long
+    // that more segments still leave every lane its length.
+    uint64_t segments = 1;
+    for (uint64_t s = 4; s <= kLanes; s *= 2)
+        if (fits(s) && padding(s) * 100 <= cols && (s == 4 || static_cast<double>(cols) / static_cast<double>(s) >= wanted)) segments = s;
+    // Rows longer than the lane limit are cut however much padding that takes.
+    while (segments < kLanes && ceil_div(cols, segments) > kMaxLaneWeights) segments *= 2;
+    const uint64_t segment_cols = ceil_div(ceil_div(cols, segments), kTrits) * kTrits, groups = kLanes / segments;
+    uint64_t per_lane = std::max<uint64_t>(1, static_cast<uint64_t>(std::ceil(wanted / static_cast<double>(segment_cols))));
+    per_lane = std::min(per_lane, std::max<uint64_t>(1, kMaxLaneWeights / segment_cols));
+    // Spread the rows evenly over the blocks, so that the last block is not a short one.
+    const uint64_t blocks = std::max<uint64_t>(1, rows / (groups * per_lane));
+    const uint64_t even = ceil_div(rows, groups * blocks);
+    if (even * segment_cols <= kMaxLaneWeights) per_lane = even;
+    spec[kSegmentsAt] = static_cast<uint8_t>(segments);
+    store<uint16_t>(spec.data() + kRowsPerLaneAt, static_cast<uint16_t>(per_lane));
+}
+
+// tANS encoding: for symbol v in state x (4096..8191), (x + delta) >> 16 bits leave, then next[start + (x >> bits)] is the state.
+struct EncodingTable {
+    struct Symbol {
+        uint32_t delta;
+        int32_t start;
+    };
+    std::array<Symbol, kSymbols + 1> symbol;
+    std::array<uint16_t, kStates> next;
+
+    explicit EncodingTable(const uint8_t* spec) {
+        const auto freq = ternary_frequencies(spec);
+        std::array<uint16_t, kStates> symbol_of;
+        ternary_spread(freq, symbol_of);
+        std::array<uint32_t, kSymbols + 1> fill;
+        uint32_t sum = 0;
+        for (uint32_t v = 0; v <= kSymbols; ++v) {
+            const uint32_t f = freq[v];
+            fill[v] = sum;
+            if (f != 0) {
+                const uint32_t most = kStateBits - (f == 1 ? 0u : 32u - static_cast<uint32_t>(__builtin_clz(f - 1)) - 1u);
+                symbol[v] = f == 1 ? Symbol{(kStateBits << 16) - kStates, static_cast<int32_t>(sum) - 1}
+                                   : Symbol{(most << 16) - (f << most), static_cast<int32_t>(sum) - static_cast<int32_t>(f)};
+            }
+            sum += f;
+        }
+        for (uint32_t state = 0; state < kStates; ++state) next[fill[symbol_of[state]]++] = static_cast<uint16_t>(state + kStates);
+    }
+};
+
+struct Emission {
+    uint16_t bits;     // state bits of this step
+    uint8_t count;     // how many
+    bool escape;       // twelve raw bits follow
+};
+
+// Bits of one lane, low bit first, as the words that its reader will want in turn.
+struct LaneWords {
+    std::vector<uint16_t> words;
+    size_t taken = 0;
+    uint32_t buffer = 0, filled = 0, available = 0;  // writer's partial word; reader's bits in hand
+
+    void put(uint32_t bits, uint32_t count) {
+        buffer |= bits << filled;
+        filled += count;
+        if (filled >= 16) {
+            words.push_back(static_cast<uint16_t>(buffer));
+            buffer >>= 16;
+            filled -= 16;
+        }
+    }
+    void flush() {
+        if (filled > 0) words.push_back(static_cast<uint16_t>(buffer));
+    }
+    void hand_out(uint32_t count, std::vector<uint8_t>& out) {
+        if (available < count) {
+            append(out, words[taken++]);
+            available += 16;
+        }
+        available -= count;
+    }
+};
+
+class BlockEncoder {
+  public:
+    BlockEncoder(const TernaryLayout& layout, const uint8_t* spec)
+        : layout_(layout), freq_(ternary_frequencies(spec)), table_(spec), padded_(layout.padded_cols() + 2) {}
+
+    Status encode(const MatrixInput& in, uint64_t block, std::vector<uint8_t>& out) {
+        const uint32_t groups = kLanes / layout_.segments;
+        for (auto& lane : packed_) lane.clear();
+        for (uint64_t r = 0; r < layout_.rows_in_block(block); ++r) {
+            if (!pad_row(in.trits.data() + (block * layout_.block_rows + r) * in.cols, in.cols, padded_))
+                return Status::mismatch(Code::kValue, "ternary: a trit is not -1, 0 or 1; row", 0, 0, block * layout_.block_rows + r);
+            for (uint32_t s = 0; s < layout_.segments; ++s) {
+                auto& lane = packed_[r % groups * layout_.segments + s];
+                for (uint64_t step = 0; step < layout_.steps; ++step)
+                    lane.push_back(static_cast<uint16_t>(pack_trits(padded_.data() + s * layout_.segment_cols + step * kTrits)));
+            }
+        }
+        for (uint32_t l = 0; l < kLanes; ++l) code_lane(l);
+        // Replay the reader: words leave in the order in which its lanes ask for them.
+        for (uint32_t l = 0; l < layout_.live_groups(block, 0) * layout_.segments; ++l) {
+            append(out, lanes_[l].words[lanes_[l].taken++]);
+            lanes_[l].available = 16 - kStateBits;
+        }
+        size_t t = 0;
+        for (uint32_t j = 0; j < layout_.rows_per_lane; ++j) {
+            const uint32_t live = layout_.live_groups(block, j) * layout_.segments;
+            for (uint64_t step = 0; step < layout_.steps; ++step, ++t) {
+                bool any_escape = false;
+                for (uint32_t l = 0; l < live; ++l) {
+                    lanes_[l].hand_out(emitted_[l][t].count, out);
+                    any_escape |= emitted_[l][t].escape;
+                }
+                for (uint32_t l = 0; any_escape && l < live; ++l)
+                    if (emitted_[l][t].escape) lanes_[l].hand_out(kRawBits, out);
+            }
+        }
+        return {};
+    }
+
+  private:
+    void code_lane(uint32_t l) {
+        const auto& packed = packed_[l];
+        auto& emitted = emitted_[l];
+        emitted.resize(packed.size());
+        uint32_t x = kStates;  // the reader ends in state 0
+        for (size_t t = packed.size(); t-- > 0;) {
+            uint32_t v = kSymbolOfPacked[packed[t]];
+            const bool escape = freq_[v] == 0;
+            if (escape) v = kSymbols;
+            const EncodingTable::Symbol& symbol = table_.symbol[v];
+            const uint32_t count = (x + symbol.delta) >> 16;
+            emitted[t] = {static_cast<uint16_t>(x & ((1u << count) - 1)), static_cast<uint8_t>(count), escape};
+            x = table_.next[static_cast<size_t>(symbol.start + static_cast<int32_t>(x >> count))];
+        }
+        LaneWords& lane = lanes_[l];
+        lane.words.clear();
+        lane.taken = lane.buffer = lane.filled = lane.available = 0;
+        lane.put(x - kStates, kStateBits);
+        for (size_t t = 0; t < packed.size(); ++t) {
+            lane.put(emitted[t].bits, emitted[t].count);
+            if (emitted[t].escape) lane.put(packed[t], kRawBits);
+        }
+        lane.flush();
+    }
+
+    const TernaryLayout& layout_;
+    std::array<uint16_t, kSymbols + 1> freq_;
+    EncodingTable table_;
+    std::vector<int8_t> padded_;
+    std::array<std::vector<uint16_t>, kLanes> packed_;
+    std::array<std::vector<Emission>, kLanes> emitted_;
+    std::array<LaneWords, kLanes> lanes_;
+};
+
+}  // namespace
+
+Status ternary_make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& spec) {
+    const MatrixInput& first = *inputs.front();
+    spec = {};
+    if (first.rows == 0 || (first.levels.size() != first.rows && first.levels.size() != 2 * first.rows))
+        return Status::mismatch(Code::kShape, "ternary: number of levels", 0, 2 * first.rows, first.levels.size());
+    store<uint16_t>(spec.data(), kTernaryId);
+    spec[kLevelsAt] = static_cast<uint8_t>(first.levels.size() / first.rows);
+    Census census;
+    QMOE_TRY(take_census(inputs, census));
+    const Slots slots = choose_slots(census);
+    for (uint32_t c = 0; c < kClasses; ++c) store<uint16_t>(spec.data() + kClassFreqAt + 2 * c, slots.cls[c]);
+    store<uint16_t>(spec.data() + kEscapeFreqAt, slots.escape);
+    choose_geometry(first.rows, first.cols, slots.bits / static_cast<double>(census.weights), spec);
+    return {};
+}
+
+Status ternary_encode(const MatrixInput& in, const SpecBytes& spec, std::vector<uint8_t>& out) {
+    const TernaryLayout layout(spec.data(), in.rows, in.cols);
+    if (in.levels.size() != layout.levels * in.rows)
+        return Status::mismatch(Code::kShape, "ternary: number of levels", 0, layout.levels * in.rows, in.levels.size());
+    const size_t begin = out.size();
+    out.resize(begin + layout.payload_at);
+    for (size_t i = 0; i < in.levels.size(); ++i) {
+        const uint16_t level = float_to_bfloat(in.levels[i]);
+        if (!std::isfinite(in.levels[i]) || bfloat_to_float(level) != in.levels[i])
+            return Status::error(Code::kValue, "ternary: a level is not finite or not representable in bfloat16", i);
+        store(out.data() + begin + 2 * i, level);
+    }
+    BlockEncoder encoder(layout, spec.data());
+    for (uint64_t block = 0; block < layout.blocks; ++block) {
+        QMOE_TRY(encoder.encode(in, block, out));
+        const uint64_t words = (out.size() - begin - layout.payload_at) / 2;
+        if (words > UINT32_MAX) return Status::error(Code::kLimit, "ternary: payload over 8 GiB");
+        store<uint32_t>(out.data() + begin + layout.offsets_at + (block + 1) * 4, static_cast<uint32_t>(words));
+    }
+    return {};
+}
+
+}  // namespace qmoe
