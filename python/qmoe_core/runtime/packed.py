@@ -1,0 +1,78 @@
+"""What a packed buffer must hold, and the check that it does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .. import _C
+from ..errors import QmoeError
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedShape:
+    """One stack of matrices as config.json describes it: E experts (1 for a linear layer), N rows, K columns, stored
+    size."""
+
+    experts: int
+    rows: int
+    cols: int
+    nbytes: int
+    format: str = ""
+
+    @classmethod
+    def parse(cls, entry: Any, tensor: str) -> PackedShape:
+        """From `{"shape": [E, N, K], "nbytes": n, "format": name}`. Raises QmoeError E_SHAPE for anything else."""
+        shape = entry.get("shape") if isinstance(entry, Mapping) else None
+        nbytes = entry.get("nbytes") if isinstance(entry, Mapping) else None
+        numbers = [*shape, nbytes] if isinstance(shape, (list, tuple)) and len(shape) == 3 else [None]
+        # bool is an int to isinstance, and JSON's true is no size.
+        if not all(type(n) is int and 0 < n < 2**62 for n in numbers):
+            raise QmoeError(
+                "E_SHAPE",
+                "quantization_config: a packed tensor needs shape [E, N, K] and nbytes",
+                tensor=tensor,
+                actual=entry,
+            )
+        return cls(*numbers, format=str(entry.get("format", "")))
+
+    def buffer(self) -> torch.Tensor:
+        """Uninitialised bytes of the right size, on torch's current default device."""
+        return torch.empty(self.nbytes, dtype=torch.uint8)
+
+    def check(self, packed: torch.Tensor, tensor: str) -> None:
+        """Refuse bytes that are not this record: size, structure, shape, and the CRC32C of the header and of every
+        matrix.
+
+        Raises:
+            QmoeError: naming `tensor`; E_DTYPE, E_SHAPE, or what the record's parser refuses.
+        """
+        if packed.dtype != torch.uint8 or packed.dim() != 1:
+            raise QmoeError(
+                "E_DTYPE", "a packed tensor is 1-D uint8", tensor=tensor, actual=(packed.dtype, packed.dim())
+            )
+        if packed.numel() != self.nbytes:
+            raise QmoeError("E_SHAPE", "packed size", tensor=tensor, expected=self.nbytes, actual=packed.numel())
+        data = packed.contiguous().numpy(force=True)
+        try:
+            info = _C.inspect_record(data)
+        except QmoeError as error:
+            raise error.locate(tensor=tensor) from None
+        shape = (info["experts"], info["rows"], info["cols"])
+        if shape != (self.experts, self.rows, self.cols):
+            expected = (self.experts, self.rows, self.cols)
+            raise QmoeError("E_SHAPE", "packed shape (E, N, K)", tensor=tensor, expected=expected, actual=shape)
+
+
+def placeholder(*shape: int) -> torch.Tensor:
+    """What a packed module shows where model code expects a dense weight: its shape, but no memory and no values.
+
+    On the meta device, so that computing with it fails. int8, because model code that casts activations to the weight's
+    dtype (T5, Switch) leaves them alone then. Marked as initialized, so that transformers' `_init_weights` passes by.
+    """
+    tensor = torch.empty(shape, dtype=torch.int8, device="meta")
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    return tensor
