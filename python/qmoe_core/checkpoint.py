@@ -1,0 +1,436 @@
+"""Compression of a whole checkpoint: Hugging Face directory in, Hugging Face directory out.
+
+Streaming: tensors are read, quantized and written one after the other; in memory are at most the codes of one stack
+of experts and the float32 copy of one expert. Interruptible: whatever is finished is in the journal, and the same
+call continues behind it. The files do not depend on how often that happened: nothing in them tells of time, place or
+run.
+
+Order of a job: lock, plan, shards one by one, other files, qmoe.json, config.json, journal removed. config.json comes
+last since without it nothing loads the directory.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _C, __version__
+from .errors import QmoeError
+from .families import ModelLayout, Target, analyze
+from .formats import PackedTensor
+from .journal import DIRECTORY, Journal, check_same_job
+from .plan import PlainItem, Plan, make_plan
+from .progress import ProgressEvent
+from .quantize import MethodSpec, TensorReport, quantize
+from .recipe import Recipe
+from .report import CompressionReport, MemoryMeter, TensorEntry
+from .source import INDEX, SourceCheckpoint, load_json
+from .store import ShardWriter, canonical_json, crc32c, io_errors, read_chunks, write_atomic
+
+QMOE_JSON = "qmoe.json"
+VERSION = 1  # of the output layout: quantization_config and qmoe.json
+MAX_SHARD_BYTES = 4 << 30
+SYNC_BYTES = 256 << 20  # a kill loses at most so much of finished work ...
+SYNC_SECONDS = 2.0  # ... or that of so long; syncing every small tensor would cost more than redoing it
+
+Progress = Callable[[ProgressEvent], None]
+
+
+def compress(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    recipe: Recipe,
+    *,
+    progress: Progress | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> CompressionReport:
+    """Compresses a Hugging Face MoE checkpoint into a new directory.
+
+    Args:
+        source: directory with config.json and safetensors weights (16-, 32- or 64-bit floats).
+        output: the directory to make: absent, empty, or left by an interrupted call with the same arguments, which is
+            continued.
+        recipe: which weights get which format.
+        progress: called with a `ProgressEvent` after each tensor (bytes of the source done and in total).
+        max_shard_bytes: an output shard is closed before it grows beyond this (a single larger tensor gets its own).
+
+    Returns:
+        The report; the same numbers, less those of this run, are in OUT/qmoe.json.
+
+    Raises:
+        QmoeError: E_SAME_FILE (output is, contains or lies in the source), E_BUSY, E_CHANGED, E_UNSAFE_SOURCE,
+            E_MISSING, E_LAYOUT, E_VALUE (NaN or infinite weights, recipe, a non-empty output), E_NO_SPACE, E_IO, and
+            what the safetensors parser refuses. After any of them the source is untouched and what is finished stays,
+            to be continued.
+    """
+    started, meter = time.monotonic(), MemoryMeter()
+    source, output = Path(source), Path(output)
+    if max_shard_bytes < 1:
+        raise QmoeError("E_VALUE", "max_shard_bytes must be positive", actual=max_shard_bytes)
+    with SourceCheckpoint(source) as checkpoint:
+        _check_places(source, output)
+        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        layout = analyze(source, shapes)
+        plan = make_plan(checkpoint, layout, recipe, max_shard_bytes)
+        job = {
+            "version": VERSION,
+            "library": __version__,
+            "core": _C.version(),
+            "source": checkpoint.fingerprint(),
+            "recipe": recipe.to_dict(),
+            "max_shard_bytes": max_shard_bytes,
+        }
+        with Journal(output) as journal:
+            result = _finished(output, job)
+            resumed = result is not None
+            if result is None:
+                _check_output(output)
+                resumed = journal.begin({**job, "modified": checkpoint.modified()})
+                result = _Job(checkpoint, layout, plan, journal, output, job, progress).run()
+            journal.remove()
+        report = _report(output, result)
+    return CompressionReport(
+        **{
+            **vars(report),
+            "largest_layer_bytes": plan.largest_layer_bytes,
+            "start_rss_bytes": meter.start,
+            "peak_rss_bytes": meter.peak(),
+            "seconds": time.monotonic() - started,
+            "resumed": resumed,
+        }
+    )
+
+
+def _check_places(source: Path, output: Path) -> None:
+    """`E_SAME_FILE` unless source and output are separate directories, links resolved."""
+    a, b = source.resolve(), output.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise QmoeError(
+            "E_SAME_FILE",
+            "the output is, contains or lies inside the source",
+            file=output,
+            expected="another directory",
+            actual=str(b),
+        )
+    if output.exists() and not output.is_dir():
+        raise QmoeError("E_VALUE", "the output exists and is not a directory", file=output)
+    with io_errors(output):
+        for entry in os.scandir(output) if output.exists() else ():
+            if entry.is_symlink():  # e.g. a file that leads back into the source
+                raise QmoeError("E_SAME_FILE", "the output holds a symbolic link", file=entry.path)
+
+
+def _check_output(output: Path) -> None:
+    """`E_VALUE` for an output directory that holds files and no unfinished job of ours."""
+    with io_errors(output):
+        names = set(os.listdir(output)) - {DIRECTORY}
+        if names and not (output / DIRECTORY / "job.json").exists():
+            raise QmoeError(
+                "E_VALUE",
+                "the output directory is not empty and holds no unfinished compression",
+                file=output,
+                actual=sorted(names)[:5],
+            )
+
+
+def _finished(output: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+    """qmoe.json of a finished output of the same job; None if there is none. `E_CHANGED` if it is of another job."""
+    if not ((output / "config.json").exists() and (output / QMOE_JSON).exists()):
+        return None
+    result = read_qmoe_json(output)
+    check_same_job(result["job"], job, output)
+    for name, size in result["files"].items():
+        with io_errors(output / name):
+            actual = os.stat(output / name).st_size
+        if actual != size:
+            raise QmoeError(
+                "E_TRUNCATED" if actual < size else "E_OFFSET",
+                "a finished file has another size",
+                file=output / name,
+                expected=size,
+                actual=actual,
+            )
+    return result
+
+
+def read_qmoe_json(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The parsed qmoe.json of a compressed checkpoint. Raises `E_MISSING`, `E_CORRUPT`, `E_VERSION`, `E_IO`."""
+    path = Path(directory) / QMOE_JSON
+    if not path.exists():
+        raise QmoeError("E_MISSING", "not a compressed checkpoint: it has no qmoe.json", file=path)
+    result = load_json(path)
+    if result.get("version") != VERSION:
+        raise QmoeError(
+            "E_VERSION", "written by another version", file=path, expected=VERSION, actual=result.get("version")
+        )
+    if not all(isinstance(result.get(key), dict) for key in ("job", "files", "totals", "plain", "packed")):
+        raise QmoeError("E_CORRUPT", "incomplete", file=path)
+    return result
+
+
+def load_report(directory: str | os.PathLike[str]) -> CompressionReport:
+    """The report of a finished compression, from its qmoe.json (memory and time, which belong to a run, are 0)."""
+    return _report(Path(directory), read_qmoe_json(directory))
+
+
+def _report(output: Path, result: dict[str, Any]) -> CompressionReport:
+    totals = result["totals"]
+    return CompressionReport(
+        output=str(output),
+        recipe=result["job"]["recipe"],
+        model_type=result["model_type"],
+        architecture=result["architecture"],
+        tensors=tuple(
+            TensorEntry(name=name, **{**entry, "shape": tuple(entry["shape"])})
+            for name, entry in result["packed"].items()
+        ),
+        original_parameters=totals["original_parameters"],
+        original_bytes=totals["original_bytes"],
+        bytes_on_disk=totals["bytes_on_disk"],
+        files=result["files"],
+    )
+
+
+class _Job:
+    """One run of a job that holds the lock: everything between planning and the finished directory."""
+
+    def __init__(
+        self, checkpoint: SourceCheckpoint, layout: ModelLayout, plan: Plan, journal: Journal, output: Path, job: dict[str, Any],
+        progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.layout, self.plan, self.journal = checkpoint, layout, plan, journal
+        self.output, self.job, self.progress = output, job, progress
+        self.source_crcs: dict[str, int] = {}
+        self.done_bytes = 0
+        self.total_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        self._unsynced, self._synced_at = 0, time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        for index in range(len(self.plan.shards)):
+            self._shard(index)
+        return self._finish()
+
+    def _tell(self, stage: str, detail: str) -> None:
+        if self.progress is not None:
+            self.progress(ProgressEvent(stage, self.done_bytes, self.total_bytes, detail))
+
+    # Shards.
+
+    def _shard(self, index: int) -> None:
+        """Writes shard `index`, or what is missing of it."""
+        shard, final = self.plan.shards[index], self.output / self.plan.shard_name(index)
+        steps = [step for step in self.journal.steps if step["shard"] == index]
+        if not final.exists():
+            part = self.journal.path / f"{index:05d}.part"
+            steps = self._durable(part, index, steps)
+            writer = ShardWriter(part, [item.plan for item in shard], [step["nbytes"] for step in steps])
+            try:
+                for item in shard[len(steps) :]:
+                    entry = (
+                        self._plain(writer, item)
+                        if isinstance(item, PlainItem)
+                        else self._packed(writer, item.target, item.spec)
+                    )
+                    self.journal.note({"shard": index, "name": item.plan.name, **entry})
+                    self._sync(writer, entry)
+                    self._tell("compress", item.plan.name)
+                writer.sync()
+                self.journal.commit()
+                writer.finish(final)
+            finally:
+                writer.close()
+        else:  # a finished shard is complete in the journal: the rename comes after the commit
+            self.done_bytes += sum(step["source_bytes"] for step in steps)
+        if self._steps(index) != [item.plan.name for item in shard]:
+            raise QmoeError(
+                "E_CORRUPT", "the journal and a finished shard disagree; delete the output directory", file=final
+            )
+        self._tell("compress", final.name)
+
+    def _steps(self, index: int) -> list[str]:
+        return [step["name"] for step in self.journal.steps if step["shard"] == index]
+
+    def _durable(self, part: Path, index: int, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The leading steps whose bytes are in the unfinished shard with the right CRC. After a power cut the file system may have kept
+        the journal and lost data, whatever fsync promised; trusting it would put garbage under a valid checksum."""
+        good = []
+        if steps and part.exists():
+            position = ShardWriter.start_of_data([item.plan for item in self.plan.shards[index]])
+            with io_errors(part), open(part, "rb") as file:
+                file.seek(position)
+                for step in steps:
+                    crc, left = 0, step["nbytes"]
+                    while left and (chunk := file.read(min(left, 8 << 20))):
+                        crc, left = crc32c(chunk, crc), left - len(chunk)
+                    if left or crc != step["crc32c"]:
+                        break
+                    good.append(step)
+        if len(good) < len(steps):
+            self.journal.rewind(self.journal.steps.index(steps[len(good)]))
+        self.done_bytes += sum(step["source_bytes"] for step in good)
+        return good
+
+    def _sync(self, writer: ShardWriter, entry: dict[str, Any]) -> None:
+        self._unsynced += entry["source_bytes"]
+        if self._unsynced >= SYNC_BYTES or time.monotonic() - self._synced_at >= SYNC_SECONDS:
+            writer.sync()
+            self.journal.commit()
+            self._unsynced, self._synced_at = 0, time.monotonic()
+
+    def _plain(self, writer: ShardWriter, item: PlainItem) -> dict[str, Any]:
+        """Copies one tensor's bytes."""
+        crc = 0
+        for chunk in self.checkpoint.chunks(item.tensor):
+            crc = crc32c(chunk, crc)
+            writer.write(chunk.data)
+        nbytes = writer.end_tensor()
+        self.done_bytes += nbytes
+        return {"nbytes": nbytes, "crc32c": crc, "source_bytes": nbytes}
+
+    def _packed(self, writer: ShardWriter, target: Target, spec: MethodSpec) -> dict[str, Any]:
+        """Quantizes and packs one stack of matrices."""
+        reader = _CheckedReader(self.checkpoint)
+        matrices, total = [], None
+        for expert, weight in enumerate(target.matrices(reader.read)):
+            matrix, report = quantize(weight, None, spec, tensor=_matrix_name(target, expert))
+            matrices.append(matrix)
+            total = report if total is None else total + report
+        assert total is not None
+        packed = PackedTensor.pack(matrices)
+        matrices.clear()
+        writer.write(packed.data.data)
+        source_bytes = sum(self.checkpoint.tensors[name].nbytes for name in target.source_names)
+        self.done_bytes += source_bytes
+        return {
+            "nbytes": writer.end_tensor(),
+            "crc32c": crc32c(packed.data),
+            "source_bytes": source_bytes,
+            "packed": {
+                "module": target.module,
+                "parameter": target.parameter,
+                "kind": target.kind,
+                "role": target.role,
+                "shape": list(target.shape),
+                "method": spec.method,
+                "formats": dict(total.formats),
+                "sources": reader.crcs,
+                **_rounded(total, packed.nbytes),
+            },
+        }
+
+    # The other files.
+
+    def _finish(self) -> dict[str, Any]:
+        files = {self.plan.shard_name(index): 0 for index in range(len(self.plan.shards))}
+        with io_errors(self.output):
+            for name in files:
+                files[name] = os.stat(self.output / name).st_size
+        for name in self.checkpoint.copied_files():
+            files[name] = write_atomic(self.output / name, read_chunks(self.checkpoint.directory / name))
+        tensors: dict[str, Any] = {step["name"]: step for step in self.journal.steps}
+        weight_map = {name: self.plan.shard_name(step["shard"]) for name, step in tensors.items()}
+        if len(self.plan.shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(step["nbytes"] for step in tensors.values())},
+                "weight_map": weight_map,
+            }
+            files[INDEX] = write_atomic(self.output / INDEX, canonical_json(index, indent=1) + b"\n")
+        packed = {
+            name: {**step["packed"], "nbytes": step["nbytes"], "crc32c": step["crc32c"], "file": weight_map[name]}
+            for name, step in tensors.items()
+            if "packed" in step
+        }
+        plain = {
+            name: {"crc32c": step["crc32c"], "file": weight_map[name], "role": self.layout.roles[name]}
+            for name, step in tensors.items()
+            if "packed" not in step
+        }
+        config = (
+            canonical_json(
+                {**self.checkpoint.config, "quantization_config": self._quantization_config(packed)}, indent=2
+            )
+            + b"\n"
+        )
+        files["config.json"] = len(config)
+        result = {
+            "version": VERSION,
+            "library": __version__,
+            "job": self.job,
+            "model_type": self.layout.model_type,
+            "architecture": self.layout.architecture,
+            "packed": packed,
+            "plain": plain,
+            "files": files,
+            "totals": {
+                "original_parameters": sum(tensor.elements for tensor in self.checkpoint.tensors.values()),
+                "original_bytes": self.total_bytes,
+            },
+        }
+        write_atomic(self.output / QMOE_JSON, _self_describing(result))
+        write_atomic(self.output / "config.json", config)
+        self._tell("finish", "config.json")
+        return result
+
+    @staticmethod
+    def _quantization_config(packed: dict[str, Any]) -> dict[str, Any]:
+        modules: dict[str, Any] = {}
+        for entry in packed.values():
+            module = modules.setdefault(entry["module"], {"kind": entry["kind"], "tensors": {}})
+            formats = entry["formats"]
+            module["tensors"][entry["parameter"]] = {
+                "shape": entry["shape"],
+                "nbytes": entry["nbytes"],
+                "format": next(iter(formats)) if len(formats) == 1 else "mixed",
+            }
+        return {"quant_method": "qmoe", "version": VERSION, "packed": modules}
+
+
+class _CheckedReader:
+    """Reads source tensors and keeps the CRC32C of every tensor's bytes, slices in ascending order included."""
+
+    def __init__(self, checkpoint: SourceCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.crcs: dict[str, int] = {}
+
+    def read(self, name: str, index: int | None) -> torch.Tensor:
+        data = self.checkpoint.read(name, index)
+        self.crcs[name] = crc32c(data.flatten().view(torch.uint8).numpy(), self.crcs.get(name, 0))
+        return data
+
+
+def _matrix_name(target: Target, expert: int) -> str:
+    """How errors name one matrix: its checkpoint tensor where it has its own, else the stack and the number."""
+    if target.kind == "linear":
+        return target.source_names[0]
+    return f"{target.name}[{expert}]"
+
+
+def _rounded(total: TensorReport, nbytes: int) -> dict[str, float]:
+    """The measured numbers of qmoe.json, to 7 digits: more would only show the order of summation."""
+    values = {
+        "bits_per_weight": nbytes * 8 / total.weights,
+        "relative_error": total.relative_error,
+        "zero_fraction": total.zeros / total.weights,
+    }
+    return {name: float(f"{value:.7g}") for name, value in values.items()}
+
+
+def _self_describing(result: dict[str, Any]) -> bytes:
+    """qmoe.json with its own size in its totals. Room for the longest number is reserved and what is left of it becomes spaces at the
+    end, so that no search for a fixed point is needed and the size is the same in every run."""
+    others = sum(result["files"].values())
+    parameters = result["totals"]["original_parameters"]
+
+    def render(size: int) -> bytes:
+        total = others + size
+        result["files"][QMOE_JSON] = size
+        result["totals"] |= {"bytes_on_disk": total, "bits_per_parameter": float(f"{total * 8 / parameters:.7g}")}
+        return canonical_json(result, indent=1)
+
+    size = len(render(0)) + 64  # 64: more digits than the three numbers can gain
+    return render(size).ljust(size - 1, b" ") + b"\n"

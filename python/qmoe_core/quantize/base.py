@@ -1,0 +1,144 @@
+"""What every quantization method gets and gives (contract 5: methods know nothing of models).
+
+A method is a function `quantize(weight, statistics, spec) -> (matrix, TensorReport)`:
+    weight      torch.float32 (N, K) = (out_features, in_features), finite
+    statistics  `Statistics` of the inputs of this matrix, or None: data-free methods ignore it, calibrated ones
+                demand it
+    spec        `MethodSpec`: the format to produce and the method's own options
+    matrix      `IntMatrix` or `TernaryMatrix`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ..errors import QmoeError
+from ..formats import IntFormat, IntMatrix, TernaryFormat, TernaryMatrix
+
+Matrix = IntMatrix | TernaryMatrix
+Format = IntFormat | TernaryFormat
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Calibration statistics of one matrix's inputs x (tokens, K)."""
+
+    tokens: int
+    hessian: torch.Tensor | None = None  # (K, K) float32: the sum of x x^T over tokens
+    mean_square: torch.Tensor | None = None  # (K,) float32: the mean of x^2 over tokens
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """Which method makes which format, with which options (only the keys that the method's `OPTIONS` name)."""
+
+    method: str
+    format: Format
+    options: Mapping[str, float | int | str | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """How far one quantized matrix is from its original. Sums, so that the reports of a stack's experts add up."""
+
+    weights: int
+    error_sum: float  # sum of (W - Q)^2
+    weight_sum: float  # sum of W^2
+    zeros: int  # quantized weights that are exactly zero
+    formats: Mapping[str, int] = field(default_factory=dict)  # format name -> number of matrices
+
+    @property
+    def relative_error(self) -> float:
+        """||W - Q|| / ||W|| (Frobenius); 0 for an all-zero W reproduced exactly."""
+        if self.weight_sum == 0.0:
+            return 0.0 if self.error_sum == 0.0 else float("inf")
+        return float(np.sqrt(self.error_sum / self.weight_sum))
+
+    def __add__(self, other: TensorReport) -> TensorReport:
+        formats = dict(self.formats)
+        for name, count in other.formats.items():
+            formats[name] = formats.get(name, 0) + count
+        return TensorReport(
+            self.weights + other.weights,
+            self.error_sum + other.error_sum,
+            self.weight_sum + other.weight_sum,
+            self.zeros + other.zeros,
+            formats,
+        )
+
+
+class Method(Protocol):
+    """The signature of a quantization method."""
+
+    def __call__(
+        self, weight: torch.Tensor, statistics: Statistics | None, spec: MethodSpec
+    ) -> tuple[Matrix, TensorReport]: ...
+
+
+def check_weight(weight: torch.Tensor) -> np.ndarray:
+    """The weight as a contiguous float32 (N, K) array. Raises `E_DTYPE`, `E_SHAPE`, or `E_VALUE` for NaN and
+    infinity."""
+    if weight.dtype != torch.float32:
+        raise QmoeError("E_DTYPE", "quantizers take float32 weights", expected="float32", actual=str(weight.dtype))
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise QmoeError("E_SHAPE", "a weight is a matrix of at least 1 x 1", actual=tuple(weight.shape))
+    array = np.ascontiguousarray(weight.detach().cpu().numpy())
+    finite = np.isfinite(array)
+    if not finite.all():
+        at = int(np.argmin(finite))
+        raise QmoeError(
+            "E_VALUE",
+            f"the weight has {array.size - int(finite.sum())} NaN or infinite values, the first in row {at // array.shape[1]}, "
+            f"column {at % array.shape[1]}",
+            actual=float(array.flat[at]),
+        )
+    return array
+
+
+def measure(weight: np.ndarray, matrix: Matrix) -> TensorReport:
+    """Compares a float32 (N, K) weight with its quantized matrix. Sums are taken by numpy in float64: their order, and
+    so their last bit, does not depend on the number of threads."""
+    quantized = np.asarray(matrix.dequantize(), dtype=np.float32)
+    difference = (weight - quantized).ravel()
+    flat = weight.ravel()
+    return TensorReport(
+        weights=weight.size,
+        error_sum=float(np.add.reduce(np.square(difference, dtype=np.float64))),
+        weight_sum=float(np.add.reduce(np.square(flat, dtype=np.float64))),
+        zeros=weight.size - int(np.count_nonzero(quantized)),
+        formats={matrix.format.name: 1},
+    )
+
+
+def need_int(spec: MethodSpec) -> IntFormat:
+    """The spec's format as an IntFormat, or `E_VALUE`."""
+    if not isinstance(spec.format, IntFormat):
+        raise QmoeError("E_VALUE", f"method '{spec.method}' makes int formats", expected="int", actual=spec.format.name)
+    return spec.format
+
+
+def need_ternary(spec: MethodSpec) -> TernaryFormat:
+    """The spec's format as a TernaryFormat, or `E_VALUE`."""
+    if not isinstance(spec.format, TernaryFormat):
+        raise QmoeError(
+            "E_VALUE", f"method '{spec.method}' makes ternary formats", expected="ternary", actual=spec.format.name
+        )
+    return spec.format
+
+
+def number_option(spec: MethodSpec, name: str, default: float, low: float, high: float) -> float:
+    """A numeric option within [low, high], or `E_VALUE` naming it."""
+    value = spec.options.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise QmoeError(
+            "E_VALUE",
+            f"option '{name}' of method '{spec.method}' is out of range",
+            expected=f"{low} to {high}",
+            actual=value,
+        )
+    return float(value)
