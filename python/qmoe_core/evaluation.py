@@ -20,8 +20,8 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -126,53 +126,110 @@ def evaluate(
         QmoeError: E_VALUE where there is less than one window, an id is outside the vocabulary, or the logits are not
             finite; E_SHAPE where the two models' vocabularies or routers differ.
     """
-    started = time.perf_counter()
-    model, reference = _loaded(model), None if reference is None else _loaded(reference)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return evaluate_all(
+        {"model": model},
+        tokens,
+        reference=reference,
+        window=window,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )["model"]
+
+
+def evaluate_all(
+    models: Mapping[str, Any],
+    tokens: np.ndarray,
+    *,
+    reference: Any = None,
+    window: int = 512,
+    max_tokens: int = 65536,
+    batch_size: int = 8,
+    progress: Callable[[Any], None] | None = None,
+) -> dict[str, EvalResult]:
+    """Measure several models of one vocabulary side by side: like `evaluate` for each, but the reference, often the
+    slowest of them, runs once per batch for all. All models are in memory together.
+
+    Args:
+        models: name -> model or checkpoint directory.
+        progress: counts windows of all models together.
+        (others): as for `evaluate`.
+
+    Returns:
+        name -> result; `seconds` of each is the time in that model alone.
+    """
+    loaded = {name: _loaded(model) for name, model in models.items()}
+    reference = None if reference is None else _loaded(reference)
+    vocabulary = min(model.config.get_text_config(decoder=True).vocab_size for model in loaded.values())
     ids = _windows(tokens, window, max_tokens, vocabulary)
     if batch_size < 1:
         raise QmoeError("E_VALUE", "batch_size must be at least 1", actual=batch_size)
     batch_size = min(batch_size, max(1, LOGIT_BYTES // (4 * ids.shape[1] * vocabulary)))
-    nll, kl, top1, router = ClusterMean(), ClusterMean(), ClusterMean(), ClusterMean()
-    with _evaluating(model), _evaluating(reference), torch.inference_mode():
+    scores = {name: _Scores() for name in loaded}
+    done, total = 0, len(ids) * len(loaded)
+    with ExitStack() as stack:
+        for model in (*loaded.values(), reference):
+            stack.enter_context(_evaluating(model))
+        stack.enter_context(torch.inference_mode())
         for begin in range(0, len(ids), batch_size):
             batch = ids[begin : begin + batch_size]
-            logp, targets, routes = _predict(model, batch)
-            losses = -logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-            if not bool(torch.isfinite(losses).all()):
-                raise QmoeError("E_VALUE", "the model's logits are not finite", actual=f"a window from {begin} on")
-            nll.add(losses)
-            if reference is not None:
-                ref_logp, _, ref_routes = _predict(reference, batch)
-                if ref_logp.shape != logp.shape:
-                    raise QmoeError(
-                        "E_SHAPE", "vocabularies differ", expected=ref_logp.shape[-1], actual=logp.shape[-1]
-                    )
-                top1.add((ref_logp.argmax(-1) == logp.argmax(-1)).double())
-                # In place: at a large vocabulary these are the largest tensors of the whole evaluation.
-                kl.add(logp.neg_().add_(ref_logp).mul_(ref_logp.exp_()).sum(-1))
-                router.add(_route_agreement(ref_routes, routes, len(batch)))
-            if progress is not None:
-                progress(ProgressEvent("evaluate", min(begin + batch_size, len(ids)), len(ids), "windows"))
-    mean, se = nll.mean(), nll.se()
-    assert mean is not None
-    perplexity = math.exp(mean) if mean < 700 else math.inf
-    return EvalResult(
-        perplexity=perplexity,
-        perplexity_se=None if se is None else perplexity * se,
-        nll=mean,
-        nll_se=se,
-        kl=kl.mean(),
-        kl_se=kl.se(),
-        top1_agreement=top1.mean(),
-        top1_se=top1.se(),
-        router_agreement=router.mean(),
-        router_se=router.se(),
-        tokens=sum(nll.counts),
-        windows=len(ids),
-        window=ids.shape[1],
-        seconds=time.perf_counter() - started,
-    )
+            expected = None if reference is None else _predict(reference, batch)
+            for name, model in loaded.items():
+                scores[name].add(model, batch, begin, expected)
+                done += len(batch)
+                if progress is not None:
+                    progress(ProgressEvent("evaluate", done, total, "windows"))
+    return {name: score.result(ids) for name, score in scores.items()}
+
+
+class _Scores:
+    """Everything measured of one model, batch by batch."""
+
+    def __init__(self) -> None:
+        self.nll, self.kl, self.top1, self.router = ClusterMean(), ClusterMean(), ClusterMean(), ClusterMean()
+        self.seconds = 0.0
+
+    def add(
+        self, model: Any, batch: torch.Tensor, begin: int, expected: tuple[torch.Tensor, torch.Tensor, Routes] | None
+    ) -> None:
+        """`batch`: the ids (B, window) of the windows from `begin` on; `expected`: what the reference predicts."""
+        started = time.perf_counter()
+        logp, targets, routes = _predict(model, batch)
+        self.seconds += time.perf_counter() - started
+        losses = -logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        if not bool(torch.isfinite(losses).all()):
+            raise QmoeError("E_VALUE", "the model's logits are not finite", actual=f"a window from {begin} on")
+        self.nll.add(losses)
+        if expected is None:
+            return
+        ref_logp, _, ref_routes = expected
+        if ref_logp.shape != logp.shape:
+            raise QmoeError("E_SHAPE", "vocabularies differ", expected=ref_logp.shape[-1], actual=logp.shape[-1])
+        self.top1.add((ref_logp.argmax(-1) == logp.argmax(-1)).double())
+        # In place: at a large vocabulary these are the largest tensors of the whole evaluation.
+        self.kl.add(logp.neg_().add_(ref_logp).mul_(ref_logp.exp()).sum(-1))
+        self.router.add(_route_agreement(ref_routes, routes, len(batch)))
+
+    def result(self, ids: torch.Tensor) -> EvalResult:
+        mean, se = self.nll.mean(), self.nll.se()
+        assert mean is not None
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        return EvalResult(
+            perplexity=perplexity,
+            perplexity_se=None if se is None else perplexity * se,
+            nll=mean,
+            nll_se=se,
+            kl=self.kl.mean(),
+            kl_se=self.kl.se(),
+            top1_agreement=self.top1.mean(),
+            top1_se=self.top1.se(),
+            router_agreement=self.router.mean(),
+            router_se=self.router.se(),
+            tokens=sum(self.nll.counts),
+            windows=len(ids),
+            window=ids.shape[1],
+            seconds=self.seconds,
+        )
 
 
 def _loaded(model: Any) -> Any:
