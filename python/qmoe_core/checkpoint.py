@@ -200,9 +200,15 @@ class _Job:
     """One run of a job that holds the lock: everything between planning and the finished directory."""
 
     def __init__(
-        self, checkpoint: SourceCheckpoint, layout: ModelLayout, plan: Plan, journal: Journal, output: Path, job: dict[str, Any],
+        self,
+        checkpoint: SourceCheckpoint,
+        layout: ModelLayout,
+        plan: Plan,
+        journal: Journal,
+        output: Path,
+        job: dict[str, Any],
         progress: Progress | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.checkpoint, self.layout, self.plan, self.journal = checkpoint, layout, plan, journal
         self.output, self.job, self.progress = output, job, progress
         self.source_crcs: dict[str, int] = {}
@@ -256,8 +262,9 @@ class _Job:
         return [step["name"] for step in self.journal.steps if step["shard"] == index]
 
     def _durable(self, part: Path, index: int, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The leading steps whose bytes are in the unfinished shard with the right CRC. After a power cut the file system may have kept
-        the journal and lost data, whatever fsync promised; trusting it would put garbage under a valid checksum."""
+        """The leading steps whose bytes are in the unfinished shard with the right CRC. After a power cut the file
+        system may have kept the journal and lost data, whatever fsync promised; trusting it would put garbage under a
+        valid checksum."""
         good = []
         if steps and part.exists():
             position = ShardWriter.start_of_data([item.plan for item in self.plan.shards[index]])
@@ -421,8 +428,8 @@ def _rounded(total: TensorReport, nbytes: int) -> dict[str, float]:
 
 
 def _self_describing(result: dict[str, Any]) -> bytes:
-    """qmoe.json with its own size in its totals. Room for the longest number is reserved and what is left of it becomes spaces at the
-    end, so that no search for a fixed point is needed and the size is the same in every run."""
+    """qmoe.json with its own size in its totals. Room for the longest number is reserved and what is left of it
+    becomes spaces at the end, so that no search for a fixed point is needed and the size is the same in every run."""
     others = sum(result["files"].values())
     parameters = result["totals"]["original_parameters"]
 

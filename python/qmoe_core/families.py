@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -58,7 +59,7 @@ class Target:
     sources: tuple[tuple[str, tuple[str, ...]], ...]  # per conversion pattern: checkpoint names in expert order
     transposed: bool = False  # the run-time parameter is (E, K, N)
     converter: WeightConverter | None = field(default=None, compare=False)
-    model: nn.Module | None = field(default=None, compare=False, repr=False)
+    model: PreTrainedModel | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -109,7 +110,7 @@ class Target:
         converter = deepcopy(self.converter)
         assert converter is not None and self.model is not None
         for pattern, tensors in parts.items():
-            converter.collected_tensors[pattern] = tensors
+            converter.collected_tensors[pattern] = tensors  # type: ignore[assignment]  # tensors are allowed too
         result = converter.convert(self.name, model=self.model, config=self.model.config)[self.name]
         return result[0] if isinstance(result, list) else result
 
@@ -119,9 +120,12 @@ class Target:
             matrix = matrix.T
         if tuple(matrix.shape) != self.shape[1:]:
             raise QmoeError(
-                "E_SHAPE", "a weight does not have the shape that config.json implies", tensor=self.name,
-                expected=self.shape[1:], actual=tuple(matrix.shape),
-            )  # fmt: skip
+                "E_SHAPE",
+                "a weight does not have the shape that config.json implies",
+                tensor=self.name,
+                expected=self.shape[1:],
+                actual=tuple(matrix.shape),
+            )
         return matrix.contiguous()
 
 
@@ -136,7 +140,7 @@ class ModelLayout:
     runtime_names: dict[str, str]  # checkpoint tensor name -> run-time name
 
 
-def build_meta_model(directory: Path) -> nn.Module:
+def build_meta_model(directory: Path) -> PreTrainedModel:
     """The model that config.json describes, on the meta device. Code shipped with a checkpoint is never run.
 
     Raises:
@@ -154,7 +158,7 @@ def build_meta_model(directory: Path) -> nn.Module:
         )
     architecture = (config.architectures or [None])[0]
     model_class = getattr(transformers, architecture or "", None)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise QmoeError(
             "E_LAYOUT",
             f"transformers {transformers.__version__} has no model class of this name",
@@ -191,7 +195,7 @@ def _linear_experts(model: nn.Module) -> set[str]:
     return found
 
 
-def _refuse(model: nn.Module) -> QmoeError:
+def _refuse(model: PreTrainedModel) -> QmoeError:
     """`E_LAYOUT` that lists every expert-like module by class, with its parameters."""
     found: dict[str, int] = defaultdict(int)
     for path, module in model.named_modules():
@@ -212,7 +216,7 @@ def _refuse(model: nn.Module) -> QmoeError:
 class _Mapping:
     """Checkpoint names to run-time names, as transformers' loader does it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         transforms = get_model_conversion_mapping(model)
         self.renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         self.converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
@@ -278,7 +282,12 @@ def analyze(directory: Path, shapes: dict[str, tuple[int, ...]]) -> ModelLayout:
 
 
 def _fused_target(
-    model: nn.Module, path: str, parameter: str, groups: Any, mapping: _Mapping, shapes: dict[str, tuple[int, ...]]
+    model: PreTrainedModel,
+    path: str,
+    parameter: str,
+    groups: Any,
+    mapping: _Mapping,
+    shapes: dict[str, tuple[int, ...]],
 ) -> Target:
     module = model.get_submodule(path)
     name = f"{path}.{parameter}"
@@ -286,6 +295,10 @@ def _fused_target(
     transposed = bool(module.is_transposed)
     shape = (experts, second, first) if transposed else (experts, first, second)
     patterns = groups[name]
+    if not patterns:  # not missing (that is checked before): a conversion with several results fills it
+        raise QmoeError(
+            "E_LAYOUT", "the loader makes this tensor together with others from the same sources", tensor=name
+        )
     if list(patterns) == [""]:
         (source,) = patterns[""]
         expected = (experts, first, second)
@@ -309,20 +322,23 @@ def _fused_target(
         for pattern, names in sources:
             if len(names) != experts:
                 raise QmoeError(
-                    "E_MISSING", f"not every expert is in the checkpoint for '{pattern}': {_missing_experts(names, experts)}",
-                    tensor=name, expected=experts, actual=len(names),
-                )  # fmt: skip
+                    "E_MISSING",
+                    f"not every expert is in the checkpoint for '{pattern}': {_missing_experts(names, experts)}",
+                    tensor=name,
+                    expected=experts,
+                    actual=len(names),
+                )
     return Target(path, parameter, "experts", "expert", shape, sources, transposed, converter, model)
 
 
-def _missing_experts(names: list[str], experts: int) -> str:
+def _missing_experts(names: Sequence[str], experts: int) -> str:
     """Says which expert numbers are absent, where the names carry them."""
     numbers = {int(match[1]) for name in names if (match := re.search(r"experts\.(\d+)\.", name))}
     absent = sorted(set(range(experts)) - numbers)
     return f"absent: {absent[:8]}{'...' if len(absent) > 8 else ''}" if numbers else "their number is wrong"
 
 
-def _check_complete(model: nn.Module, mapping: _Mapping, provided: set[str]) -> None:
+def _check_complete(model: PreTrainedModel, mapping: _Mapping, provided: set[str]) -> None:
     """`E_MISSING` for a parameter that neither the checkpoint nor a tied weight provides."""
     covered = set(provided)
     for name in provided:  # one source may fill several parameters (fused query, key and value)

@@ -41,7 +41,7 @@ def check_same_job(old: dict[str, Any], new: dict[str, Any], file: Path) -> None
         where, before, now = _first_difference(old, new)
         raise QmoeError(
             "E_CHANGED",
-            f"'{where}' is not what it was when this output was begun; choose another output directory or delete this one",
+            f"'{where}' is not what it was when this output was begun; choose another output or delete this one",
             file=file,
             expected=before,
             actual=now,

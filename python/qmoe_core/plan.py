@@ -94,8 +94,8 @@ def make_plan(checkpoint: SourceCheckpoint, layout: ModelLayout, recipe: Recipe,
                 "E_NAME", "the source has a tensor of the name that the packed one needs", tensor=target.packed_name
             )
         spec = decision[1]
-        item = PackedItem(TensorPlan(target.packed_name, "U8", None, _estimate(target, spec)), target, spec)
-        packed[target.source_names[0]] = item
+        plan = TensorPlan(target.packed_name, "U8", None, _estimate(target, spec))
+        packed[target.source_names[0]] = PackedItem(plan, target, spec)
         consumed.update(target.source_names)
 
     layers: dict[str, int] = defaultdict(int)
@@ -106,10 +106,11 @@ def make_plan(checkpoint: SourceCheckpoint, layout: ModelLayout, recipe: Recipe,
         layers[layer_of(name)] += 2 * tensor.elements
         if tensor.dtype not in DTYPE_BYTES:
             raise QmoeError("E_UNKNOWN", "this element type is not known", tensor=name, actual=tensor.dtype)
-        item = packed.get(name)
-        if item is None:
-            if name in consumed:
-                continue
+        if name in packed:
+            item: Item = packed[name]
+        elif name in consumed:
+            continue
+        else:
             item = PlainItem(TensorPlan(name, tensor.dtype, tensor.shape, tensor.nbytes), tensor)
         if shards[-1] and filled + item.plan.nbytes > max_shard_bytes:
             shards.append([])

@@ -65,15 +65,24 @@ class Rule:
 
     @classmethod
     def make(
-        cls, *, format: str | Format, match: str = "*", role: str | Sequence[str] = "expert", method: str | None = None,
-        group: int | None = None, zero_point: bool | None = None, scale_dtype: str | None = None, levels: str | None = None,
-        options: Mapping[str, Any] | None = None, key: str = "rule",
-    ) -> Rule:  # fmt: skip
+        cls,
+        *,
+        format: str | Format,
+        match: str = "*",
+        role: str | Sequence[str] = "expert",
+        method: str | None = None,
+        group: int | None = None,
+        zero_point: bool | None = None,
+        scale_dtype: str | None = None,
+        levels: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        key: str = "rule",
+    ) -> Rule:
         """Checks and completes one rule; `key` is how errors name it.
 
         Raises:
-            QmoeError: `E_UNKNOWN` (format, method, role, option), `E_VALUE` (a value out of range, or settings that contradict
-                each other).
+            QmoeError: `E_UNKNOWN` (format, method, role, option), `E_VALUE` (a value out of range, or settings that
+                contradict each other).
         """
         roles = (role,) if isinstance(role, str) else tuple(role)
         if not roles:
@@ -173,17 +182,40 @@ class Recipe:
     rules: tuple[Rule, ...] = field(default_factory=tuple)
 
     @classmethod
-    def uniform(cls, format: str | Format = "int4", group: int | None = None, method: str | None = None, *,
-                zero_point: bool | None = None, scale_dtype: str | None = None, levels: str | None = None,
-                role: str | Sequence[str] = "expert", options: Mapping[str, Any] | None = None) -> Recipe:  # fmt: skip
+    def uniform(
+        cls,
+        format: str | Format = "int4",
+        group: int | None = None,
+        method: str | None = None,
+        *,
+        zero_point: bool | None = None,
+        scale_dtype: str | None = None,
+        levels: str | None = None,
+        role: str | Sequence[str] = "expert",
+        options: Mapping[str, Any] | None = None,
+    ) -> Recipe:
         """All weights of the given roles in one format. None takes the format's default (group 128, zero point, float16
         scales; pair levels). Raises as `Rule.make`."""
-        return cls((Rule.make(format=format, role=role, method=method, group=group, zero_point=zero_point,
-                              scale_dtype=scale_dtype, levels=levels, options=options, key="recipe"),))  # fmt: skip
+        return cls(
+            (
+                Rule.make(
+                    format=format,
+                    role=role,
+                    method=method,
+                    group=group,
+                    zero_point=zero_point,
+                    scale_dtype=scale_dtype,
+                    levels=levels,
+                    options=options,
+                    key="recipe",
+                ),
+            )
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        """A recipe from parsed TOML or JSON. Raises `E_VERSION`, `E_UNKNOWN`, `E_VALUE`, naming the key, e.g. "rule[2].group"."""
+        """A recipe from parsed TOML or JSON. Raises `E_VERSION`, `E_UNKNOWN`, `E_VALUE`, naming the key, e.g.
+        "rule[2].group"."""
         for key in data:
             _choose(key, ["version", "rule"], "recipe", "E_UNKNOWN")
         version = data.get("version", VERSION)
@@ -216,7 +248,8 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Reads a TOML file. Raises `E_MISSING`, `E_IO`, `E_CORRUPT` (not TOML), or as `from_dict`, with the file's name."""
+        """Reads a TOML file. Raises `E_MISSING`, `E_IO`, `E_CORRUPT` (not TOML), or as `from_dict`, with the file's
+        name."""
         path = Path(path)
         if not path.exists():
             raise QmoeError("E_MISSING", "no such recipe", file=path)
@@ -252,9 +285,11 @@ class Recipe:
         for index, rule in enumerate(self.rules):
             if not any(rule.applies(name, role) for name, role in weights.items()):
                 raise QmoeError(
-                    "E_VALUE", f"rule[{index}]: matches no weight of this model", expected=f"one of {len(weights)} weights, e.g. {next(iter(weights), None)}",
+                    "E_VALUE",
+                    f"rule[{index}]: matches no weight of this model",
+                    expected=f"one of {len(weights)} weights, e.g. {next(iter(weights), None)}",
                     actual=f"match '{rule.match}', role {list(rule.roles)}",
-                )  # fmt: skip
+                )
 
 
 def _toml(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from torch import nn
+from transformers import PreTrainedModel
 
 ROLES = ("expert", "shared_expert", "router", "attention", "dense", "norm", "embedding", "lm_head", "other")
 # Routers choose the experts: at 4 bits they already pick others for 14 % of the tokens, so no recipe may name them.
@@ -26,12 +27,12 @@ _DENSE = re.compile(r"mlp|ffn|feed_?forward|dense|\bwi\b|\bwo\b|fc\d", re.IGNORE
 class Roles:
     """Assigns roles to the runtime parameter names of one model (built on any device, even meta)."""
 
-    def __init__(self, model: nn.Module, expert_modules: set[str]) -> None:
+    def __init__(self, model: PreTrainedModel, expert_modules: set[str]) -> None:
         """`expert_modules`: paths of the modules below which every tensor belongs to a routed expert."""
         self._modules = dict(model.named_modules())
         self._experts = expert_modules
         self._blocks = {path.rpartition(".")[0] for path in expert_modules}
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = model.get_output_embeddings()
         self._head = {path for path, module in self._modules.items() if module is head} if head is not None else set()
 
     def _module_of(self, name: str) -> tuple[str, nn.Module]:

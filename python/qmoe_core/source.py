@@ -174,7 +174,7 @@ class SourceCheckpoint:
         opened."""
         assert first >= 0 and first + count <= tensor.nbytes
         out = np.empty(count, dtype=np.uint8)
-        view = memoryview(out).cast("B") if count else memoryview(b"")
+        view = memoryview(out.data)
         with io_errors(self.directory / tensor.file):
             done = 0
             while done < count:
@@ -199,9 +199,13 @@ class SourceCheckpoint:
         tensor = self.tensors[name]
         if tensor.dtype not in FLOAT_DTYPES:
             raise QmoeError(
-                "E_DTYPE", "only 16- to 64-bit float weights can be compressed", file=self.directory / tensor.file, tensor=name,
-                expected=sorted(FLOAT_DTYPES), actual=tensor.dtype,
-            )  # fmt: skip
+                "E_DTYPE",
+                "only 16- to 64-bit float weights can be compressed",
+                file=self.directory / tensor.file,
+                tensor=name,
+                expected=sorted(FLOAT_DTYPES),
+                actual=tensor.dtype,
+            )
         shape, first, count = tensor.shape, 0, tensor.nbytes
         if index is not None:
             shape, count = shape[1:], tensor.nbytes // shape[0]
@@ -211,9 +215,10 @@ class SourceCheckpoint:
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the content, for `E_CHANGED` and for qmoe.json, without reading everything.
 
-        Per shard: its size, and one SHA-256 over its header (names, dtypes, shapes, offsets) and the first 4 KiB of every tensor. A
-        retrained or re-exported tensor differs there almost surely, and all else is covered by the CRC32C of every tensor,
-        which is taken while it is read for compression; hashing everything first would read the source twice.
+        Per shard: its size, and one SHA-256 over its header (names, dtypes, shapes, offsets) and the first 4 KiB of
+        every tensor. A retrained or re-exported tensor differs there almost surely, and all else is covered by the
+        CRC32C of every tensor, which is taken while it is read for compression; hashing everything first would read
+        the source twice.
         """
         shards: dict[str, Any] = {}
         by_file: dict[str, list[SourceTensor]] = {}
@@ -233,17 +238,20 @@ class SourceCheckpoint:
         return {"shards": shards, "files": others}
 
     def modified(self) -> dict[str, int]:
-        """Modification times (ns) of the shards. Equal times prove nothing, but another time means somebody has written the file,
-        perhaps in a place that `fingerprint` does not sample; kept in the journal only, never in the output."""
+        """Modification times (ns) of the shards. Equal times prove nothing, but another time means somebody has
+        written the file, perhaps in a place that `fingerprint` does not sample; kept in the journal only, never in
+        the output."""
         return {name: os.fstat(fd).st_mtime_ns for name, fd in sorted(self._files.items())}
 
     def copied_files(self) -> list[str]:
-        """Files that go into the compressed checkpoint unchanged: tokenizer, generation config, licence and the like. Weights of
-        any kind, code and hidden files do not; config.json is rewritten."""
+        """Files that go into the compressed checkpoint unchanged: tokenizer, generation config, licence and the like.
+        Weights of any kind, code and hidden files do not; config.json is rewritten."""
         with io_errors(self.directory):
             return sorted(
                 entry.name
                 for entry in os.scandir(self.directory)
-                if entry.is_file() and not entry.name.startswith(".") and not entry.name.endswith(_NOT_COPIED)
+                if entry.is_file()
+                and not entry.name.startswith(".")
+                and not entry.name.endswith(_NOT_COPIED)
                 and entry.name not in ("config.json", "qmoe.json")
-            )  # fmt: skip
+            )

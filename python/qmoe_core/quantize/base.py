@@ -93,8 +93,8 @@ def check_weight(weight: torch.Tensor) -> np.ndarray:
         at = int(np.argmin(finite))
         raise QmoeError(
             "E_VALUE",
-            f"the weight has {array.size - int(finite.sum())} NaN or infinite values, the first in row {at // array.shape[1]}, "
-            f"column {at % array.shape[1]}",
+            f"the weight has {array.size - int(finite.sum())} NaN or infinite values, the first in row "
+            f"{at // array.shape[1]}, column {at % array.shape[1]}",
             actual=float(array.flat[at]),
         )
     return array

@@ -6,6 +6,7 @@ about zero. The arithmetic is the C++ core's (`rtn_int`), the same that the benc
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from .. import _C
@@ -15,7 +16,7 @@ from .base import MethodSpec, Statistics, TensorReport, check_weight, measure, n
 OPTIONS: frozenset[str] = frozenset()
 
 
-def round_to_nearest(weight, format: IntFormat) -> IntMatrix:
+def round_to_nearest(weight: np.ndarray, format: IntFormat) -> IntMatrix:
     """A finite float32 (N, K) array on `format`'s grid."""
     codes, scales, zeros = _C.rtn_int(weight, format.bits, format.group, format.zero_point, format.scale_dtype)
     return IntMatrix(format, codes, scales, zeros)
