@@ -1,37 +1,18 @@
 #include "qmoe/safetensors.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <new>
 
 #include "bytes.h"
+#include "open_file.h"
 #include "read_exactly.h"
 #include "safetensors_header.h"
 
 namespace qmoe {
 namespace {
-
-Status open_file(const std::string& path, int& fd, uint64_t& size) noexcept {
-    // Without O_NONBLOCK a named pipe in place of the file would block for ever.
-    do fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    while (fd < 0 && errno == EINTR);
-    if (fd < 0)
-        return errno == ENOENT ? Status::error(Code::kMissing, "no such file")
-                               : Status::mismatch(Code::kIo, "the system could not open the file (errno)", 0, 0,
-                                                  static_cast<uint64_t>(errno));
-    struct stat info;
-    if (::fstat(fd, &info) != 0)
-        return Status::mismatch(Code::kIo, "the system could not inspect the file (errno)", 0, 0,
-                                static_cast<uint64_t>(errno));
-    if (!S_ISREG(info.st_mode)) return Status::error(Code::kIo, "not a regular file");
-    size = static_cast<uint64_t>(info.st_size);
-    return {};
-}
 
 Status read_header(int fd, uint64_t size, SafetensorsHeader& header, std::string& tensor) {
     uint8_t head[kHeaderAt + 1] = {};

@@ -11,9 +11,11 @@ inline constexpr uint64_t kPadCols = 32;  // float rows are zero-filled to a mul
 
 struct Kernels {
     const char* isa;
-    // y[0 .. count) = rows [first, first + count) of an int matrix times x (padded); group_sums[g] = sum of x over group g.
+    // sums[g] = sum of x (padded to kPadCols) over the g-th group of `group` columns.
+    void (*group_sums)(const float* x, uint64_t cols, uint64_t group, float* sums) noexcept;
+    // y[0 .. count) = rows [first, first + count) of an int matrix times x (padded) with its group sums.
     void (*int_dot)(const IntLayout& layout, const uint8_t* data, uint64_t first, uint64_t count, const float* x,
-                    const float* group_sums, float* y) noexcept;
+                    const float* sums, float* y) noexcept;
     // One row of an int matrix to floats; the padding becomes zero.
     void (*int_row)(const IntLayout& layout, const uint8_t* data, uint64_t row, float* out) noexcept;
     // sums[0] = sum of x[k] * t[k], sums[1] = sum of x[k] * |t[k]|, k < cols; t in {-1, 0, 1}.

@@ -97,8 +97,8 @@ void run_int(const Job& job, const Chunk& chunk, Scratch& s) {
     const float* const x = job.x.data() + (chunk.first_token - job.first_token) * job.padded;
     s.results.resize(chunk.tokens * chunk.rows);
     if (chunk.tokens == 1) {
-        s.sums.assign(layout.groups, 0.0f);
-        for (uint64_t k = 0; k < layout.cols; ++k) s.sums[k / layout.group] += x[k];
+        s.sums.resize(layout.groups);
+        job.kernels.group_sums(x, layout.cols, layout.group, s.sums.data());
         job.kernels.int_dot(layout, view.data.data(), chunk.first_row, chunk.rows, x, s.sums.data(), s.results.data());
     } else {
         constexpr uint64_t kPanel = 16;  // rows made float at a time: 16 x 4096 x 4 B stays in the second-level cache
