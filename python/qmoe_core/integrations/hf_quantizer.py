@@ -15,6 +15,7 @@ from ..errors import QmoeError
 from ..runtime.experts import PackedExperts
 from ..runtime.linear import PackedLinear
 from ..runtime.packed import PackedShape
+from .transformers import register
 
 QUANT_METHOD = "qmoe"
 CONFIG_VERSION = 1
@@ -33,7 +34,7 @@ class QmoeConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, packed: Mapping[str, Any] | None = None, version: int = CONFIG_VERSION, **kwargs: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers takes plain strings too
         self.version = version
         self.packed = dict(packed) if isinstance(packed, Mapping) else packed
         kwargs.pop("quant_method", None)
@@ -88,7 +89,7 @@ class QmoeHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         modules = dict(model.named_modules())
         self.names: dict[str, str] = {}
-        for name, entry in self.quantization_config.packed.items():
+        for name, entry in (self.quantization_config.packed or {}).items():
             path = _runtime_name(name, modules, model.base_model_prefix)
             kind = entry.get("kind") if isinstance(entry, Mapping) else None
             tensors = entry.get("tensors") if isinstance(entry, Mapping) else None
@@ -137,3 +138,6 @@ def _runtime_name(name: str, modules: Mapping[str, nn.Module], prefix: str) -> s
             return candidate
     found = sorted({type(m).__name__ for key, m in modules.items() if key.rpartition(".")[2] in ("experts", "mlp")})
     raise QmoeError("E_LAYOUT", "the model has no such module", tensor=name, actual=f"modules of type {found}")
+
+
+register()

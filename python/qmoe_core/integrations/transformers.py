@@ -23,12 +23,13 @@ def register() -> None:
     """Register quant_method "qmoe" with transformers now (imports transformers and torch). Does nothing the second
     time."""
     registry = importlib.import_module(_REGISTRY)
-    from .hf_quantizer import QUANT_METHOD, QmoeConfig, QmoeHfQuantizer
-
-    if QUANT_METHOD not in registry.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        registry.register_quantization_config(QUANT_METHOD)(QmoeConfig)
-    if QUANT_METHOD not in registry.AUTO_QUANTIZER_MAPPING:
-        registry.register_quantizer(QUANT_METHOD)(QmoeHfQuantizer)
+    ours = importlib.import_module(".hf_quantizer", __package__)
+    if not hasattr(ours, "QmoeHfQuantizer"):
+        return  # it is being imported, and its own imports brought us here; it registers when it is complete
+    if ours.QUANT_METHOD not in registry.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        registry.register_quantization_config(ours.QUANT_METHOD)(ours.QmoeConfig)
+    if ours.QUANT_METHOD not in registry.AUTO_QUANTIZER_MAPPING:
+        registry.register_quantizer(ours.QUANT_METHOD)(ours.QmoeHfQuantizer)
 
 
 class _RegisterAfterLoad(importlib.abc.Loader):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,12 @@ class PackedExperts(nn.Module):
     order in which
     experts run: each token's contributions are summed in the order of its choices, in float32.
     """
+
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    act_fn: Any
+    post_expert_norm: Any
 
     def __init__(self, template: nn.Module, shapes: Mapping[str, PackedShape], name: str = "") -> None:
         """
@@ -82,7 +89,7 @@ class PackedExperts(nn.Module):
             self.register_buffer(key, buffer, persistent=key not in template._non_persistent_buffers_set)
         for key, child in template.named_children():
             self.add_module(key, child)
-        self.template_class = type(template)
+        self.template_class: Any = type(template)
         self.shapes = dict(shapes)
         self.num_experts = shapes["down_proj"].experts
         for projection, shape in shapes.items():

@@ -130,6 +130,8 @@ def _linear_cpu(x: torch.Tensor, packed: torch.Tensor, out_features: int) -> tor
 
 def _dequantize_cpu(packed: torch.Tensor, expert: int, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
     _check_packed(packed)
+    if expert < 0:
+        raise QmoeError("E_VALUE", "no such expert", expected=">= 0", actual=expert)
     # Checksums are for loading; here they would cost a pass over all experts for every one that is decoded.
     weight = _C.decode_record(packed.contiguous().numpy(), expert, False)
     if weight.shape != (rows, cols):

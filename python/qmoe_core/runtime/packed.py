@@ -28,16 +28,17 @@ class PackedShape:
         """From `{"shape": [E, N, K], "nbytes": n, "format": name}`. Raises QmoeError E_SHAPE for anything else."""
         shape = entry.get("shape") if isinstance(entry, Mapping) else None
         nbytes = entry.get("nbytes") if isinstance(entry, Mapping) else None
-        numbers = [*shape, nbytes] if isinstance(shape, (list, tuple)) and len(shape) == 3 else [None]
+        numbers: list[Any] = [*shape, nbytes] if isinstance(shape, (list, tuple)) and len(shape) == 3 else [nbytes]
         # bool is an int to isinstance, and JSON's true is no size.
-        if not all(type(n) is int and 0 < n < 2**62 for n in numbers):
+        if len(numbers) != 4 or not all(type(n) is int and 0 < n < 2**62 for n in numbers):
             raise QmoeError(
                 "E_SHAPE",
                 "quantization_config: a packed tensor needs shape [E, N, K] and nbytes",
                 tensor=tensor,
                 actual=entry,
             )
-        return cls(*numbers, format=str(entry.get("format", "")))
+        experts, rows, cols, size = numbers
+        return cls(experts, rows, cols, size, str(entry.get("format", "")))
 
     def buffer(self) -> torch.Tensor:
         """Uninitialised bytes of the right size, on torch's current default device."""
