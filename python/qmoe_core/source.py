@@ -39,6 +39,8 @@ _NOT_COPIED = (
     ".gguf",
     ".py",
 )
+# config.json and the index are written anew; a model card would describe other files than the ones beside it.
+_REPLACED = ("config.json", "qmoe.json", "README.md")
 _SAMPLE_BYTES = 4096
 
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -116,7 +118,7 @@ class SourceCheckpoint:
         """Raises `E_MISSING`, `E_UNSAFE_SOURCE`, `E_NAME`, `E_CORRUPT`, or what the safetensors parser refuses."""
         self.directory = Path(directory)
         self.tensors: dict[str, SourceTensor] = {}
-        self._files: dict[str, int] = {}
+        self._files: dict[str, Any] = {}  # shard name -> open _C.SafetensorsFile
         if self.directory.suffix in PICKLES:
             raise QmoeError("E_UNSAFE_SOURCE", "pickle files can run code and are never opened", file=directory)
         if not self.directory.is_dir():
@@ -144,15 +146,13 @@ class SourceCheckpoint:
         path = self.directory / name
         if not path.exists():
             raise QmoeError("E_MISSING", "a shard is absent", file=path)
-        with _C.SafetensorsFile(str(path)) as parsed:
-            for tensor, (dtype, shape, begin, end) in parsed.tensors.items():
-                if tensor in self.tensors:
-                    raise QmoeError(
-                        "E_NAME", f"the tensor is also in {self.tensors[tensor].file}", file=path, tensor=tensor
-                    )
-                self.tensors[tensor] = SourceTensor(tensor, name, dtype, tuple(shape), begin, end)
-        with io_errors(path):
-            self._files[name] = os.open(path, os.O_RDONLY)
+        file = self._files[name] = _C.SafetensorsFile(path)
+        for tensor, (dtype, shape, begin, end) in file.tensors.items():
+            if tensor in self.tensors:
+                raise QmoeError(
+                    "E_NAME", f"the tensor is also in {self.tensors[tensor].file}", file=path, tensor=tensor
+                )
+            self.tensors[tensor] = SourceTensor(tensor, name, dtype, tuple(shape), begin, end)
 
     def __enter__(self) -> SourceCheckpoint:
         return self
@@ -161,9 +161,13 @@ class SourceCheckpoint:
         self.close()
 
     def close(self) -> None:
-        for fd in self._files.values():
-            os.close(fd)
+        for file in self._files.values():
+            file.close()
         self._files.clear()
+
+    def _stat(self, name: str) -> os.stat_result:
+        with io_errors(self.directory / name):
+            return os.stat(self.directory / name)
 
     def ordered_names(self) -> list[str]:
         """Tensor names with numbers in numeric order: layer 2 before layer 10."""
@@ -172,22 +176,8 @@ class SourceCheckpoint:
     def read_range(self, tensor: SourceTensor, first: int, count: int) -> np.ndarray:
         """Bytes [first, first + count) of a tensor as uint8. Raises `E_IO` if the file has shrunk since it was
         opened."""
-        assert first >= 0 and first + count <= tensor.nbytes
-        out = np.empty(count, dtype=np.uint8)
-        view = memoryview(out.data)
-        with io_errors(self.directory / tensor.file):
-            done = 0
-            while done < count:
-                got = os.preadv(self._files[tensor.file], [view[done:]], tensor.begin + first + done)
-                if got == 0:
-                    raise QmoeError(
-                        "E_IO",
-                        "the file shrank while it was read",
-                        file=self.directory / tensor.file,
-                        tensor=tensor.name,
-                    )
-                done += got
-        return out
+        data: np.ndarray = self._files[tensor.file].read_range(tensor.name, first, count)
+        return data
 
     def chunks(self, tensor: SourceTensor, chunk_bytes: int = 8 << 20) -> Iterator[np.ndarray]:
         """A tensor's bytes, piece by piece."""
@@ -224,12 +214,12 @@ class SourceCheckpoint:
         by_file: dict[str, list[SourceTensor]] = {}
         for tensor in self.tensors.values():
             by_file.setdefault(tensor.file, []).append(tensor)
-        for name, fd in sorted(self._files.items()):
+        for name in sorted(self._files):
             digest = hashlib.sha256()
             for tensor in sorted(by_file.get(name, []), key=lambda t: t.begin):
                 digest.update(canonical_json([tensor.name, tensor.dtype, tensor.shape, tensor.begin, tensor.end]))
                 digest.update(self.read_range(tensor, 0, min(_SAMPLE_BYTES, tensor.nbytes)).tobytes())
-            shards[name] = {"bytes": os.fstat(fd).st_size, "sha256": digest.hexdigest()}
+            shards[name] = {"bytes": self._stat(name).st_size, "sha256": digest.hexdigest()}
         with io_errors(self.directory):
             others = {
                 name: hashlib.sha256((self.directory / name).read_bytes()).hexdigest()
@@ -241,7 +231,7 @@ class SourceCheckpoint:
         """Modification times (ns) of the shards. Equal times prove nothing, but another time means somebody has
         written the file, perhaps in a place that `fingerprint` does not sample; kept in the journal only, never in
         the output."""
-        return {name: os.fstat(fd).st_mtime_ns for name, fd in sorted(self._files.items())}
+        return {name: self._stat(name).st_mtime_ns for name in sorted(self._files)}
 
     def copied_files(self) -> list[str]:
         """Files that go into the compressed checkpoint unchanged: tokenizer, generation config, licence and the like.
@@ -253,5 +243,5 @@ class SourceCheckpoint:
                 if entry.is_file()
                 and not entry.name.startswith(".")
                 and not entry.name.endswith(_NOT_COPIED)
-                and entry.name not in ("config.json", "qmoe.json")
+                and entry.name not in _REPLACED
             )
