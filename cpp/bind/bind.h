@@ -22,6 +22,7 @@ void check(const Status& status, pybind11::dict where = {});
 std::span<const uint8_t> bytes_of(const Bytes& array);
 Bytes to_array(std::vector<uint8_t>&& bytes);
 
+void bind_cuda(pybind11::module_& m);
 void bind_safetensors(pybind11::module_& m);
 
 }  // namespace qmoe::bind

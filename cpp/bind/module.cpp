@@ -287,5 +287,6 @@ PYBIND11_MODULE(_C, m) {
           py::arg("seed") = 0, "CRC-32C of uint8 (bytes,).");
     m.def("cpu_features", &isa_names, "Instruction sets with kernels on this machine, best first.");
     m.def("version", [] { return QMOE_VERSION; }, "Version of the core.");
+    bind_cuda(m);
     bind_safetensors(m);
 }

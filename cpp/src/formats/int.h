@@ -60,7 +60,7 @@ struct IntLayout {
 };
 
 // Code i (0..31) of one packed block.
-inline uint32_t int_code(const uint8_t* block, uint32_t bits, uint32_t i) noexcept {
+QMOE_INLINE uint32_t int_code(const uint8_t* block, uint32_t bits, uint32_t i) noexcept {
     switch (bits) {
         case 2: return (block[i % 8] >> (2 * (i / 8))) & 3;
         case 3: return ((block[i % 8] >> (2 * (i / 8))) & 3) | (((block[8 + i / 8] >> (i % 8)) & 1u) << 2);

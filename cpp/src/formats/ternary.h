@@ -90,10 +90,10 @@ struct TernaryLayout {
     }
 
     // Row of the matrix that `lane` codes as its j-th.
-    uint64_t row(uint64_t block, uint32_t lane, uint32_t j) const noexcept {
+    QMOE_INLINE uint64_t row(uint64_t block, uint32_t lane, uint32_t j) const noexcept {
         return block * block_rows + uint64_t{j} * (kLanes / segments) + lane / segments;
     }
-    uint64_t col(uint32_t lane) const noexcept { return lane % segments * segment_cols; }
+    QMOE_INLINE uint64_t col(uint32_t lane) const noexcept { return lane % segments * segment_cols; }
     // Row groups of a block that still have a row in round j; each has `segments` lanes at work.
     uint32_t live_groups(uint64_t block, uint32_t j) const noexcept {
         const uint64_t base = row(block, 0, j), groups = kLanes / segments;

@@ -1,0 +1,39 @@
+#include "common.cuh"
+
+namespace qmoe::cuda {
+namespace {
+
+Status runtime_status(cudaError_t error) noexcept {
+    return error == cudaSuccess ? Status{} : Status::error(Code::kNoKernel, cudaGetErrorString(error));
+}
+
+Status device_count(int* count) noexcept { return runtime_status(cudaGetDeviceCount(count)); }
+
+Status device_info(int device, DeviceInfo* info) noexcept {
+    cudaDeviceProp properties;
+    const Status status = runtime_status(cudaGetDeviceProperties(&properties, device));
+    if (!status.ok()) return status;
+    *info = {};
+    for (size_t i = 0; i + 1 < sizeof info->name && properties.name[i] != 0; ++i) info->name[i] = properties.name[i];
+    info->compute_capability = 10 * properties.major + properties.minor;
+    info->multiprocessors = properties.multiProcessorCount;
+    info->memory_bytes = properties.totalGlobalMem;
+    return {};
+}
+
+Status dequantize(const DeviceMatrix& matrix, void* out, OutputType type, void* stream) noexcept {
+    // The host has no device memory to read, so only what the spec and the sizes say can be checked here; the offsets inside the
+    // matrix were checked when the record was opened.
+    switch (matrix.spec[0] | matrix.spec[1] << 8) {
+        case 1: return dequantize_int(matrix, out, type, static_cast<cudaStream_t>(stream));
+        case 2: return dequantize_ternary(matrix, out, type, static_cast<cudaStream_t>(stream));
+    }
+    return Status::error(Code::kNoKernel, "cuda: no kernel for this format");
+}
+
+constexpr Api kApi{kApiVersion, device_count, device_info, dequantize};
+
+}  // namespace
+}  // namespace qmoe::cuda
+
+extern "C" __attribute__((visibility("default"))) const qmoe::cuda::Api* qmoe_cuda_api() noexcept { return &qmoe::cuda::kApi; }

@@ -1,0 +1,39 @@
+// What the kernels share: output conversion, launch checks.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "qmoe/cuda.h"
+
+namespace qmoe::cuda {
+
+template <class T>
+__device__ inline T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) { return x; }
+template <>
+__device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+inline Status launch_status() noexcept {
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? Status{} : Status::error(Code::kNoKernel, cudaGetErrorString(error));
+}
+
+// Calls launch(T{}) with T the element type of `type`.
+template <class Launch>
+Status with_output_type(OutputType type, const Launch& launch) noexcept {
+    switch (type) {
+        case OutputType::kFloat32: return launch(float{});
+        case OutputType::kFloat16: return launch(__half{});
+        case OutputType::kBfloat16: return launch(__nv_bfloat16{});
+    }
+    return Status::error(Code::kDtype, "cuda: output must be float32, float16 or bfloat16");
+}
+
+Status dequantize_int(const DeviceMatrix& matrix, void* out, OutputType type, cudaStream_t stream) noexcept;
+Status dequantize_ternary(const DeviceMatrix& matrix, void* out, OutputType type, cudaStream_t stream) noexcept;
+
+}  // namespace qmoe::cuda

@@ -1,0 +1,46 @@
+// The CUDA library, libqmoe_cuda: opened at run time through qmoe/cuda_library.h, so that programs start without a driver.
+//
+// Every launch takes raw device pointers and a stream from the caller, allocates nothing, does not synchronise and can be captured
+// in a CUDA graph. Unsupported arguments give a Status that says which and why.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "qmoe/format.h"
+#include "qmoe/status.h"
+
+namespace qmoe::cuda {
+
+inline constexpr uint32_t kApiVersion = 1;
+
+enum class OutputType : uint8_t { kFloat32, kFloat16, kBfloat16 };
+
+struct DeviceInfo {
+    char name[256];
+    int compute_capability;  // 10 * major + minor
+    int multiprocessors;
+    uint64_t memory_bytes;
+};
+
+// One matrix of a record whose bytes lie in device memory. The tables are read on the host (qmoe/record.h), where they were checked.
+struct DeviceMatrix {
+    uint8_t spec[kSpecBytes];      // host copy
+    const uint8_t* data;           // device: the entry's bytes, 16-byte aligned
+    uint64_t bytes;
+    uint64_t rows, cols;           // N, K
+    const uint32_t* ternary_table; // device: 4096 entries from ternary_decoding_table(); null for int
+};
+
+// The function table that libqmoe_cuda exports as qmoe_cuda_api().
+struct Api {
+    uint32_t version;
+    Status (*device_count)(int* count) noexcept;
+    Status (*device_info)(int device, DeviceInfo* info) noexcept;
+    // out (N, K) row-major of `type`, on the device.
+    Status (*dequantize)(const DeviceMatrix& matrix, void* out, OutputType type, void* stream) noexcept;
+};
+
+}  // namespace qmoe::cuda
+
+extern "C" const qmoe::cuda::Api* qmoe_cuda_api() noexcept;
