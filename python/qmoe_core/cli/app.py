@@ -1,0 +1,272 @@
+"""The commands. Each one parses its options, calls the library, and shows what came back.
+
+The library is imported inside the commands: most of it needs torch, which takes seconds to import.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import __version__
+from ..errors import QmoeError
+from . import tables
+from .output import EXIT_HELP, ExitCode, Output, reporting
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..recipe import Recipe
+
+app = typer.Typer(
+    name="qmoe",
+    help="Compress Mixture-of-Experts language models, measure what that costs, and run them small.",
+    epilog=EXIT_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+Model = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint directory.", show_default=False)]
+Compressed = Annotated[Path, typer.Argument(metavar="DIR", help="A compressed checkpoint.", show_default=False)]
+
+
+class Method(str, Enum):
+    """Names of quantize.METHODS, repeated here because that module imports torch; a test compares the two."""
+
+    rtn = "rtn"
+    moqe = "moqe"
+    finequant = "finequant"
+    ternary_minmax = "ternary-minmax"
+    ternary_centroid = "ternary-centroid"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qmoe {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where in the program an error arose.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def compress(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face MoE checkpoint.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make.", show_default=False)],
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="int8, int4, int3, int2 or ternary.  [default: int4]")
+    ] = None,
+    group: Annotated[
+        int | None, typer.Option(help="int: columns that share a scale: 32, 64, 128, or 0 for a row.  [default: 128]")
+    ] = None,
+    method: Annotated[Method | None, typer.Option(help="How values are chosen.  [default: by format]")] = None,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points; ternary: one level per row.")] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A TOML recipe instead of the four options above.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compress the experts of a checkpoint into a new directory.
+
+    Interrupted, the same command continues where it stopped and ends with the same bytes. The source is only read.
+    """
+    with reporting(context, as_json) as out:
+        chosen = _recipe(format, group, method, symmetric, recipe)
+        from .. import compress as run
+
+        with out.progress() as progress:
+            report = run(source, output, chosen, progress=progress)
+        out.show(tables.compression(report))
+        out.result(report.to_dict())
+
+
+def _recipe(
+    format: str | None, group: int | None, method: Method | None, symmetric: bool, recipe: Path | None
+) -> Recipe:
+    """The recipe that the options describe. Options that make no sense are wrong usage, not refused input."""
+    if recipe is not None and (format is not None or group is not None or method is not None or symmetric):
+        raise typer.BadParameter("a recipe says everything: leave out --format, --group, --method and --symmetric")
+    from .. import Recipe
+
+    if recipe is not None:
+        return Recipe.from_toml(recipe)
+    format = format or ("ternary" if method is not None and method.value.startswith("ternary") else "int4")
+    settings: dict[str, Any] = {"group": group, "method": method.value if method else None}
+    if symmetric:
+        settings |= {"levels": "symmetric"} if format.startswith("ternary") else {"zero_point": False}
+    try:
+        return Recipe.uniform(format, **settings)
+    except QmoeError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command("eval")
+def evaluate(
+    context: typer.Context,
+    model: Model,
+    reference: Annotated[
+        Path | None, typer.Option(help="The original, to compare with: KL divergence, agreements.", show_default=False)
+    ] = None,
+    tokens: Annotated[Path | None, typer.Option(help="A .npy file of token ids.", show_default=False)] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text file, encoded with the model's tokenizer.", show_default=False)
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per disjoint window.", min=2)] = 512,
+    max_tokens: Annotated[int, typer.Option(help="How many tokens of the front to use.", min=2)] = 65536,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 8,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, and what was lost against the original, with standard errors. Everything in float32."""
+    with reporting(context, as_json) as out:
+        if (tokens is None) == (text is None):
+            raise typer.BadParameter("give either --tokens or --text")
+        ids = _npy(tokens) if tokens is not None else _text(text, model)
+        from .. import evaluate as run
+
+        with out.progress() as progress:
+            result = run(
+                model, ids, reference=reference, window=window, max_tokens=max_tokens, batch_size=batch_size,
+                progress=progress,
+            )  # fmt: skip
+        out.show(tables.evaluation(result))
+        out.result({"model": model, "reference": reference, **result.to_dict()})
+
+
+def _npy(path: Path) -> np.ndarray:
+    """Token ids from a .npy file; never pickled ones."""
+    import numpy as np
+
+    if not path.exists():
+        raise QmoeError("E_MISSING", "no such file", file=path)
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise QmoeError("E_CORRUPT", f"not a .npy file of numbers: {error}", file=path) from error
+
+
+def _text(path: Path | None, model: Path) -> np.ndarray:
+    """A text file's token ids, by the model's own tokenizer."""
+    from ..evaluation import encode_text
+    from ..generation import load_tokenizer
+
+    assert path is not None
+    if not path.exists():
+        raise QmoeError("E_MISSING", "no such file", file=path)
+    try:
+        return encode_text(load_tokenizer(model), path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise QmoeError("E_CORRUPT", f"not UTF-8: {error}", file=path) from error
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus for sampling.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text, token by token as it comes."""
+    with reporting(context, as_json) as out:
+        from ..generation import generate as run
+        from ..generation import load_model, load_tokenizer
+
+        tokenizer = load_tokenizer(model)
+        loaded = load_model(model)
+        out.write(prompt)
+        stream = _Stream(out, tokenizer)
+        result = run(
+            loaded, tokenizer, prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+            on_token=stream.add,
+        )  # fmt: skip
+        stream.finish()
+        out.result({"model": model, "prompt": prompt, **result.to_dict()})
+        if not as_json:
+            out.errors.print(tables.speed(result), style="dim")
+
+
+class _Stream:
+    """Writes text as tokens arrive; a token may end in the middle of a character, which then waits for the next one."""
+
+    def __init__(self, out: Output, tokenizer: Any) -> None:
+        self.out, self.tokenizer = out, tokenizer
+        self.tokens: list[int] = []
+        self.written = 0
+
+    def add(self, token: int) -> None:
+        self.tokens.append(token)
+        text = self._text()
+        if not text.endswith("\ufffd"):
+            self.out.write(text[self.written :])
+            self.written = len(text)
+
+    def finish(self) -> None:
+        self.out.write(self._text()[self.written :] + "\n")
+
+    def _text(self) -> str:
+        text: str = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        return text
+
+
+@app.command()
+def inspect(context: typer.Context, directory: Compressed, as_json: Json = False) -> None:
+    """Show what a compressed checkpoint holds: tensor, format, bits, error."""
+    with reporting(context, as_json) as out:
+        from ..checkpoint import load_report
+
+        report = load_report(directory)
+        out.show(tables.tensors(report))
+        out.show(tables.compression(report))
+        out.result(report.to_dict())
+
+
+@app.command()
+def verify(context: typer.Context, directory: Compressed, as_json: Json = False) -> None:
+    """Check every size and checksum, and decode every packed tensor. Exit code 4 if anything is wrong."""
+    with reporting(context, as_json) as out:
+        from ..verification import verify as run
+
+        with out.progress() as progress:
+            report = run(directory, progress=progress)
+        out.show(tables.verification(report))
+        out.result(report.to_dict())
+        if not report.ok:
+            raise typer.Exit(ExitCode.FAILED)
+
+
+@app.command()
+def quickstart(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where models and report go.")] = Path(
+        "qmoe-quickstart"
+    ),
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the held-out text to evaluate on.", min=64)] = 8192,
+    window: Annotated[int, typer.Option(help="Tokens per disjoint window.", min=2)] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate with each model.", min=2)] = 64,
+    as_json: Json = False,
+) -> None:
+    """The whole story on the bundled model: compress, evaluate, generate, and an HTML report with plots."""
+    with reporting(context, as_json) as out:
+        from ..quickstart import quickstart as run
+
+        with out.progress() as progress:
+            result = run(output, max_tokens=max_tokens, window=window, max_new_tokens=new_tokens, progress=progress)
+        out.show(tables.comparison(result.rows))
+        out.show(tables.files(result))
+        out.result(result.to_dict())

@@ -1,0 +1,302 @@
+"""A comparison of formats as one self-contained HTML page, with its plots also as PNG files beside it.
+
+matplotlib and jinja2 are imported when a report is written; importing this module needs neither.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import io
+import os
+import platform
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .evaluation import EvalResult
+from .store import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Readable on white, distinct without red against green, one per format in order.
+COLOURS = ("#4c566a", "#3366aa", "#11889a", "#e0912f", "#b8487a", "#6b4fa0", "#8a6d3b", "#5b8c3e")
+DPI = 130
+
+
+@dataclass(frozen=True)
+class FormatRow:
+    """One format of one model.
+
+    Attributes:
+        bits_per_parameter: all bytes on disk x 8 / all parameters; `bits_per_expert_weight`: packed experts only.
+        bytes_on_disk, packed_bytes: of the directory and, of these, of the expert weights.
+        quality: against the original; its KL divergence and agreements say nothing where `is_original`.
+        tokens_per_second: of generation at batch 1. `sample`: generated text.
+        errors: packed tensor -> ||W - Q|| / ||W||.
+    """
+
+    name: str
+    bits_per_parameter: float
+    bits_per_expert_weight: float
+    bytes_on_disk: int
+    packed_bytes: int
+    quality: EvalResult
+    tokens_per_second: float
+    sample: str
+    is_original: bool = False
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything on the page. `model`: what was compressed; `text`: what it was judged on; `rows`: original first."""
+
+    title: str
+    model: str
+    text: str
+    prompt: str
+    rows: tuple[FormatRow, ...]
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """What `write_report` wrote."""
+
+    html: Path
+    plots: tuple[Path, ...]
+
+
+def write_report(output: str | os.PathLike[str], report: Report) -> ReportFiles:
+    """Writes OUTPUT/report.html and its plots (PNG), each whole or not at all.
+
+    Raises:
+        QmoeError: `E_NO_SPACE`, `E_IO`.
+        ModuleNotFoundError: matplotlib or jinja2 is not installed.
+    """
+    import jinja2
+
+    output = Path(output)
+    plots = {
+        "quality": ("Quality against size", _plot_quality(report)),
+        "agreement": ("Agreement with the original", _plot_agreement(report)),
+        "size": ("Size on disk", _plot_size(report)),
+        "error": ("Error of the weights", _plot_error(report)),
+    }
+    paths, embedded = [], {}
+    for name, (heading, figure) in plots.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+        paths.append(output / f"{name}.png")
+        write_atomic(paths[-1], buffer.getvalue())
+        data = base64.b64encode(buffer.getvalue()).decode()
+        embedded[name] = {"heading": heading, "data": data, "file": paths[-1].name}
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["megabytes"] = lambda size: f"{size / 1e6:.2f}"
+    template = (resources.files(__package__) / "templates" / "report.html.j2").read_text(encoding="utf-8")
+    page = environment.from_string(template).render(
+        report=report, plots=embedded, quality=report.rows[0].quality, machine=_machine(),
+        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )  # fmt: skip
+    html = output / "report.html"
+    write_atomic(html, page.encode())
+    return ReportFiles(html, tuple(paths))
+
+
+def _machine() -> dict[str, Any]:
+    """What the speeds were measured on."""
+    import torch
+
+    from . import __version__
+
+    name = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return {"cpu": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "qmoe": __version__}
+
+
+# Plots.
+
+
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with recessive axes. Figures are made without pyplot: a library must not touch global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color("#999999")
+        ax.tick_params(colors="#444444", labelsize=9)
+        ax.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _title(ax: Axes, text: str) -> None:
+    ax.set_title(text, loc="left", fontsize=11, fontweight="bold")
+
+
+def _colours(report: Report) -> dict[str, str]:
+    return {row.name: COLOURS[index % len(COLOURS)] for index, row in enumerate(report.rows)}
+
+
+def _plain_log(ax: Axes) -> None:
+    """A logarithmic y axis whose ticks are plain numbers, one, two and five per decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _label_points(ax: Axes, labels: list[tuple[float, float, str, str]], lift: float = 0) -> None:
+    """Writes (x, y, text, colour) to the right of each point and `lift` pixels above it, lower where it
+    would cover another.
+    Call it when the limits of the axes are final."""
+    placed: list[tuple[float, float, float]] = []  # left, right and height in pixels
+    for x, y, text, colour in sorted(labels, key=lambda label: -label[1]):
+        left, height = ax.transData.transform((x, y))
+        right = left + 7.0 * len(text) + 14
+        moved = height + lift
+        while any(left < r and right > other and abs(moved - h) < 15 for other, r, h in placed):
+            moved -= 1
+        placed.append((left, right, moved))
+        points = (moved - height) * 72 / ax.figure.dpi
+        ax.annotate(
+            text, (x, y), xytext=(11, points), textcoords="offset points", va="center", fontsize=9, color=colour,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}, zorder=5,
+        )  # fmt: skip
+
+
+def _plot_quality(report: Report) -> Figure:
+    """Perplexity over bits per expert weight, one labelled point per format."""
+    from matplotlib.ticker import MultipleLocator
+
+    figure, (ax,) = _figure(7.4, 4.6)
+    colours = _colours(report)
+    values = [row.quality.perplexity for row in report.rows]
+    if max(values) > 4 * min(values):
+        _plain_log(ax)
+    points = sorted(report.rows, key=lambda row: row.bits_per_expert_weight)
+    ax.plot(
+        [row.bits_per_expert_weight for row in points], [row.quality.perplexity for row in points],
+        color="#c8ccd4", linewidth=1.4, zorder=1,
+    )  # fmt: skip
+    ax.axhline(values[0], color=COLOURS[0], linewidth=1, linestyle=(0, (5, 4)), zorder=1)
+    ax.set_xlim(0, max(row.bits_per_expert_weight for row in report.rows) * 1.18)
+    labels = []
+    for row in report.rows:
+        x, y, error = row.bits_per_expert_weight, row.quality.perplexity, row.quality.perplexity_se
+        ax.errorbar(x, y, yerr=error, fmt="o", markersize=7, capsize=3, elinewidth=1, color=colours[row.name], zorder=3)
+        labels.append((x, y, f"{row.name}  {y:.1f}", colours[row.name]))
+    _label_points(ax, labels, lift=10)
+    ax.xaxis.set_major_locator(MultipleLocator(2))
+    ax.set_xlabel("bits per expert weight, all metadata included")
+    ax.set_ylabel("perplexity ± one standard error (lower is better)")
+    _title(ax, "What fewer bits cost")
+    return figure
+
+
+def _plot_agreement(report: Report) -> Figure:
+    """Two panels: shares of agreement, and KL divergence on a logarithmic axis."""
+    from matplotlib.ticker import PercentFormatter
+
+    rows = [row for row in report.rows if not row.is_original]
+    figure, (left, right) = _figure(10.0, 4.2, panels=2)
+    places = range(len(rows))
+    series = (
+        ("most likely token", "#3366aa", [(row.quality.top1_agreement, row.quality.top1_se) for row in rows]),
+        ("experts chosen", "#e0912f", [(row.quality.router_agreement, row.quality.router_se) for row in rows]),
+    )
+    for offset, (label, colour, values) in zip((-0.2, 0.2), series, strict=True):
+        heights = [value or 0.0 for value, _ in values]
+        errors = [error or 0.0 for _, error in values]
+        bars = left.bar(
+            [x + offset for x in places], heights, 0.38, yerr=errors, capsize=2, label=label, color=colour,
+            error_kw={"elinewidth": 1, "ecolor": "#444444"},
+        )  # fmt: skip
+        left.bar_label(bars, [f"{height:.0%}" for height in heights], fontsize=8, padding=2, color="#444444")
+    left.set_ylim(0, 1.12)
+    left.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    left.set_ylabel("share that agrees with the original")
+    left.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+    _title(left, "Same choices as the original")
+    colours = _colours(report)
+    labels = []
+    for x, row in zip(places, rows, strict=True):
+        kl = row.quality.kl or 0.0
+        right.errorbar(x, kl, yerr=row.quality.kl_se, fmt="o", markersize=7, capsize=3, color=colours[row.name])
+        labels.append((float(x), kl, f"{kl:.2g}", "#444444"))
+    _plain_log(right)
+    right.set_xlim(-0.5, len(rows) - 0.2)
+    _label_points(right, labels)
+    right.set_ylabel("KL divergence, nats per token")
+    _title(right, "Distance of the predictions")
+    for ax in (left, right):
+        ax.set_xticks(list(places), [row.name for row in rows])
+    return figure
+
+
+def _plot_size(report: Report) -> Figure:
+    """Stacked horizontal bars: expert weights, and everything that stays as it is."""
+    figure, (ax,) = _figure(7.4, 1.3 + 0.42 * len(report.rows))
+    ax.grid(visible=False)
+    places = list(range(len(report.rows)))[::-1]
+    experts = [row.packed_bytes / 1e6 for row in report.rows]
+    others = [(row.bytes_on_disk - row.packed_bytes) / 1e6 for row in report.rows]
+    ax.barh(places, experts, color="#3366aa", label="experts", height=0.62)
+    label = "everything else (attention, embeddings, tokenizer)"
+    ax.barh(places, others, left=experts, color="#c8ccd4", label=label, height=0.62)
+    full = report.rows[0].bytes_on_disk
+    for place, row in zip(places, report.rows, strict=True):
+        share = "" if row.is_original else f"  ({full / row.bytes_on_disk:.1f} times smaller)"
+        text = f"  {row.bytes_on_disk / 1e6:.2f} MB{share}"
+        ax.text(row.bytes_on_disk / 1e6, place, text, va="center", fontsize=9, color="#444444")
+    ax.set_yticks(places, [row.name for row in report.rows])
+    ax.set_xlim(0, full / 1e6 * 1.22)
+    ax.set_xlabel("MB on disk")
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+    _title(ax, "Size of the whole directory")
+    return figure
+
+
+def _plot_error(report: Report) -> Figure:
+    """Relative error of every packed tensor, one line per format."""
+    figure, (ax,) = _figure(7.4, 4.4)
+    colours = _colours(report)
+    names: list[str] = []
+    labels = []
+    for row in report.rows:
+        if not row.errors:
+            continue
+        names = sorted(row.errors, key=_place)
+        values = [row.errors[name] for name in names]
+        ax.plot(range(len(values)), values, "o-", markersize=4, linewidth=1.4, color=colours[row.name])
+        labels.append((len(values) - 1.0, values[-1], row.name, colours[row.name]))
+    _plain_log(ax)
+    ax.set_xlim(-0.4, len(names) - 1 + max(1.0, 0.2 * len(names)))
+    _label_points(ax, labels)
+    # Names of many tensors would cover each other: then every second, third, ... is written.
+    step = -(-len(names) // 24)
+    ticks = list(range(0, len(names), step or 1))
+    ax.set_xticks(ticks, [" ".join(map(str, _place(names[tick]))) for tick in ticks], rotation=40, ha="right")
+    ax.set_xlabel("layer and tensor")
+    ax.set_ylabel("relative error ||W - Q|| / ||W||")
+    _title(ax, "Error of the expert weights, tensor by tensor")
+    return figure
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Layer and parameter: "model.layers.3.mlp.experts.down_proj" -> (3, "down_proj")."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    return (numbers[0] if numbers else 0), name.rpartition(".")[2]
