@@ -1,6 +1,7 @@
 // Deterministic inputs for the benchmarks.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -18,6 +19,15 @@ inline std::vector<int8_t> random_trits(uint64_t count, double zeros, uint64_t s
         t = static_cast<uint32_t>(r) < zero_below ? int8_t{0} : (r >> 63) ? int8_t{1} : int8_t{-1};
     }
     return trits;
+}
+
+// One level a row, in bfloat16, spread over 0.8 to 1.25: as much as the largest weights of Gaussian rows differ.
+inline std::vector<float> random_levels(uint64_t rows, uint64_t seed = 1) {
+    std::mt19937_64 generator(seed);
+    std::uniform_int_distribution<int> step(0x3F4D, 0x3FA0);
+    std::vector<float> levels(rows);
+    for (float& level : levels) level = std::bit_cast<float>(static_cast<uint32_t>(step(generator)) << 16);
+    return levels;
 }
 
 // Bits per trit of the observed frequencies: what no code of independent trits can beat.

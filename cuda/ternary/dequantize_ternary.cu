@@ -32,10 +32,6 @@ struct WordReader {
     }
 };
 
-__device__ float device_level(const uint8_t* data, uint64_t index) {
-    return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(data)[index]);
-}
-
 template <class T>
 __global__ void __launch_bounds__(kWarps * 32) dequantize_ternary_kernel(TernaryLayout layout, const uint8_t* __restrict__ data,
                                                                          const uint32_t* __restrict__ table_in, T* __restrict__ out) {
@@ -59,8 +55,7 @@ __global__ void __launch_bounds__(kWarps * 32) dequantize_ternary_kernel(Ternary
     for (uint32_t j = 0; j < layout.rows_per_lane && layout.row(block, 0, j) < layout.rows; ++j) {
         const uint64_t row = layout.row(block, lane, j);
         const bool live = row < layout.rows;
-        const float high = live ? device_level(data, row * layout.levels + layout.levels - 1) : 0.0f;
-        const float low = layout.levels == 1 ? -high : live ? device_level(data, row * 2) : 0.0f;
+        const float high = live ? layout.high(data, row) : 0.0f, low = live ? layout.low(data, row) : 0.0f;
         for (uint64_t step = 0; step < layout.steps; ++step) {
             const uint32_t entry = live ? table[state] : 0;
             state = (entry >> 16 & (kStates - 1)) + reader.read(entry >> 12 & 15);

@@ -173,6 +173,9 @@ const char* active_isa() noexcept { return choice().active == nullptr ? nullptr 
 Status grouped_linear(const Record& record, const void* x, ActivationType type, uint64_t tokens,
                       std::span<const int64_t> offsets, void* y, int threads) noexcept {
     QMOE_TRY(check_offsets(record, offsets, tokens));
+    for (size_t s = 0; s < record.spec_count(); ++s)
+        if (const uint16_t id = record.format_of_spec(s).id; id != kIntId && id != kTernaryId)
+            return Status::mismatch(Code::kNoKernel, "linear: no kernel for this format", 0, kIntId, id);
     if (choice().active == nullptr)
         return Status::error(Code::kNoKernel, "linear: QMOE_FORCE_ISA names an instruction set that is not available");
     try {

@@ -19,7 +19,11 @@ Status check_spec(const uint8_t* spec) noexcept {
         return Status::error(Code::kUnknown, "ternary: segments must be 1, 2, 4, 8, 16 or 32", kSegmentsAt);
     if (rows_per_lane == 0 || rows_per_lane > 4096)
         return Status::error(Code::kUnknown, "ternary: rows per lane must be 1 to 4096", kRowsPerLaneAt);
-    if (!all_zero(spec + 6, 2) || !all_zero(spec + kEscapeFreqAt + 2, kSpecBytes - kEscapeFreqAt - 2))
+    if (spec[kLevelBitsAt] > 16 || spec[kLevelBitsAt + 1] > 16)
+        return Status::error(Code::kUnknown, "ternary: more than 16 bits for a level", kLevelBitsAt);
+    if (spec[kLevelsAt] == 1 && (load<uint16_t>(spec + kLevelBaseAt + 2) != 0 || spec[kLevelBitsAt + 1] != 0))
+        return Status::error(Code::kUnknown, "ternary: low levels described where there are none", kLevelBaseAt);
+    if (!all_zero(spec + 6, 2) || !all_zero(spec + kSpecEnd, kSpecBytes - kSpecEnd))
         return Status::error(Code::kUnknown, "ternary: reserved spec bytes are not zero", 6);
     uint64_t total = 0;
     const auto freq = ternary_frequencies(spec);
@@ -54,15 +58,24 @@ Status validate(const MatrixView& view, bool values) noexcept {
     if (view.data.size() != padded)
         return Status::mismatch(Code::kShape, "ternary: data size does not match the block offsets", 0, padded, view.data.size());
     if (!all_zero(data + end, padded - end)) return Status::error(Code::kCorrupt, "ternary: padding is not zero", end);
-    for (uint64_t i = 0; values && i < layout.rows * layout.levels; ++i)
-        if (!std::isfinite(bfloat_to_float(load<uint16_t>(data + i * 2))))
-            return Status::error(Code::kCorrupt, "ternary: a level is not finite", i * 2);
+    for (uint64_t r = 0; values && r < layout.rows; ++r)
+        if (!std::isfinite(layout.high(data, r)) || !std::isfinite(layout.low(data, r)))
+            return Status::mismatch(Code::kCorrupt, "ternary: a level is not finite; row", layout.highs.bits * r / 8, 0, r);
     return {};
+}
+
+// Whether nothing follows the last level up to `end`.
+bool stream_ends_in_zeros(const LevelStream& stream, uint64_t rows, uint64_t end, const uint8_t* data) noexcept {
+    const uint64_t bit = rows * stream.bits, last = stream.at + bit / 8;
+    return (bit % 8 == 0 || data[last] >> (bit % 8) == 0) && all_zero(data + last + (bit % 8 != 0), end - last - (bit % 8 != 0));
 }
 
 Status verify(const MatrixView& view) noexcept {
     const TernaryLayout layout(view.spec.data(), view.rows, view.cols);
     const uint64_t stride = layout.padded_cols();
+    if (!stream_ends_in_zeros(layout.highs, layout.rows, layout.lows.at, view.data.data()) ||
+        !stream_ends_in_zeros(layout.lows, layout.rows, layout.offsets_at, view.data.data()))
+        return Status::error(Code::kCorrupt, "ternary: bits left over after the levels", layout.lows.at);
     try {
         const auto table = ternary_table(view.spec.data());
         std::vector<int8_t> trits(layout.rows_in_block(0) * stride);

@@ -23,6 +23,22 @@ inline constexpr uint32_t kRawBits = 2 * kTrits;      // an escaped symbol: six 
 
 // Spec fields behind the u16 format id.
 inline constexpr size_t kLevelsAt = 2, kSegmentsAt = 3, kRowsPerLaneAt = 4, kClassFreqAt = 8, kEscapeFreqAt = 64;
+inline constexpr size_t kLevelBaseAt = 66, kLevelBitsAt = 70, kSpecEnd = 72;  // two u16 and two u8: high, then low
+
+// One level of every row: bfloat16 patterns, stored as what they exceed the smallest by, in as few bits as the largest needs.
+// Rows of a matrix are alike, so 16 bits become 5 to 8, without loss.
+struct LevelStream {
+    uint32_t base = 0, bits = 0;
+    uint64_t at = 0;  // bytes from the start of the matrix
+
+    // Reads four bytes; the block offsets behind the levels keep that in bounds.
+    QMOE_INLINE float value(const uint8_t* data, uint64_t row) const noexcept {
+        const uint64_t bit = row * bits;
+        const uint32_t excess = (load<uint32_t>(data + at + bit / 8) >> (bit % 8)) & ((1u << bits) - 1);
+        return bfloat_to_float(static_cast<uint16_t>(base + excess));
+    }
+    uint64_t bytes(uint64_t rows) const noexcept { return ceil_div(rows * bits, 8); }
+};
 
 // Index of the class with `plus` ones and `minus` minus-ones: rows of a triangle.
 constexpr uint32_t ternary_class(uint32_t plus, uint32_t minus) noexcept {
@@ -66,7 +82,8 @@ std::shared_ptr<const TernaryTable> ternary_table(const uint8_t* spec);
 
 // Where everything is in one stored matrix, and which lane codes what.
 struct TernaryLayout {
-    uint32_t levels = 0;         // 1 (high = -low) or 2 (low, high), bfloat16 each
+    uint32_t levels = 0;         // 1 (low = -high) or 2
+    LevelStream highs, lows;
     uint32_t segments = 0;       // a row is cut into this many segments, one lane each
     uint32_t rows_per_lane = 0;  // rows that follow each other in one lane's stream
     uint64_t rows = 0, cols = 0;
@@ -85,7 +102,9 @@ struct TernaryLayout {
         steps = segment_cols / kTrits;
         block_rows = uint64_t{kLanes / segments} * rows_per_lane;
         blocks = ceil_div(n, block_rows);
-        offsets_at = ceil_div(rows * levels * 2, 4) * 4;
+        highs = {load<uint16_t>(spec + kLevelBaseAt), spec[kLevelBitsAt], 0};
+        lows = {load<uint16_t>(spec + kLevelBaseAt + 2), spec[kLevelBitsAt + 1], highs.bytes(n)};
+        offsets_at = ceil_div(lows.at + lows.bytes(n), 4) * 4;
         payload_at = offsets_at + (blocks + 1) * 4;
     }
 
@@ -104,11 +123,9 @@ struct TernaryLayout {
         return left < block_rows ? left : block_rows;
     }
     uint64_t padded_cols() const noexcept { return segments * segment_cols; }
-    float high(const uint8_t* data, uint64_t r) const noexcept {
-        return bfloat_to_float(load<uint16_t>(data + (r * levels + levels - 1) * 2));
-    }
-    float low(const uint8_t* data, uint64_t r) const noexcept {
-        return levels == 1 ? -high(data, r) : bfloat_to_float(load<uint16_t>(data + r * 4));
+    QMOE_INLINE float high(const uint8_t* data, uint64_t r) const noexcept { return highs.value(data, r); }
+    QMOE_INLINE float low(const uint8_t* data, uint64_t r) const noexcept {
+        return levels == 1 ? -highs.value(data, r) : lows.value(data, r);
     }
     // Payload words of one block.
     const uint8_t* words(const uint8_t* data, uint64_t block) const noexcept {

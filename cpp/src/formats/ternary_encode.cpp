@@ -123,9 +123,37 @@ Slots choose_slots(const Census& census) {
     return best;
 }
 
+// The smallest pattern of one level over all inputs and the bits that hold what the others exceed it by.
+Status choose_levels(std::span<const MatrixInput* const> inputs, uint32_t per_row, uint32_t which, SpecBytes& spec) {
+    uint32_t least = UINT16_MAX, most = 0;
+    for (const MatrixInput* in : inputs) {
+        if (in->levels.size() != in->rows * per_row)
+            return Status::mismatch(Code::kShape, "ternary: number of levels", 0, in->rows * per_row, in->levels.size());
+        for (uint64_t r = 0; r < in->rows; ++r) {
+            const float level = in->levels[r * per_row + (per_row - 1 - which)];
+            const uint16_t pattern = float_to_bfloat(level);
+            if (!std::isfinite(level) || bfloat_to_float(pattern) != level)
+                return Status::mismatch(Code::kValue, "ternary: a level is not finite or not representable in bfloat16; row", 0, 0, r);
+            least = std::min<uint32_t>(least, pattern);
+            most = std::max<uint32_t>(most, pattern);
+        }
+    }
+    store<uint16_t>(spec.data() + kLevelBaseAt + 2 * which, static_cast<uint16_t>(least));
+    spec[kLevelBitsAt + which] = static_cast<uint8_t>(32 - (most == least ? 32 : __builtin_clz(most - least)));
+    return {};
+}
+
+void put_levels(const MatrixInput& in, const LevelStream& stream, uint32_t per_row, uint32_t which, uint8_t* out) noexcept {
+    for (uint64_t r = 0; r < in.rows; ++r) {
+        const uint32_t excess = float_to_bfloat(in.levels[r * per_row + (per_row - 1 - which)]) - stream.base;
+        uint8_t* const p = out + stream.at + r * stream.bits / 8;
+        store(p, load<uint32_t>(p) | excess << (r * stream.bits % 8));
+    }
+}
+
 // Every lane costs its 12-bit state and on average half a word of padding. Lanes are made just long enough for that to be at most
-// 3 % of their payload: short lanes are what a GPU hides latency with, and what lets a CPU decode a few rows alone.
-constexpr double kLaneBits = kStateBits + 7.5, kLaneShare = 0.03;
+// 1.5 % of their payload: short lanes are what a GPU hides latency with, and what lets a CPU decode a few rows alone.
+constexpr double kLaneBits = kStateBits + 7.5, kLaneShare = 0.015;
 
 void choose_geometry(uint64_t rows, uint64_t cols, double bits_per_weight, SpecBytes& spec) {
     const double wanted = std::clamp(kLaneBits / (kLaneShare * std::max(bits_per_weight, 1e-3)), 256.0, double{kMaxLaneWeights} / 2);
@@ -293,7 +321,9 @@ Status ternary_make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& 
     if (first.rows == 0 || (first.levels.size() != first.rows && first.levels.size() != 2 * first.rows))
         return Status::mismatch(Code::kShape, "ternary: number of levels", 0, 2 * first.rows, first.levels.size());
     store<uint16_t>(spec.data(), kTernaryId);
-    spec[kLevelsAt] = static_cast<uint8_t>(first.levels.size() / first.rows);
+    const auto per_row = static_cast<uint32_t>(first.levels.size() / first.rows);
+    spec[kLevelsAt] = static_cast<uint8_t>(per_row);
+    for (uint32_t which = 0; which < per_row; ++which) QMOE_TRY(choose_levels(inputs, per_row, which, spec));
     Census census;
     QMOE_TRY(take_census(inputs, census));
     const Slots slots = choose_slots(census);
@@ -305,16 +335,10 @@ Status ternary_make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& 
 
 Status ternary_encode(const MatrixInput& in, const SpecBytes& spec, std::vector<uint8_t>& out) {
     const TernaryLayout layout(spec.data(), in.rows, in.cols);
-    if (in.levels.size() != layout.levels * in.rows)
-        return Status::mismatch(Code::kShape, "ternary: number of levels", 0, layout.levels * in.rows, in.levels.size());
     const size_t begin = out.size();
     out.resize(begin + layout.payload_at);
-    for (size_t i = 0; i < in.levels.size(); ++i) {
-        const uint16_t level = float_to_bfloat(in.levels[i]);
-        if (!std::isfinite(in.levels[i]) || bfloat_to_float(level) != in.levels[i])
-            return Status::error(Code::kValue, "ternary: a level is not finite or not representable in bfloat16", i);
-        store(out.data() + begin + 2 * i, level);
-    }
+    put_levels(in, layout.highs, layout.levels, 0, out.data() + begin);
+    if (layout.levels == 2) put_levels(in, layout.lows, 2, 1, out.data() + begin);
     BlockEncoder encoder(layout, spec.data());
     for (uint64_t block = 0; block < layout.blocks; ++block) {
         QMOE_TRY(encoder.encode(in, block, out));
