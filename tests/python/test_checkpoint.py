@@ -11,9 +11,12 @@ import sys
 
 import numpy as np
 import pytest
-import qmoe_core
 import torch
 from packed_fixtures import FAMILIES, tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import qmoe_core
 from qmoe_core.checkpoint import compress, load_report, read_qmoe_json
 from qmoe_core.errors import QmoeError
 from qmoe_core.families import analyze
@@ -23,8 +26,6 @@ from qmoe_core.recipe import Recipe, Rule
 from qmoe_core.report import MemoryMeter
 from qmoe_core.source import SourceCheckpoint
 from qmoe_core.store import crc32c
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 
 def output_tensors(directory) -> dict[str, torch.Tensor]:

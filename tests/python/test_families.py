@@ -8,10 +8,11 @@ import pytest
 import torch
 import transformers
 from packed_fixtures import FAMILIES, tiny_model
+from safetensors.torch import load_file, save_file
+
 from qmoe_core.errors import QmoeError
 from qmoe_core.families import ModelLayout, analyze
 from qmoe_core.source import SourceCheckpoint
-from safetensors.torch import load_file, save_file
 
 
 def layout_of(directory) -> ModelLayout:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qmoe_core.errors import QmoeError
 from qmoe_core.formats import IntFormat, PackedTensor, TernaryFormat
 from qmoe_core.quantize import METHODS, MethodSpec, default_method, quantize

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from qmoe_core.errors import QmoeError
 from qmoe_core.formats import IntFormat, TernaryFormat
 from qmoe_core.recipe import Recipe, Rule
