@@ -158,6 +158,8 @@ def evaluate_all(
     Returns:
         name -> result; `seconds` of each is the time in that model alone.
     """
+    if not models:
+        raise QmoeError("E_VALUE", "no model to evaluate")
     loaded = {name: _loaded(model) for name, model in models.items()}
     reference = None if reference is None else _loaded(reference)
     vocabulary = min(model.config.get_text_config(decoder=True).vocab_size for model in loaded.values())

@@ -11,7 +11,7 @@ import qmoe_core
 import torch
 from packed_fixtures import FAMILIES, inputs_for, tiny_model
 from qmoe_core.errors import QmoeError
-from qmoe_core.evaluation import ClusterMean, encode_text, evaluate
+from qmoe_core.evaluation import ClusterMean, encode_text, evaluate, evaluate_all
 from qmoe_core.runtime.routing import agreement, record_routing, selection_mask
 from torch.nn import functional as F
 
@@ -208,6 +208,21 @@ def test_paths_are_loaded_in_float32(models, tmp_path):
     models[0].save_pretrained(tmp_path)
     by_path = evaluate(tmp_path, TOKENS, window=20)
     assert by_path.nll == pytest.approx(evaluate(models[0], TOKENS, window=20).nll, rel=1e-6)
+
+
+def test_several_models_share_one_reference(models):
+    model, reference = models
+    events = []
+    together = evaluate_all(
+        {"a": model, "b": reference}, TOKENS, reference=reference, window=20, progress=events.append
+    )
+    for name, single in (("a", model), ("b", reference)):
+        alone = evaluate(single, TOKENS, reference=reference, window=20)
+        assert together[name].to_dict() | {"seconds": 0} == alone.to_dict() | {"seconds": 0}
+    assert (events[-1].done, events[-1].total) == (20, 20)
+    with pytest.raises(QmoeError) as caught:
+        evaluate_all({}, TOKENS)
+    assert caught.value.code == "E_VALUE"
 
 
 def test_public_name():
