@@ -151,12 +151,15 @@ void put_levels(const MatrixInput& in, const LevelStream& stream, uint32_t per_r
     }
 }
 
-// Every lane costs its 12-bit state and on average half a word of padding. Lanes are made just long enough for that to be at most
-// 1.5 % of their payload: short lanes are what a GPU hides latency with, and what lets a CPU decode a few rows alone.
-constexpr double kLaneBits = kStateBits + 7.5, kLaneShare = 0.015;
+// Every lane costs its 12-bit state and on average half a word of padding. Short lanes are what a GPU hides latency with and what
+// lets a CPU decode a few rows alone, so lanes are made only just long enough: levels and lane ends together may cost 3 % of the
+// payload, but lane ends always get 1.25 %.
+constexpr double kLaneBits = kStateBits + 7.5, kOverhead = 0.03, kLeastLaneShare = 0.0125;
 
 void choose_geometry(uint64_t rows, uint64_t cols, double bits_per_weight, SpecBytes& spec) {
-    const double wanted = std::clamp(kLaneBits / (kLaneShare * std::max(bits_per_weight, 1e-3)), 256.0, double{kMaxLaneWeights} / 2);
+    const double bits = std::max(bits_per_weight, 1e-3), level_bits = spec[kLevelBitsAt] + spec[kLevelBitsAt + 1];
+    const double share = std::max(kOverhead - level_bits / (static_cast<double>(cols) * bits), kLeastLaneShare);
+    const double wanted = std::clamp(kLaneBits / (share * bits), 256.0, double{kMaxLaneWeights} / 2);
     const auto padding = [&](uint64_t s) { return ceil_div(ceil_div(cols, s), kTrits) * kTrits * s - cols; };
     const auto fits = [&](uint64_t s) { return (s - 1) * ceil_div(ceil_div(cols, s), kTrits) * kTrits < cols; };
     // Four segments a row (the four lanes that share a row of a tensor-core tile) unless rows are too short to cut or so long
