@@ -150,6 +150,19 @@ def test_symmetric_levels_mirror_each_other():
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_work_in_blocks_of_rows_gives_what_the_rows_alone_give(method):
+    weight = weights(2500, 1000)  # three blocks
+    spec = spec_of(method)
+    whole, report = quantize(weight, None, spec)
+    parts = [quantize(rows, None, dataclasses.replace(spec, format=whole.format)) for rows in weight.split(700)]
+    if method != "finequant":
+        np.testing.assert_array_equal(whole.dequantize(), np.concatenate([matrix.dequantize() for matrix, _ in parts]))
+        assert report.zeros == sum(part.zeros for _, part in parts)
+    exact = np.linalg.norm(weight.numpy().astype(np.float64) - whole.dequantize()) / np.linalg.norm(weight.double())
+    assert report.relative_error == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_packed_record_decodes_to_the_quantized_weights(method, shape):
     pairs = [quantize(weights(*shape, seed=seed), None, spec_of(method)) for seed in range(3)]

@@ -100,19 +100,33 @@ def check_weight(weight: torch.Tensor) -> np.ndarray:
     return array
 
 
+def row_blocks(shape: tuple[int, ...]) -> list[slice]:
+    """Rows in blocks of about a million weights: work that needs several temporaries per weight goes block by block, so
+    that a matrix of 100 M weights (one Mixtral expert) does not cost gigabytes of them, and stays in the caches."""
+    rows, cols = shape
+    step = max(1, (1 << 20) // cols)
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def _rows(matrix: Matrix, rows: slice) -> Matrix:
+    if isinstance(matrix, IntMatrix):
+        zeros = None if matrix.zeros is None else matrix.zeros[rows]
+        return IntMatrix(matrix.format, matrix.codes[rows], matrix.scales[rows], zeros)
+    return TernaryMatrix(matrix.format, matrix.trits[rows], matrix.levels[rows])
+
+
 def measure(weight: np.ndarray, matrix: Matrix) -> TensorReport:
-    """Compares a float32 (N, K) weight with its quantized matrix. Sums are taken by numpy in float64: their order, and
-    so their last bit, does not depend on the number of threads."""
-    quantized = np.asarray(matrix.dequantize(), dtype=np.float32)
-    difference = (weight - quantized).ravel()
-    flat = weight.ravel()
-    return TensorReport(
-        weights=weight.size,
-        error_sum=float(np.add.reduce(np.square(difference, dtype=np.float64))),
-        weight_sum=float(np.add.reduce(np.square(flat, dtype=np.float64))),
-        zeros=weight.size - int(np.count_nonzero(quantized)),
-        formats={matrix.format.name: 1},
-    )
+    """Compares a float32 (N, K) weight with its quantized matrix. Sums are taken by numpy in float64, block by block:
+    their order, and so their last bit, does not depend on the number of threads."""
+    error_sum = weight_sum = 0.0
+    nonzero = 0
+    for rows in row_blocks(weight.shape):
+        original, quantized = weight[rows].ravel(), _rows(matrix, rows).dequantize().ravel()
+        nonzero += int(np.count_nonzero(quantized))
+        np.subtract(original, quantized, out=quantized)
+        error_sum += float(np.add.reduce(np.square(quantized, dtype=np.float64)))
+        weight_sum += float(np.add.reduce(np.square(original, dtype=np.float64)))
+    return TensorReport(weight.size, error_sum, weight_sum, weight.size - nonzero, {matrix.format.name: 1})
 
 
 def need_int(spec: MethodSpec) -> IntFormat:

@@ -13,11 +13,13 @@ summation does not depend on the number of threads: the same input gives the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from ..formats import TernaryFormat, TernaryMatrix
-from .base import MethodSpec, Statistics, TensorReport, check_weight, measure, need_ternary, number_option
+from .base import MethodSpec, Statistics, TensorReport, check_weight, measure, need_ternary, number_option, row_blocks
 
 MINMAX_OPTIONS: frozenset[str] = frozenset()
 CENTROID_OPTIONS = frozenset({"threshold"})
@@ -28,15 +30,28 @@ def _bfloat16(levels: np.ndarray) -> np.ndarray:
     return torch.from_numpy(levels.astype(np.float32)).to(torch.bfloat16).to(torch.float32).numpy()
 
 
-def _matrix(format: TernaryFormat, trits: np.ndarray, low: np.ndarray, high: np.ndarray) -> TernaryMatrix:
-    """trits int8 (N, K); low <= 0 and high >= 0, (N,). A symmetric format gets high only."""
-    levels = high[:, None] if format.levels == "symmetric" else np.stack([low, high], axis=1)
-    return TernaryMatrix(format, trits, np.ascontiguousarray(_bfloat16(levels)))
+# For one block of rows float32 (n, K): thresholds (below, above) and, once trits are known, levels (low, high), (n,)
+# each.
+Thresholds = tuple[np.ndarray, np.ndarray]
+_Rule = Callable[[np.ndarray], Thresholds]
+_Levels = Callable[[np.ndarray, np.ndarray], Thresholds]
 
 
-def _trits(weight: np.ndarray, below: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """int8 (N, K): 1 where w > above, -1 where w < below, thresholds (N,)."""
-    return (weight > above[:, None]).astype(np.int8) - (weight < below[:, None]).astype(np.int8)
+def _quantize(
+    weight: torch.Tensor, format: TernaryFormat, rule: _Rule, levels_of: _Levels
+) -> tuple[TernaryMatrix, TensorReport]:
+    """Trits by threshold and their levels, block by block; a symmetric format stores high only."""
+    array = check_weight(weight)
+    trits = np.empty(array.shape, dtype=np.int8)
+    levels = np.empty((array.shape[0], 2), dtype=np.float64)
+    for rows in row_blocks(array.shape):
+        block = array[rows]
+        below, above = rule(block)
+        np.subtract(block > above[:, None], block < below[:, None], out=trits[rows], dtype=np.int8, casting="unsafe")
+        levels[rows] = np.stack(levels_of(block, trits[rows]), axis=1)
+    stored = levels[:, 1:] if format.levels == "symmetric" else levels
+    matrix = TernaryMatrix(format, trits, np.ascontiguousarray(_bfloat16(stored)))
+    return matrix, measure(array, matrix)
 
 
 def quantize_minmax(
@@ -44,13 +59,19 @@ def quantize_minmax(
 ) -> tuple[TernaryMatrix, TensorReport]:
     """QMoE's {min, 0, max} grid for a float32 (N, K) weight; symmetric levels use {-max|w|, 0, max|w|}."""
     format = need_ternary(spec)
-    array = check_weight(weight)
-    low, high = np.minimum(array.min(axis=1), 0.0), np.maximum(array.max(axis=1), 0.0)
-    if format.levels == "symmetric":
-        high = np.maximum(high, -low)
-        low = -high
-    matrix = _matrix(format, _trits(array, low / 2, high / 2), low, high)
-    return matrix, measure(array, matrix)
+
+    def ends(block: np.ndarray) -> Thresholds:
+        low, high = np.minimum(block.min(axis=1), 0.0), np.maximum(block.max(axis=1), 0.0)
+        if format.levels == "symmetric":
+            high = np.maximum(high, -low)
+            low = -high
+        return low, high
+
+    def halves(block: np.ndarray) -> Thresholds:
+        low, high = ends(block)
+        return low / 2, high / 2
+
+    return _quantize(weight, format, halves, lambda block, trits: ends(block))
 
 
 def quantize_centroid(
@@ -60,20 +81,19 @@ def quantize_centroid(
     |w|."""
     format = need_ternary(spec)
     threshold = number_option(spec, "threshold", 0.7, 0.0, 10.0)
-    array = check_weight(weight)
-    cut = (threshold * np.abs(array).mean(axis=1, dtype=np.float64)).astype(np.float32)
-    trits = _trits(array, -cut, cut)
 
-    def mean_where(mask: np.ndarray) -> np.ndarray:
-        total = np.add.reduce(np.where(mask, array, np.float32(0)), axis=1, dtype=np.float64)
+    def cut(block: np.ndarray) -> Thresholds:
+        above = (threshold * np.abs(block).mean(axis=1, dtype=np.float64)).astype(np.float32)
+        return -above, above
+
+    def mean_where(block: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        total = np.add.reduce(np.where(mask, block, np.float32(0)), axis=1, dtype=np.float64)
         return total / np.maximum(mask.sum(axis=1), 1)
 
-    if format.levels == "symmetric":
-        signed = np.where(trits < 0, -array, array)
-        high = np.add.reduce(np.where(trits != 0, signed, np.float32(0)), axis=1, dtype=np.float64)
-        high /= np.maximum((trits != 0).sum(axis=1), 1)
-        low = -high
-    else:
-        low, high = mean_where(trits < 0), mean_where(trits > 0)
-    matrix = _matrix(format, trits, low, high)
-    return matrix, measure(array, matrix)
+    def centroids(block: np.ndarray, trits: np.ndarray) -> Thresholds:
+        if format.levels == "symmetric":
+            high = mean_where(np.abs(block), trits != 0)
+            return -high, high
+        return mean_where(block, trits < 0), mean_where(block, trits > 0)
+
+    return _quantize(weight, format, cut, centroids)
