@@ -7,13 +7,14 @@ import math
 
 import numpy as np
 import pytest
-import qmoe_core
 import torch
 from packed_fixtures import FAMILIES, inputs_for, tiny_model
+from torch.nn import functional as F
+
+import qmoe_core
 from qmoe_core.errors import QmoeError
 from qmoe_core.evaluation import ClusterMean, encode_text, evaluate, evaluate_all
 from qmoe_core.runtime.routing import agreement, record_routing, selection_mask
-from torch.nn import functional as F
 
 TOKENS = np.random.default_rng(0).integers(3, 96, 203)
 
