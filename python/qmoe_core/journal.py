@@ -88,7 +88,13 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Releases the lock and keeps the journal."""
+        """Releases the lock and keeps the journal, unless no job was ever begun: a refused call leaves nothing
+        behind."""
+        if self._lock_fd >= 0:
+            with contextlib.suppress(OSError):
+                if os.listdir(self.path) == ["lock"]:
+                    os.unlink(self.path / "lock")
+                    os.rmdir(self.path)
         for fd in (self._progress_fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)

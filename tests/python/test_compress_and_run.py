@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import qmoe_core
 import torch
 from packed_fixtures import FAMILIES, inputs_for, tiny_model, unpack
+from safetensors.torch import load_file
+
+import qmoe_core
 from qmoe_core.formats import PackedTensor
 from qmoe_core.recipe import Recipe, Rule
-from safetensors.torch import load_file
 
 RECIPES = {
     "int4": Recipe.uniform("int4", group=32),
