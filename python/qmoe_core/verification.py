@@ -205,6 +205,6 @@ class _Verification:
 
 def _file_name(name: str) -> str:
     """The name, if it stays inside the directory; `ValueError` otherwise."""
-    if Path(name).name != name:
-        raise ValueError(f"not a file name: {name}")
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError(f"not a file name: {name!r}")
     return name

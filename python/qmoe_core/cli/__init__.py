@@ -12,7 +12,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from .app import app
 
-    app()
+    app(prog_name="qmoe")
 
 
 __all__ = ["main"]

@@ -14,7 +14,7 @@ import typer
 from .. import __version__
 from ..errors import QmoeError
 from . import tables
-from .output import EXIT_HELP, ExitCode, Output, reporting
+from .output import EXIT_HELP, ExitCode, Output, UsageError, reporting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +98,7 @@ def _recipe(
 ) -> Recipe:
     """The recipe that the options describe. Options that make no sense are wrong usage, not refused input."""
     if recipe is not None and (format is not None or group is not None or method is not None or symmetric):
-        raise typer.BadParameter("a recipe says everything: leave out --format, --group, --method and --symmetric")
+        raise UsageError("a recipe says everything: leave out --format, --group, --method and --symmetric")
     from .. import Recipe
 
     if recipe is not None:
@@ -110,7 +110,7 @@ def _recipe(
     try:
         return Recipe.uniform(format, **settings)
     except QmoeError as error:
-        raise typer.BadParameter(str(error)) from error
+        raise UsageError(str(error).removeprefix(f"{error.code}: ").removeprefix("recipe.")) from error
 
 
 @app.command("eval")
@@ -132,7 +132,7 @@ def evaluate(
     """Measure perplexity, and what was lost against the original, with standard errors. Everything in float32."""
     with reporting(context, as_json) as out:
         if (tokens is None) == (text is None):
-            raise typer.BadParameter("give either --tokens or --text")
+            raise UsageError("give either --tokens or --text")
         ids = _npy(tokens) if tokens is not None else _text(text, model)
         from .. import evaluate as run
 
@@ -189,8 +189,7 @@ def generate(
 
         tokenizer = load_tokenizer(model)
         loaded = load_model(model)
-        out.write(prompt)
-        stream = _Stream(out, tokenizer)
+        stream = _Stream(out, tokenizer, prompt)
         result = run(
             loaded, tokenizer, prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
             on_token=stream.add,
@@ -204,12 +203,14 @@ def generate(
 class _Stream:
     """Writes text as tokens arrive; a token may end in the middle of a character, which then waits for the next one."""
 
-    def __init__(self, out: Output, tokenizer: Any) -> None:
-        self.out, self.tokenizer = out, tokenizer
+    def __init__(self, out: Output, tokenizer: Any, prompt: str) -> None:
+        self.out, self.tokenizer, self.prompt = out, tokenizer, prompt
         self.tokens: list[int] = []
         self.written = 0
 
     def add(self, token: int) -> None:
+        if not self.tokens:
+            self.out.write(self.prompt)
         self.tokens.append(token)
         text = self._text()
         if not text.endswith("\ufffd"):

@@ -57,6 +57,10 @@ _FIELDS = ("code", "message", "file", "tensor", "offset", "expected", "actual")
 _OPTIONAL = ("torch", "transformers", "matplotlib", "jinja2")
 
 
+class UsageError(Exception):
+    """The options make no sense, alone or together; the text says why."""
+
+
 class Output:
     """Where a command's results go: JSON or text on stdout, everything else on stderr."""
 
@@ -127,18 +131,20 @@ def reporting(context: typer.Context, as_json: bool) -> Iterator[Output]:
     except QmoeError as error:
         fields = {key: getattr(error, key) for key in _FIELDS}
         _fail(out, _BY_ERROR.get(error.code, ExitCode.REFUSED), str(error), fields, error, debug)
+    except UsageError as error:
+        _fail(out, ExitCode.USAGE, str(error), {"code": "USAGE", "message": str(error)}, error, debug)
     except KeyboardInterrupt as error:
         _fail(out, ExitCode.INTERRUPTED, "interrupted", {"code": "INTERRUPTED"}, error, False)
     except BrokenPipeError:
         raise  # the reader of our stdout went away; that is for the shell to know
     except OSError as error:
-        _fail(out, ExitCode.IO, str(error), {"code": "E_IO", "message": str(error)}, error, debug)
+        _fail(out, ExitCode.IO, f"E_IO: {error}", {"code": "E_IO", "message": str(error)}, error, debug)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in _OPTIONAL:
             _unexpected(out, error, debug)
         text = f"this needs {error.name}, which is not installed: pip install 'qmoe-core[models]'"
         _fail(out, ExitCode.NOT_INSTALLED, text, {"code": "NOT_INSTALLED", "message": text}, error, debug)
-    except (typer.Exit, typer.Abort, typer.BadParameter):
+    except typer.Exit:
         raise
     except Exception as error:
         _unexpected(out, error, debug)
