@@ -7,6 +7,8 @@
 #include <nmmintrin.h>
 #endif
 
+#include "crc32c_portable.h"
+
 namespace qmoe {
 namespace {
 
@@ -55,13 +57,16 @@ __attribute__((target("sse4.2"))) uint32_t crc_sse42(const uint8_t* p, size_t n,
 
 }  // namespace
 
+uint32_t crc32c_portable(std::span<const uint8_t> bytes, uint32_t seed) noexcept {
+    return ~crc_portable(bytes.data(), bytes.size(), ~seed);
+}
+
 uint32_t crc32c(std::span<const uint8_t> bytes, uint32_t seed) noexcept {
-    const uint32_t start = ~seed;
 #if defined(__x86_64__)
     static const bool has_sse42 = __builtin_cpu_supports("sse4.2");
-    if (has_sse42) return ~crc_sse42(bytes.data(), bytes.size(), start);
+    if (has_sse42) return ~crc_sse42(bytes.data(), bytes.size(), ~seed);
 #endif
-    return ~crc_portable(bytes.data(), bytes.size(), start);
+    return crc32c_portable(bytes, seed);
 }
 
 }  // namespace qmoe

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace qmoe {
@@ -15,14 +16,9 @@ class Pool {
   public:
     void run(uint64_t count, int threads, const std::function<void(uint64_t)>& body) {
         const std::lock_guard turn(turn_);
-        const uint64_t helpers = std::min<uint64_t>(count - 1, static_cast<uint64_t>(threads) - 1);
         {
             const std::lock_guard lock(mutex_);
-            // Workers are detached: they hold nothing that outlives the process, and joining at exit could hang a forked child.
-            while (workers_ < helpers) {
-                std::thread([this, index = workers_] { work(index); }).detach();
-                ++workers_;
-            }
+            const uint64_t helpers = hire(std::min<uint64_t>(count - 1, static_cast<uint64_t>(threads) - 1));
             body_ = &body;
             count_ = count;
             next_.store(0, std::memory_order_relaxed);
@@ -37,6 +33,18 @@ class Pool {
     }
 
   private:
+    // Sees to `wanted` workers, or as many as the system grants: fewer threads change the time, never the result.
+    uint64_t hire(uint64_t wanted) {
+        try {
+            // Workers are detached: they hold nothing that outlives the process, and joining at exit could hang a forked child.
+            while (workers_ < wanted) {
+                std::thread([this, index = workers_] { work(index); }).detach();
+                ++workers_;
+            }
+        } catch (const std::system_error&) {
+        }
+        return std::min(wanted, workers_);
+    }
     void drain(const std::function<void(uint64_t)>& body, uint64_t count) {
         for (uint64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
     }
