@@ -174,6 +174,7 @@ py::dict describe_spec(std::span<const uint8_t, kSpecBytes> spec, const Format& 
         out["levels"] = spec[2] == 1 ? "symmetric" : "pair";
         out["segments"] = spec[3];
         out["rows_per_lane"] = spec[4] | spec[5] << 8;
+        out["level_bits"] = py::make_tuple(spec[70], spec[71]);  // high, low
     }
     return out;
 }

@@ -109,10 +109,10 @@ def test_garbage_payloads_decode_in_bounds_and_as_on_the_cpu() -> None:
     rng = np.random.default_rng(7)
     for zeros in (0.42, 0.885, 0.95):
         packed = ternary_record(zeros, 2, 40, 192)
-        rows_per_lane = packed.info["specs"][0]["rows_per_lane"]
-        segments = packed.info["specs"][0]["segments"]
-        blocks = -(-40 // (32 // segments * rows_per_lane))
-        tables = 40 * 4 + (blocks + 1) * 4
+        spec = packed.info["specs"][0]
+        blocks = -(-40 // (32 // spec["segments"] * spec["rows_per_lane"]))
+        level_bytes = sum(-(-40 * bits // 8) for bits in spec["level_bits"])
+        tables = -(-level_bytes // 4) * 4 + (blocks + 1) * 4
         for _ in range(100):
             data = scramble(packed, rng, tables)
             expected = torch.from_numpy(_C.decode_record(data, 0))
