@@ -16,6 +16,7 @@ from .integrations.transformers import install_hook
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import _C as _C
     from .checkpoint import compress
     from .evaluation import EvalResult, evaluate
     from .generation import generate, load_model
