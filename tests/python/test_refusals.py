@@ -185,6 +185,30 @@ def test_malformed_header(refused: Refused, header: str) -> None:
     assert refused(header).code == "E_CORRUPT"
 
 
+def test_hostile_headers_cost_at_most_64_mib(tmp_path: Path) -> None:
+    """The longest headers that the limits admit, of as many entries as fit, each refused only at their last byte."""
+    many = ",".join(f'"{i:x}":{{"dtype":"U8","shape":[],"data_offsets":[{i},{i + 1}]}}' for i in range(240_000))
+    metadata = '"__metadata__":{' + ",".join(f'"{i:x}":"{"v" * 200}"' for i in range(65_536)) + "}"
+    for number, body in enumerate((many, metadata, f'"{"n" * ((16 << 20) - 20)}":', "[" * ((16 << 20) - 1))):
+        header = ("{" + body)[: 16 << 20]
+        assert len(header) > 13 << 20
+        write(tmp_path / str(number), header)
+        program = f"""
+import resource
+from qmoe_core import _C
+from qmoe_core.errors import QmoeError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    _C.SafetensorsFile({str(tmp_path / str(number))!r})
+except QmoeError as error:
+    print(error.code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        found, kib = result.stdout.split()
+        assert found in ("E_CORRUPT", "E_LIMIT")
+        assert int(kib) <= 64 << 10, number
+
+
 def test_missing_file_and_tensor(tmp_path: Path) -> None:
     assert refusal(lambda: _C.SafetensorsFile(tmp_path / "absent")).code == "E_MISSING"
     file = _C.SafetensorsFile(write(tmp_path / "x", "{}"))
