@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import qmoe_core
 import torch
 import transformers
 from packed_fixtures import FAMILIES, inputs_for, pack_modules, tiny_model, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+import qmoe_core
 from qmoe_core.errors import QmoeError
 from qmoe_core.integrations.transformers import QmoeConfig, QmoeHfQuantizer, install_hook, register
-from safetensors.torch import load_file, save_file
 
 
 def auto(model: Any) -> Any:
@@ -192,6 +193,9 @@ def test_refuses_a_missing_tensor(qwen, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_refuses_a_tensor_of_another_type(qwen, tmp_path, dtype):
+    if dtype.is_floating_point and not hasattr(transformers.quantizers.HfQuantizer, "get_new_dtype"):
+        pytest.skip("this transformers casts to bytes before we see it; the record's checks then apply to the bytes")
+
     def damage(tensors):
         tensors[TENSOR] = tensors[TENSOR].to(dtype)
 

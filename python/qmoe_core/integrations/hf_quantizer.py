@@ -101,9 +101,12 @@ class QmoeHfQuantizer(HfQuantizer):
             with torch.device("meta"):
                 model.set_submodule(path, _MODULES[kind](modules[path], shapes, name))
             self.names[path] = name
+        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not hasattr(HfQuantizer, "get_new_dtype"):
+            self._cast_renamed(model)
         for path, name in self.names.items():
             module = model.get_submodule(path)
             for key, shape in module.shapes.items():
@@ -113,6 +116,15 @@ class QmoeHfQuantizer(HfQuantizer):
                     raise QmoeError("E_MISSING", "packed tensor not in the checkpoint", tensor=f"{name}.{key}{SUFFIX}")
                 shape.check(buffer, f"{name}.{key}{SUFFIX}")
         return model
+
+    def _cast_renamed(self, model: Any) -> None:
+        """Before that hook existed, transformers left tensors of a pre-quantized checkpoint in the stored dtype where
+        the checkpoint's name for them is not the model's (Mixtral's router, say)."""
+        kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        for name, parameter in model.named_parameters():
+            wanted = self.dtypes.get(name, parameter.dtype)
+            if parameter.dtype != wanted and not kept.intersection(name.split(".")):
+                parameter.data = parameter.data.to(wanted)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         raise QmoeError(
