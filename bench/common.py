@@ -32,18 +32,29 @@ def commit() -> str:
         return result.stdout.strip() if result.returncode == 0 else ""
 
     head = git("rev-parse", "--short=12", "HEAD")
-    return (head + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", "cpp", "cuda", "python") else "")) or "unknown"
+    return (
+        head
+        + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", "cpp", "cuda", "python") else "")
+    ) or "unknown"
 
 
 def command() -> str:
     """This process's command line, paths reduced to what a reader can repeat from the repository's root."""
     words = ["python", os.path.relpath(Path(sys.argv[0]).resolve(), ROOT)]
     for word in sys.argv[1:]:
-        words.append(os.path.relpath(word, ROOT) if os.path.isabs(word) and Path(word).is_relative_to(ROOT) else os.path.basename(word) if os.path.isabs(word) else word)
+        words.append(
+            os.path.relpath(word, ROOT)
+            if os.path.isabs(word) and Path(word).is_relative_to(ROOT)
+            else os.path.basename(word)
+            if os.path.isabs(word)
+            else word
+        )
     return " ".join(words)
 
 
-def write_results(path: Path, benchmark: str, rows: list[dict[str, Any]], device: str | None = None, **extra: Any) -> None:
+def write_results(
+    path: Path, benchmark: str, rows: list[dict[str, Any]], device: str | None = None, **extra: Any
+) -> None:
     """Write {benchmark, device, date, commit, command, ..., rows} as JSON."""
     result = {
         "benchmark": benchmark,

@@ -2,7 +2,8 @@
 
     python bench/gpu/dequantize.py --output bench/results/dequantize-gpu.json
 
-Every matrix is decoded to bfloat16 inside a CUDA graph that rotates over copies larger together than the second-level cache.
+Every matrix is decoded to bfloat16 inside a CUDA graph that rotates over copies larger together than the second-level
+cache.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qmoe_core import IntFormat, IntMatrix, PackedTensor, TernaryFormat, TernaryMatrix, _C
+from qmoe_core import _C, IntFormat, IntMatrix, PackedTensor, TernaryFormat, TernaryMatrix
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_results
@@ -105,11 +106,16 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{shape[0]}x{shape[1]} {name:14} {row['median_us']:8.1f} us "
-                f"{row['weights_per_second'] / 1e9:7.0f} G weights/s {100 * row['share_of_copy_bandwidth']:4.0f} % of copy"
+                f"{row['weights_per_second'] / 1e9:7.0f} G weights/s "
+                f"{100 * row['share_of_copy_bandwidth']:4.0f} % of copy"
             )
     if arguments.output:
         write_results(
-            arguments.output, "dequantize-gpu", rows, device=torch.cuda.get_device_name(), copy_bytes_per_second=bandwidth
+            arguments.output,
+            "dequantize-gpu",
+            rows,
+            device=torch.cuda.get_device_name(),
+            copy_bytes_per_second=bandwidth,
         )
 
 

@@ -1,6 +1,7 @@
 """The one exception type of the library.
 
-Every refusal of bad input, on any layer, is a `QmoeError`; its `code` is stable and meant for programs, its text for people.
+Every refusal of bad input, on any layer, is a `QmoeError`; its `code` is stable and meant for programs, its text for
+people.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The formats as Python sees them: names, parameters, one quantized matrix, and packed stacks of them.
 
-A format says how a weight matrix (N, K) = (out_features, in_features) is stored, and nothing about how it was chosen; the bytes are
-written and read by the C++ core alone (cpp/FORMAT.md).
+A format says how a weight matrix (N, K) = (out_features, in_features) is stored, and nothing about how it was chosen;
+the bytes are written and read by the C++ core alone (cpp/FORMAT.md).
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class TernaryFormat:
 
     def __post_init__(self) -> None:
         if self.levels not in ("pair", "symmetric"):
-            raise QmoeError("E_VALUE", "ternary format: unknown levels", expected=("pair", "symmetric"), actual=self.levels)
+            raise QmoeError(
+                "E_VALUE", "ternary format: unknown levels", expected=("pair", "symmetric"), actual=self.levels
+            )
 
     @property
     def name(self) -> str:
@@ -116,7 +118,8 @@ def parse_format(text: str, **options: Any) -> Format:
 
 @dataclass
 class IntMatrix:
-    """One matrix in `int`: codes uint8 (N, K), scales float32 (N, G) representable in scale_dtype, zeros uint8 (N, G) or None."""
+    """One matrix in `int`: codes uint8 (N, K), scales float32 (N, G) representable in scale_dtype, zeros uint8 (N, G)
+    or None."""
 
     format: IntFormat
     codes: NDArray[np.uint8]
@@ -132,7 +135,9 @@ class IntMatrix:
         columns = self.codes.shape[1]
         width = self.format.group or columns
         spread = np.arange(columns) // width
-        zero = np.float32(2 ** (self.format.bits - 1)) if self.zeros is None else self.zeros.astype(np.float32)[:, spread]
+        zero = (
+            np.float32(2 ** (self.format.bits - 1)) if self.zeros is None else self.zeros.astype(np.float32)[:, spread]
+        )
         return self.scales[:, spread] * (self.codes.astype(np.float32) - zero)
 
     def _fields(self) -> dict[str, Any]:
@@ -152,7 +157,8 @@ class IntMatrix:
 
 @dataclass
 class TernaryMatrix:
-    """One matrix in `ternary`: trits int8 (N, K) in {-1, 0, 1}; levels float32, (N, 2) [low, high] or (N, 1) [high] when symmetric."""
+    """One matrix in `ternary`: trits int8 (N, K) in {-1, 0, 1}; levels float32, (N, 2) [low, high] or (N, 1)
+    [high] when symmetric."""
 
     format: TernaryFormat
     trits: NDArray[np.int8]
@@ -201,7 +207,9 @@ class PackedTensor:
         rows, cols = matrices[0].shape
         for index, matrix in enumerate(matrices):
             if matrix.shape != (rows, cols):
-                raise QmoeError("E_SHAPE", f"matrix {index} differs in shape", expected=(rows, cols), actual=matrix.shape)
+                raise QmoeError(
+                    "E_SHAPE", f"matrix {index} differs in shape", expected=(rows, cols), actual=matrix.shape
+                )
         return cls(_C.build_record(rows, cols, [matrix._fields() for matrix in matrices]))
 
     @property

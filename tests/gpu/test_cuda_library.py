@@ -1,4 +1,5 @@
-"""The CUDA library against the CPU's scalar decoder, bit for bit: every format, ragged shapes, garbage payloads, guard zones."""
+"""The CUDA library against the CPU's scalar decoder, bit for bit: every format, ragged shapes, garbage payloads, guard
+zones."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 
-from qmoe_core import IntFormat, IntMatrix, PackedTensor, QmoeError, TernaryFormat, TernaryMatrix, _C
+from qmoe_core import _C, IntFormat, IntMatrix, PackedTensor, QmoeError, TernaryFormat, TernaryMatrix
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -16,7 +17,9 @@ SHAPES = [(1, 1), (5, 7), (33, 129), (64, 256), (136, 768), (17, 4096), (300, 20
 GUARD = 64
 
 
-def int_record(bits: int, group: int, zero_point: bool, rows: int, cols: int, scale_dtype: str = "float16") -> PackedTensor:
+def int_record(
+    bits: int, group: int, zero_point: bool, rows: int, cols: int, scale_dtype: str = "float16"
+) -> PackedTensor:
     weight = np.random.default_rng(rows * cols).standard_normal((rows, cols)).astype(np.float32)
     codes, scales, zeros = _C.rtn_int(weight, bits, group, zero_point, scale_dtype)
     return PackedTensor.pack([IntMatrix(IntFormat(bits, group, zero_point, scale_dtype), codes, scales, zeros)] * 2)

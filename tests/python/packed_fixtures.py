@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from qmoe_core import _C
-from qmoe_core.formats import IntFormat, IntMatrix, PackedTensor
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from qmoe_core import _C
+from qmoe_core.formats import IntFormat, IntMatrix, PackedTensor
 
 FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss", "switch_transformers")
 FUSED = FAMILIES[:-1]

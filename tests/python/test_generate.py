@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import qmoe_core
 import torch
 from packed_fixtures import FAMILIES, pack_modules, tiny_model, write_checkpoint
+from transformers.utils import logging as transformers_logging
+
+import qmoe_core
 from qmoe_core.errors import QmoeError
 from qmoe_core.generation import generate, load_model, load_tokenizer
-from transformers.utils import logging as transformers_logging
 
 
 class Letters:

@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 from packed_fixtures import FUSED, expert_modules, module_first, pack, pack_modules, tiny_model, unpack
+from torch import nn
+from transformers.integrations.moe import use_experts_implementation
+
 from qmoe_core.errors import QmoeError
 from qmoe_core.runtime.experts import PackedExperts
 from qmoe_core.runtime.linear import PackedLinear
 from qmoe_core.runtime.packed import PackedShape
-from torch import nn
-from transformers.integrations.moe import use_experts_implementation
 
 
 def pair(family: str) -> tuple[nn.Module, PackedExperts]:

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from packed_fixtures import pack, unpack
+
 from qmoe_core.errors import QmoeError
 from qmoe_core.runtime import ops
 
