@@ -11,12 +11,7 @@ predictions are computed once. `bench/tables.py` makes the README's table from t
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
-import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -29,8 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qmoe_core import Recipe, compress, load_model
 from qmoe_core.evaluation import evaluate_all
 from qmoe_core.progress import ProgressEvent
+from qmoe_core.quickstart import original_sizes
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import write_results
 
 
 def variants() -> dict[str, Recipe]:
@@ -52,32 +49,11 @@ def variants() -> dict[str, Recipe]:
     return rows
 
 
-def device() -> str:
-    """The processor's name and how many cores this process may use."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = names[0] if names else name
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
-
-
-def commit() -> str:
-    """The checked-out commit, marked where files of the library differ from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "python", "cpp")
-    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
-
-
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows: sizes and quality."""
     tokens = np.load(arguments.tokens, mmap_mode="r", allow_pickle=False)
     original = load_model(arguments.model, dtype=torch.float32)
-    models, sizes = {"original": original}, {"original": _original_size(arguments.model)}
+    models, sizes = {"original": original}, {"original": original_sizes(arguments.model)}
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         for index, (name, recipe) in enumerate(variants().items()):
             if arguments.only and name not in arguments.only:
@@ -107,21 +83,6 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"name": name, **sizes[name], **result.to_dict()} for name, result in results.items()]
 
 
-def _original_size(directory: Path) -> dict[str, Any]:
-    """The source's own numbers, counted like those of the outputs: every file of the directory."""
-    files = sum(entry.stat().st_size for entry in os.scandir(directory) if entry.is_file())
-    parameters = load_parameters(directory)
-    return {"bits_per_parameter": files * 8 / parameters, "bits_per_expert_weight": 16.0, "bytes_on_disk": files}
-
-
-def load_parameters(directory: Path) -> int:
-    """Elements of all stored tensors."""
-    from qmoe_core.source import SourceCheckpoint
-
-    with SourceCheckpoint(directory) as checkpoint:
-        return sum(tensor.elements for tensor in checkpoint.tensors.values())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="the original checkpoint")
@@ -133,26 +94,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of rows, to measure fewer")
     parser.add_argument("--scratch", type=Path, help="where the compressed models go for as long as this runs")
     arguments = parser.parse_args()
-    started = datetime.datetime.now(datetime.timezone.utc)
     rows = measure(arguments)
     used = np.load(arguments.tokens, mmap_mode="r", allow_pickle=False)[: rows[0]["windows"] * rows[0]["window"]]
-    # Paths of this machine mean nothing to a reader: the command names the inputs only.
-    command = f"python bench/compression/quality.py --model {arguments.model.name} --tokens {arguments.tokens.name}"
-    result = {
-        "benchmark": "quality",
-        "model": arguments.model.name,
-        "tokens_sha256": hashlib.sha256(np.ascontiguousarray(used).tobytes()).hexdigest(),
-        "dtype": "float32",
-        "device": device(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": started.date().isoformat(),
-        "commit": commit(),
-        "command": f"{command} --window {arguments.window} --max-tokens {arguments.max_tokens}",
-        "rows": rows,
-    }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(
+        arguments.json,
+        "quality",
+        rows,
+        model=arguments.model.name,
+        tokens_sha256=hashlib.sha256(np.ascontiguousarray(used).tobytes()).hexdigest(),
+        dtype="float32",
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+    )
     for row in rows:
         print(
             f"{row['name']:28} {row['perplexity']:9.3f} {row['bits_per_parameter']:7.3f} bits/parameter",

@@ -98,7 +98,7 @@ def quickstart(
     with io_errors(output):
         (output / "models").mkdir(parents=True, exist_ok=True)
     original = load_model(source, dtype=torch.float32)
-    models, facts = {"original": original}, {"original": _original(source)}
+    models, facts = {"original": original}, {"original": {**original_sizes(source), "errors": {}}}
     for name, recipe in formats.items():
         # One bar per format: every compression counts its bytes from zero.
         def named(event: ProgressEvent, stage: str = f"compress {name}") -> None:
@@ -144,7 +144,7 @@ def quickstart(
     return result
 
 
-def _original(source: Path) -> dict[str, Any]:
+def original_sizes(source: Path) -> dict[str, Any]:
     """The source's own sizes, counted like those of a compressed directory."""
     with io_errors(source):
         size = sum(entry.stat().st_size for entry in os.scandir(source) if entry.is_file())
@@ -157,5 +157,4 @@ def _original(source: Path) -> dict[str, Any]:
         "bits_per_expert_weight": experts * 8 / expert_weights,
         "bytes_on_disk": size,
         "packed_bytes": experts,
-        "errors": {},
     }
