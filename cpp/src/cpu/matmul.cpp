@@ -178,6 +178,7 @@ Status grouped_linear(const Record& record, const void* x, ActivationType type, 
             return Status::mismatch(Code::kNoKernel, "linear: no kernel for this format", 0, kIntId, id);
     if (choice().active == nullptr)
         return Status::error(Code::kNoKernel, "linear: QMOE_FORCE_ISA names an instruction set that is not available");
+    if (tokens == 0) return {};  // x and y may then be null, which memset must not see
     try {
         const uint64_t first = static_cast<uint64_t>(offsets.front()), last = static_cast<uint64_t>(offsets.back());
         const uint64_t padded = ceil_div(record.cols(), kPadCols) * kPadCols, row = record.rows() * activation_bytes(type);
