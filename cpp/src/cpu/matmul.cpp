@@ -101,7 +101,7 @@ void run_int(const Job& job, const Chunk& chunk, Scratch& s) {
         job.kernels.group_sums(x, layout.cols, layout.group, s.sums.data());
         job.kernels.int_dot(layout, view.data.data(), chunk.first_row, chunk.rows, x, s.sums.data(), s.results.data());
     } else {
-        constexpr uint64_t kPanel = 16;  // rows made float at a time: 16 x 4096 x 4 B stays in the second-level cache
+        constexpr uint64_t kPanel = 32;  // rows made float at a time: 32 x 4096 x 4 B stays in the second-level cache
         s.weights.resize(kPanel * job.padded);
         for (uint64_t done = 0; done < chunk.rows; done += kPanel) {
             const uint64_t n = std::min(kPanel, chunk.rows - done);
@@ -148,7 +148,7 @@ void plan_chunks(const Record& record, std::span<const int64_t> offsets, std::ve
         const MatrixView view = record.matrix(e);
         const uint64_t step = record.format_of(e).id == kTernaryId
                                   ? TernaryLayout(view.spec.data(), view.rows, view.cols).block_rows
-                                  : ceil_div(std::max<uint64_t>(1, (uint64_t{1} << 16) / view.cols), 16) * 16;
+                                  : ceil_div(std::max<uint64_t>(1, (uint64_t{1} << 16) / view.cols), 32) * 32;
         for (uint64_t row = 0; row < record.rows(); row += step)
             chunks.push_back({e, row, std::min(step, record.rows() - row), first, tokens});
     }
