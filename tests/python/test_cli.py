@@ -15,9 +15,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from qmoe_core import QmoeError
-from qmoe_core.cli.app import Method, app
+from qmoe_core.cli.app import Method, ScaleType, app
 from qmoe_core.cli.output import EXIT_HELP, ExitCode
 from qmoe_core.errors import CODES
+from qmoe_core.formats import SCALE_DTYPES
 from qmoe_core.journal import Journal
 from qmoe_core.quantize import METHODS
 from qmoe_core.quickstart import example_directory
@@ -96,6 +97,9 @@ def test_compress_for_people_names_the_sizes(tmp_path: Path) -> None:
 def test_compress_options_reach_the_recipe(tmp_path: Path) -> None:
     report = qmoe_json("compress", MODEL, "-o", tmp_path / "a", "--format", "int3", "--group", "64", "--symmetric")
     assert {entry["format"] for entry in report["tensors"]} == {"int3-g64-sym"}
+    wide = ("--format", "int3", "--group", "64", "--symmetric", "--scale-dtype", "float32")
+    wider = qmoe_json("compress", MODEL, "-o", tmp_path / "wide", *wide)
+    assert wider["expert_bits_per_weight"] == pytest.approx(report["expert_bits_per_weight"] + 16 / 64, abs=1e-3)
     report = qmoe_json("compress", MODEL, "-o", tmp_path / "b", "--method", "ternary-minmax", "--symmetric")
     assert {(entry["format"], entry["method"]) for entry in report["tensors"]} == {("ternary-sym", "ternary-minmax")}
 
@@ -165,8 +169,9 @@ def test_compress_output_cannot_be_made(tmp_path: Path) -> None:
     assert refusal("compress", MODEL, "-o", tmp_path / "file" / "out", code=ExitCode.IO) == "E_IO"
 
 
-def test_methods_are_those_of_the_library() -> None:
+def test_choices_are_those_of_the_library() -> None:
     assert {method.value for method in Method} == set(METHODS)
+    assert {scale.value for scale in ScaleType} == set(SCALE_DTYPES)
 
 
 # eval

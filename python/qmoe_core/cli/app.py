@@ -35,6 +35,14 @@ Model = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint directo
 Compressed = Annotated[Path, typer.Argument(metavar="DIR", help="A compressed checkpoint.", show_default=False)]
 
 
+class ScaleType(str, Enum):
+    """Names of formats.SCALE_DTYPES."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
 class Method(str, Enum):
     """Names of quantize.METHODS, repeated here because that module imports torch; a test compares the two."""
 
@@ -74,8 +82,9 @@ def compress(
     ] = None,
     method: Annotated[Method | None, typer.Option(help="How values are chosen.  [default: by format]")] = None,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points; ternary: one level per row.")] = False,
+    scale_dtype: Annotated[ScaleType | None, typer.Option(help="int: type of the scales.  [default: float16]")] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="A TOML recipe instead of the four options above.", show_default=False)
+        Path | None, typer.Option(help="A TOML recipe instead of the five options above.", show_default=False)
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -84,7 +93,7 @@ def compress(
     Interrupted, the same command continues where it stopped and ends with the same bytes. The source is only read.
     """
     with reporting(context, as_json) as out:
-        chosen = _recipe(format, group, method, symmetric, recipe)
+        chosen = _recipe(format, group, method, symmetric, scale_dtype, recipe)
         from .. import compress as run
 
         with out.progress() as progress:
@@ -94,17 +103,23 @@ def compress(
 
 
 def _recipe(
-    format: str | None, group: int | None, method: Method | None, symmetric: bool, recipe: Path | None
+    format: str | None,
+    group: int | None,
+    method: Method | None,
+    symmetric: bool,
+    scale_dtype: ScaleType | None,
+    recipe: Path | None,
 ) -> Recipe:
     """The recipe that the options describe. Options that make no sense are wrong usage, not refused input."""
-    if recipe is not None and (format is not None or group is not None or method is not None or symmetric):
-        raise UsageError("a recipe says everything: leave out --format, --group, --method and --symmetric")
+    if recipe is not None and (symmetric or any(value is not None for value in (format, group, method, scale_dtype))):
+        raise UsageError("a recipe says everything: leave out the options that describe a format")
     from .. import Recipe
 
     if recipe is not None:
         return Recipe.from_toml(recipe)
     format = format or ("ternary" if method is not None and method.value.startswith("ternary") else "int4")
     settings: dict[str, Any] = {"group": group, "method": method.value if method else None}
+    settings["scale_dtype"] = scale_dtype.value if scale_dtype else None
     if symmetric:
         settings |= {"levels": "symmetric"} if format.startswith("ternary") else {"zero_point": False}
     try:
