@@ -75,14 +75,17 @@ def compress(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face MoE checkpoint.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make.", show_default=False)],
     format: Annotated[
-        str | None, typer.Option("--format", "-f", help="int8, int4, int3, int2 or ternary.  [default: int4]")
+        str | None, typer.Option("--format", "-f", help="int8, int4, int3, int2 or ternary.", show_default="int4")
     ] = None,
     group: Annotated[
-        int | None, typer.Option(help="int: columns that share a scale: 32, 64, 128, or 0 for a row.  [default: 128]")
+        int | None,
+        typer.Option(help="int: columns that share a scale: 32, 64, 128, or 0 for a row.", show_default="128"),
     ] = None,
-    method: Annotated[Method | None, typer.Option(help="How values are chosen.  [default: by format]")] = None,
+    method: Annotated[Method | None, typer.Option(help="How values are chosen.", show_default="by format")] = None,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points; ternary: one level per row.")] = False,
-    scale_dtype: Annotated[ScaleType | None, typer.Option(help="int: type of the scales.  [default: float16]")] = None,
+    scale_dtype: Annotated[
+        ScaleType | None, typer.Option(help="int: type of the scales.", show_default="float16")
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="A TOML recipe instead of the five options above.", show_default=False)
     ] = None,
