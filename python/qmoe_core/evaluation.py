@@ -1,5 +1,4 @@
-"""How much quality a compressed model lost: perplexity, KL divergence, top-1 and routing agreement, with standard
-errors.
+"""How much quality a compressed model lost: perplexity, KL divergence, top-1 and routing agreement, standard errors.
 
 Conventions, so that numbers can be compared:
 - The first `max_tokens` tokens are cut into disjoint windows of `window` tokens; a partial last window is dropped. No

@@ -4,8 +4,9 @@
     lock          held with flock for as long as the job runs; a second writer gets `E_BUSY`. The kernel releases it
                   when the process dies, however it dies, so there are no stale locks.
     job.json      what the job is: source fingerprint, recipe, options, versions. A resume with another job is
-    `E_CHANGED`. progress      one line per finished step: CRC32C in hex, a space, JSON. Lines are appended only after
-                  what they tell is durable; a torn last line fails its CRC and is cut off.
+                  `E_CHANGED`.
+    progress      one line per finished step: CRC32C in hex, a space, JSON. Lines are appended only after what they
+                  tell is durable; a torn last line fails its CRC and is cut off.
     *.part        the shard that is being written.
 The directory is removed when the job is done; until then OUT has no config.json and nothing can load it.
 """

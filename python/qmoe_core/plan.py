@@ -2,8 +2,8 @@
 
 Shards are filled by upper estimates, since the length of an entropy-coded record is known only when it is written; so
 the number of shards, and with it their names, is known from the start. Within a shard plain tensors come first, wider
-elements before
-narrower ones: safetensors allows no padding between tensors, and so each one stays aligned to its element size.
+elements before narrower ones: safetensors allows no padding between tensors, and so each one stays aligned to its
+element size.
 """
 
 from __future__ import annotations

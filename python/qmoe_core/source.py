@@ -2,8 +2,8 @@
 
 The C++ core's `SafetensorsFile` parses and validates every header; this module only joins the shards of one model and
 reads byte ranges that the parser has checked. Pickle files (.bin, .pt, .pkl, ...) can run code when they are opened,
-so they never
-are: there is no flag for it.
+so they never are:
+there is no flag for it.
 """
 
 from __future__ import annotations

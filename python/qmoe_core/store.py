@@ -1,8 +1,7 @@
 """Durable files: whole or absent, and on the disk once a call returns.
 
 Every write goes to a temporary name in the same directory, is fsynced, renamed over the final name, and the directory
-is
-fsynced as well: without the last step a power cut can forget the rename. A rename that fails is an error: a plain
+is fsynced as well: without the last step a power cut can forget the rename. A rename that fails is an error: a plain
 overwrite in its place would give up the promise without anybody noticing.
 
 Only `os.*` calls are used, one system call each, so that the fault tests can fail every single one of them.

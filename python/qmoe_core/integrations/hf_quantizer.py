@@ -1,5 +1,4 @@
-"""The transformers quantizer: packed modules in place of dense ones before loading, checks of every packed tensor after
-it."""
+"""The transformers quantizer: packed modules for dense ones before loading, checks of every packed tensor after it."""
 
 from __future__ import annotations
 
@@ -29,8 +28,8 @@ class QmoeConfig(QuantizationConfigMixin):
 
     Attributes:
         version: of this description.
-        packed: runtime module name -> `{"kind": "experts" or "linear", "tensors": {name: {"shape": [E, N, K], "nbytes":
-            n, "format": name}}}`.
+        packed: runtime module name -> `{"kind": "experts" or "linear", "tensors": {name: entry}}`, where an entry is
+            `{"shape": [E, N, K], "nbytes": n, "format": name}`.
     """
 
     def __init__(self, packed: Mapping[str, Any] | None = None, version: int = CONFIG_VERSION, **kwargs: Any) -> None:
@@ -47,9 +46,8 @@ class QmoeConfig(QuantizationConfigMixin):
 class QmoeHfQuantizer(HfQuantizer):
     """Loads and saves compressed checkpoints. It does not compress: that is `qmoe compress`."""
 
-    requires_calibration = (
-        True  # transformers then refuses, with a clear message, to quantize a dense model while loading
-    )
+    # transformers then refuses, with a clear message, to quantize a dense model while loading.
+    requires_calibration = True
     quantization_config: QmoeConfig
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:

@@ -1,10 +1,8 @@
 """Makes transformers open checkpoints whose config.json says `quant_method: "qmoe"`.
 
 transformers has no plug-in discovery, so registration has to happen in the user's process. `install_hook`, called by
-`import qmoe_core`,
-costs next to nothing: it imports neither torch nor transformers, and waits for transformers' registry of quantizers to
-    be imported.
-The quantizer itself is in `hf_quantizer`.
+`import qmoe_core`, costs next to nothing: it imports neither torch nor transformers, and waits for transformers'
+registry of quantizers to be imported. The quantizer itself is in `hf_quantizer`.
 """
 
 from __future__ import annotations
@@ -20,8 +18,7 @@ _REGISTRY = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Register quant_method "qmoe" with transformers now (imports transformers and torch). Does nothing the second
-    time."""
+    """Register quant_method "qmoe" with transformers now (imports both). Does nothing the second time."""
     registry = importlib.import_module(_REGISTRY)
     ours = importlib.import_module(".hf_quantizer", __package__)
     if not hasattr(ours, "QmoeHfQuantizer"):
@@ -50,8 +47,7 @@ class _RegisterAfterLoad(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Looks at one module name only, and steps aside for every other and while it asks the remaining finders for that
-    one."""
+    """Looks at one module name only; steps aside for every other, and while it asks the other finders for that one."""
 
     def __init__(self) -> None:
         self.busy = False

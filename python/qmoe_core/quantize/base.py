@@ -1,4 +1,4 @@
-"""What every quantization method gets and gives (contract 5: methods know nothing of models).
+"""What every quantization method gets and gives (methods know nothing of models).
 
 A method is a function `quantize(weight, statistics, spec) -> (matrix, TensorReport)`:
     weight      torch.float32 (N, K) = (out_features, in_features), finite

@@ -26,8 +26,7 @@ class PackedExperts(nn.Module):
     interleaved, clamped or not) is never written a second time.
 
     forward works under `torch.compile(fullgraph=True)`: no shape depends on data. Its result does not depend on the
-    order in which
-    experts run: each token's contributions are summed in the order of its choices, in float32.
+    order in which experts run: each token's contributions are summed in the order of its choices, in float32.
     """
 
     has_gate: bool

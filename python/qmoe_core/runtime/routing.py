@@ -1,11 +1,9 @@
 """Which experts a model's routers choose, observed with forward hooks and no knowledge of the model family.
 
 A router is any module whose class name contains "router" or ends in "gate", that holds no other router, and whose
-forward
-returns a tuple with an integer tensor: what transformers 5 has (`*TopKRouter` and `*TopkRouter` return the chosen ids
-    as
-(T, k); the Switch Transformers router returns a 0/1 dispatch mask (..., E)). Modules of such a name that return no
-integer tensor are not counted.
+forward returns a tuple with an integer tensor: what transformers 5 has (`*TopKRouter` and `*TopkRouter` return the
+chosen ids as (T, k); the Switch Transformers router returns a 0/1 dispatch mask (..., E)). Modules of such a name that
+return no integer tensor are not counted.
 """
 
 from __future__ import annotations
@@ -32,7 +30,8 @@ def selection_mask(router: nn.Module, output: Any) -> torch.Tensor | None:
 
     The last integer tensor of the output counts. Its last dimension is the number of experts (then it is a dispatch
     mask: nonzero means chosen) or the number of choices (then it holds ids; ids >= E, the marker of other
-        expert-parallel ranks, are dropped).
+    expert-parallel ranks, are dropped).
+
     Returns None where there is no integer tensor or the number of experts cannot be found.
     """
     tensors = [t for t in output if isinstance(t, torch.Tensor)] if isinstance(output, (tuple, list)) else []
@@ -78,8 +77,10 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
 
 
 def agreement(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Per token, the share of experts that both chose: |A and B| / max(|A|, |B|), and 1 where both are empty. (T, E) x
-    2 -> (T,)."""
+    """Per token, the share of experts that both chose: |A and B| / max(|A|, |B|), and 1 where both are empty.
+
+    Two (T, E) bool masks -> (T,) float64.
+    """
     common = (reference & other).sum(-1).double()
     size = torch.maximum(reference.sum(-1), other.sum(-1)).double()
     return torch.where(size > 0, common / size.clamp(min=1), torch.ones_like(common))
