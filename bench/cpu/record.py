@@ -1,8 +1,8 @@
 """Runs the google-benchmark programs and writes their medians and spread as JSON.
 
-    cmake -S . -B build-bench -DQMOE_BENCH=ON && cmake --build build-bench
-    python bench/cpu/record.py build-bench/bench/cpu/bench_codec --output bench/results/codec.json
-    python bench/cpu/record.py build-bench/bench/cpu/bench_ternary_codes --output bench/results/ternary-codes.json
+cmake -S . -B build-bench -DQMOE_BENCH=ON && cmake --build build-bench
+python bench/cpu/record.py build-bench/bench/cpu/bench_codec --output bench/results/codec.json
+python bench/cpu/record.py build-bench/bench/cpu/bench_ternary_codes --output bench/results/ternary-codes.json
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ STANDARD |= {"cpu_time", "time_unit", "family_index", "per_family_instance_index
 
 def run(program: Path, repetitions: int) -> list[dict[str, Any]]:
     """One row per benchmark: weights per second (median, lowest, highest of the repetitions) and its counters."""
-    arguments = [str(program), "--benchmark_format=json", f"--benchmark_repetitions={repetitions}", "--benchmark_min_time=0.2"]
+    arguments = [
+        str(program),
+        "--benchmark_format=json",
+        f"--benchmark_repetitions={repetitions}",
+        "--benchmark_min_time=0.2",
+    ]
     output = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
     runs: dict[str, list[dict[str, Any]]] = {}
     for entry in json.loads(output)["benchmarks"]:
