@@ -1,11 +1,12 @@
 #!/bin/sh
 # Builds the C++ tests and fuzzers with AddressSanitizer and UndefinedBehaviorSanitizer and runs all of them.
-#   tests/sanitize.sh [BUILD_DIRECTORY]      JOBS=n compiles with n jobs (default 2)
+#   tests/sanitize.sh [BUILD_DIRECTORY]      JOBS=n: compile with n jobs (2); FUZZ=n: inputs per fuzz target (100000)
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 build=${1:-$root/build-asan}
 started=$(date +%s)
-cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DQMOE_SANITIZE=ON -DQMOE_TESTS=ON -DQMOE_PYTHON=OFF -DQMOE_CUDA=OFF
+cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DQMOE_SANITIZE=ON -DQMOE_TESTS=ON -DQMOE_PYTHON=OFF -DQMOE_CUDA=OFF \
+    -DQMOE_FUZZ_ITERATIONS="${FUZZ:-100000}"
 cmake --build "$build" -j "${JOBS:-2}"
 # Leaks count as errors too. An allocation that a hostile size asks for must fail softly, not end the process.
 export ASAN_OPTIONS=detect_leaks=1:allocator_may_return_null=1:strict_string_checks=1

@@ -125,7 +125,7 @@ TEST_SUITE("allocation") {
             return SafetensorsFile::open(path, file);
         });
         const std::string index =
-            R"({"metadata":{"k":[1,"x"]},"weight_map":{"a.name.of.more.than.fifteen.bytes":"model-00001.safetensors"}})";
+            R"({"metadata":{"k":[1,"x"]},"weight_map":{"a.name.of.more.than.fifteen.bytes":"model-1.safetensors"}})";
         const Buffer text(index.begin(), index.end());
         total += starve([&] {
             std::vector<std::pair<std::string, std::string>> out;

@@ -48,10 +48,8 @@ TEST_SUITE("checkpoint") {
         const TemporaryDirectory directory;
         directory.write("a.safetensors", shard("a", "U8", {1, 2}));
         directory.write("b.safetensors", shard("b_qmoe", "U8", test::small_ternary_record()));
-        directory.write(
-            kIndex,
-            text(
-                R"({"metadata":{"total_size":1.5e3,"x":[null,{"y":[]}]},"weight_map":{"b_qmoe":"b.safetensors","a":"a.safetensors"}})"));
+        directory.write(kIndex, text(R"({"metadata":{"total_size":1.5e3,"x":[null,{"y":[]}]},)"
+                                     R"("weight_map":{"b_qmoe":"b.safetensors","a":"a.safetensors"}})"));
         const Checkpoint checkpoint = Checkpoint::open(directory.path());
         CHECK(checkpoint.names() == std::vector<std::string>{"a", "b_qmoe"});
         CHECK(checkpoint.packed_names() == std::vector<std::string>{"b_qmoe"});

@@ -45,8 +45,10 @@ TEST_SUITE("safetensors") {
             directory.write("a.safetensors",
                             test::safetensors(R"( {"second" : {"shape":[3], "data_offsets":[6,9], "dtype":"U8"},
                 "__metadata__":{"format":"pt","\u00e9":""},
-                "first":{"dtype":"BF16","shape":[1,3,1,1],"data_offsets":[0,6]},"empty":{"dtype":"F32","shape":[0,7],"data_offsets":[6,6]},
-                "scalar":{"dtype":"I8","shape":[],"data_offsets":[9,10]},"four":{"dtype":"F4","shape":[2,3],"data_offsets":[10,13]}}   )" +
+                "first":{"dtype":"BF16","shape":[1,3,1,1],"data_offsets":[0,6]},
+                "empty":{"dtype":"F32","shape":[0,7],"data_offsets":[6,6]},
+                "scalar":{"dtype":"I8","shape":[],"data_offsets":[9,10]},
+                "four":{"dtype":"F4","shape":[2,3],"data_offsets":[10,13]}}   )" +
                                                   1,  // the header must begin with its brace
                                               counting(13)));
         SafetensorsFile file;

@@ -59,8 +59,8 @@ class Mutator {
         return z ^ (z >> 31);
     }
     uint64_t below(uint64_t n) { return random() % n; }
-    // Headers come first and are small, so half of all places lie among the first 256 bytes.
-    size_t place(size_t size) { return static_cast<size_t>(below(below(2) == 0 ? std::min<size_t>(size, 256) : size)); }
+    // Headers come first and are small, so a third of all places lie among the first 256 bytes.
+    size_t place(size_t size) { return static_cast<size_t>(below(below(3) == 0 ? std::min<size_t>(size, 256) : size)); }
 
     uint64_t interesting() {
         constexpr uint64_t kValues[] = {0,

@@ -81,16 +81,16 @@ std::vector<Buffer> seeds() {
     std::vector<Buffer> out = {
         file("{}", 0),
         file(R"({"a":{"dtype":"U8","shape":[16],"data_offsets":[0,16]}})", 16),
-        file(
-            R"({"__metadata__":{"format":"pt","k":"\u00e9\n"},"a":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]},)"
-            R"("b.c":{"dtype":"F32","shape":[],"data_offsets":[12,16]},"e":{"dtype":"I64","shape":[0,4],"data_offsets":[12,12]}})",
-            16),
-        file(
-            R"({ "x" : { "shape" : [ 1 , 2 , 1 , 2 ] , "data_offsets" : [ 4 , 12 ] , "dtype" : "F16" } , "\ud83d\ude00" : )"
-            R"({ "dtype" : "F4" , "shape" : [ 8 ] , "data_offsets" : [ 0 , 4 ] } }   )",
-            12),
-        text(
-            R"({"metadata":{"total_size":123.5e2,"x":[1,null,{"y":true}]},"weight_map":{"a":"m-1.safetensors","b":"m-2.safetensors"}})"),
+        file(R"({"__metadata__":{"format":"pt","k":"\u00e9\n"},)"
+             R"("a":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]},)"
+             R"("b.c":{"dtype":"F32","shape":[],"data_offsets":[12,16]},)"
+             R"("e":{"dtype":"I64","shape":[0,4],"data_offsets":[12,12]}})",
+             16),
+        file(R"({ "x" : { "shape" : [ 1 , 2 , 1 , 2 ] , "data_offsets" : [ 4 , 12 ] , "dtype" : "F16" } , )"
+             R"("\ud83d\ude00" : { "dtype" : "F4" , "shape" : [ 8 ] , "data_offsets" : [ 0 , 4 ] } }   )",
+             12),
+        text(R"({"metadata":{"total_size":123.5e2,"x":[1,null,{"y":true}]},)"
+             R"("weight_map":{"a":"m-1.safetensors","b":"m-2.safetensors"}})"),
         text(R"({"weight_map":{}})"),
     };
     std::string many = "{";
