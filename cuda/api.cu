@@ -7,7 +7,9 @@ Status runtime_status(cudaError_t error) noexcept {
     return error == cudaSuccess ? Status{} : Status::error(Code::kNoKernel, cudaGetErrorString(error));
 }
 
-Status device_count(int* count) noexcept { return runtime_status(cudaGetDeviceCount(count)); }
+Status device_count(int* count) noexcept {
+    return runtime_status(cudaGetDeviceCount(count));
+}
 
 Status device_info(int device, DeviceInfo* info) noexcept {
     cudaDeviceProp properties;
@@ -22,8 +24,8 @@ Status device_info(int device, DeviceInfo* info) noexcept {
 }
 
 Status dequantize(const DeviceMatrix& matrix, void* out, OutputType type, void* stream) noexcept {
-    // The host has no device memory to read, so only what the spec and the sizes say can be checked here; the offsets inside the
-    // matrix were checked when the record was opened.
+    // The host has no device memory to read, so only what the spec and the sizes say can be checked here; the offsets
+    // inside the matrix were checked when the record was opened.
     switch (matrix.spec[0] | matrix.spec[1] << 8) {
         case 1: return dequantize_int(matrix, out, type, static_cast<cudaStream_t>(stream));
         case 2: return dequantize_ternary(matrix, out, type, static_cast<cudaStream_t>(stream));
@@ -36,4 +38,6 @@ constexpr Api kApi{kApiVersion, device_count, device_info, dequantize};
 }  // namespace
 }  // namespace qmoe::cuda
 
-extern "C" __attribute__((visibility("default"))) const qmoe::cuda::Api* qmoe_cuda_api() noexcept { return &qmoe::cuda::kApi; }
+extern "C" __attribute__((visibility("default"))) const qmoe::cuda::Api* qmoe_cuda_api() noexcept {
+    return &qmoe::cuda::kApi;
+}

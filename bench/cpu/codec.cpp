@@ -22,7 +22,9 @@ void rtn_and_pack(benchmark::State& state) {
     std::vector<uint8_t> codes(rows * cols), zeros(rows * cols / 128), out;
     std::vector<float> scales(zeros.size());
     for (auto _ : state) {
-        if (!quantize_rtn(weights.data(), rows, cols, bits, 128, ScaleType::kFloat16, codes.data(), scales.data(), zeros).ok())
+        if (!quantize_rtn(weights.data(), rows, cols, bits, 128, ScaleType::kFloat16, codes.data(), scales.data(),
+                          zeros)
+                 .ok())
             state.SkipWithError("quantize_rtn");
         MatrixInput in;
         in.format = 1;
@@ -75,7 +77,13 @@ void ternary_encode(benchmark::State& state) {
     }
     sample.report(state);
 }
-BENCHMARK(ternary_encode)->ArgName("zeros_permille")->Arg(600)->Arg(800)->Arg(885)->Arg(950)->Unit(benchmark::kMillisecond);
+BENCHMARK(ternary_encode)
+    ->ArgName("zeros_permille")
+    ->Arg(600)
+    ->Arg(800)
+    ->Arg(885)
+    ->Arg(950)
+    ->Unit(benchmark::kMillisecond);
 
 // Trits out, one byte each: the reference decoder, no vector instructions.
 void ternary_decode_scalar(benchmark::State& state) {
@@ -93,7 +101,13 @@ void ternary_decode_scalar(benchmark::State& state) {
         }
     sample.report(state);
 }
-BENCHMARK(ternary_decode_scalar)->ArgName("zeros_permille")->Arg(600)->Arg(800)->Arg(885)->Arg(950)->Unit(benchmark::kMillisecond);
+BENCHMARK(ternary_decode_scalar)
+    ->ArgName("zeros_permille")
+    ->Arg(600)
+    ->Arg(800)
+    ->Arg(885)
+    ->Arg(950)
+    ->Unit(benchmark::kMillisecond);
 
 }  // namespace
 }  // namespace qmoe::bench

@@ -1,10 +1,12 @@
-// The codes that were candidates for `ternary`, in plain one-stream-per-row form: rate and scalar decoding speed in one run.
+// The codes that were candidates for `ternary`, in plain one-stream-per-row form: rate and scalar decoding speed.
 //
-//   rice     gaps between nonzeros in Rice code (parameter per matrix) followed by a sign bit; rows end with an explicit end gap
+//   rice     gaps between nonzeros in Rice code (parameter per matrix), each followed by a sign bit; a row ends with an
+//            explicit end gap
 //   huffman  blocks of six trits, canonical Huffman limited to 12, 13 or 14 bits, decoded by one table look-up
 //   tans     the code that was chosen, through the real format (bench_codec has it in detail)
 //
-// Rates count the streams, byte-aligned ends and a 16-bit length per row, but no levels; tans counts everything, levels included.
+// Rates count the streams, byte-aligned ends and a 16-bit length per row, but no levels; tans counts everything, levels
+// included.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -60,7 +62,9 @@ void report(benchmark::State& state, const std::vector<int8_t>& trits, double bi
     state.counters["code_bits"] = bits / weights;
     state.counters["code_over_entropy_pct"] = 100.0 * (bits / weights / entropy - 1.0);
 }
-double stream_bits(const Coded& coded) { return 8.0 * static_cast<double>(coded.bytes.size()) + 16.0 * kRows; }
+double stream_bits(const Coded& coded) {
+    return 8.0 * static_cast<double>(coded.bytes.size()) + 16.0 * kRows;
+}
 
 Coded rice_encode(const std::vector<int8_t>& trits, uint32_t parameter) {
     Coded coded;
@@ -223,11 +227,13 @@ void tans(benchmark::State& state) {
     std::vector<int8_t> out((layout.blocks * layout.block_rows) * layout.padded_cols());
     for (auto _ : state) {
         for (uint64_t b = 0; b < layout.blocks; ++b)
-            ternary_decode_block(layout, *table, view.data.data(), b, &out[b * layout.block_rows * layout.padded_cols()], nullptr);
+            ternary_decode_block(layout, *table, view.data.data(), b,
+                                 &out[b * layout.block_rows * layout.padded_cols()], nullptr);
         benchmark::DoNotOptimize(out.data());
     }
     for (uint64_t r = 0; r < kRows; ++r)
-        if (!std::equal(&trits[r * kCols], &trits[r * kCols] + kCols, &out[r * layout.padded_cols()])) state.SkipWithError("round trip");
+        if (!std::equal(&trits[r * kCols], &trits[r * kCols] + kCols, &out[r * layout.padded_cols()]))
+            state.SkipWithError("round trip");
     report(state, trits, 8.0 * static_cast<double>(bytes.size()));
 }
 
@@ -239,7 +245,10 @@ void zero_fractions_and_limits(benchmark::internal::Benchmark* b) {
         for (const int zeros : {600, 800, 885, 950}) b->Args({zeros, limit});
 }
 BENCHMARK(rice)->ArgName("zeros_permille")->Apply(zero_fractions)->Unit(benchmark::kMillisecond);
-BENCHMARK(huffman)->ArgNames({"zeros_permille", "limit"})->Apply(zero_fractions_and_limits)->Unit(benchmark::kMillisecond);
+BENCHMARK(huffman)
+    ->ArgNames({"zeros_permille", "limit"})
+    ->Apply(zero_fractions_and_limits)
+    ->Unit(benchmark::kMillisecond);
 BENCHMARK(tans)->ArgName("zeros_permille")->Apply(zero_fractions)->Unit(benchmark::kMillisecond);
 
 }  // namespace

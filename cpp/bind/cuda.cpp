@@ -1,6 +1,7 @@
 // The CUDA library as Python sees it. Device pointers come from torch; nothing here needs a GPU to be present.
-#include "bind.h"
 #include "qmoe/cuda.h"
+
+#include "bind.h"
 #include "qmoe/cuda_library.h"
 #include "qmoe/record.h"
 
@@ -56,8 +57,8 @@ py::array_t<uint32_t> ternary_table(const Bytes& record_bytes, uint64_t expert) 
     return table;
 }
 
-void cuda_dequantize(const Bytes& record_bytes, uint64_t expert, uintptr_t record_on_device, uintptr_t table, uintptr_t out,
-                     const std::string& dtype, uintptr_t stream) {
+void cuda_dequantize(const Bytes& record_bytes, uint64_t expert, uintptr_t record_on_device, uintptr_t table,
+                     uintptr_t out, const std::string& dtype, uintptr_t stream) {
     const cuda::Api& api = required_library();
     const Record record = open_host_record(record_bytes, expert);
     const MatrixView view = record.matrix(expert);
@@ -81,9 +82,10 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_info", &cuda_info, "Whether libqmoe_cuda could be opened, the devices it sees, and if not why.");
     m.def("ternary_table", &ternary_table, py::arg("record"), py::arg("expert"),
           "The decoding table of a ternary matrix, uint32 (4096,), as the CUDA kernels want it in device memory.");
-    m.def("cuda_dequantize", &cuda_dequantize, py::arg("record"), py::arg("expert"), py::arg("record_on_device"), py::arg("table"),
-          py::arg("out"), py::arg("dtype"), py::arg("stream"),
-          "Decode one expert of a record whose bytes also lie on the device into out (N, K). Pointers and the stream are raw.");
+    m.def("cuda_dequantize", &cuda_dequantize, py::arg("record"), py::arg("expert"), py::arg("record_on_device"),
+          py::arg("table"), py::arg("out"), py::arg("dtype"), py::arg("stream"),
+          "Decode one expert of a record whose bytes also lie on the device into out (N, K). Pointers and the stream "
+          "are raw.");
 }
 
 }  // namespace qmoe::bind

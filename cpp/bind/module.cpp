@@ -1,4 +1,5 @@
-// All of pybind11: converts arguments, calls the core, turns a Status into qmoe_core.errors.QmoeError. Decides nothing else.
+// All of pybind11: converts arguments, calls the core, turns a Status into qmoe_core.errors.QmoeError. Decides nothing
+// else.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -70,14 +71,18 @@ ScaleType scale_type(const std::string& name) {
     raise(Code::kUnknown, "scale dtype must be float16, bfloat16 or float32, not " + name);
 }
 
-const char* scale_name(uint8_t type) { return type == 1 ? "float16" : type == 2 ? "bfloat16" : "float32"; }
+const char* scale_name(uint8_t type) {
+    return type == 1 ? "float16" : type == 2 ? "bfloat16" : "float32";
+}
 
 uint32_t checked_group(int64_t group) {
-    if (group < 0 || group > int64_t{kMaxDim}) raise(Code::kValue, "group must be 0 (the whole row) or a number of columns");
+    if (group < 0 || group > int64_t{kMaxDim})
+        raise(Code::kValue, "group must be 0 (the whole row) or a number of columns");
     return static_cast<uint32_t>(group);
 }
 
-py::tuple rtn_int(const py::object& weight_object, uint32_t bits, int64_t group_argument, bool zero_point, const std::string& dtype) {
+py::tuple rtn_int(const py::object& weight_object, uint32_t bits, int64_t group_argument, bool zero_point,
+                  const std::string& dtype) {
     const auto weight = matrix_argument<float>(weight_object, "weight");
     const uint32_t group = checked_group(group_argument);
     const ScaleType type = scale_type(dtype);
@@ -190,7 +195,8 @@ py::dict inspect_record(const Bytes& bytes, bool verify) {
         check(status);
     }
     py::list specs, entries;
-    for (size_t s = 0; s < record.spec_count(); ++s) specs.append(describe_spec(record.spec(s), record.format_of_spec(s)));
+    for (size_t s = 0; s < record.spec_count(); ++s)
+        specs.append(describe_spec(record.spec(s), record.format_of_spec(s)));
     for (const RecordEntry& entry : record.entries()) {
         py::dict e;
         e["spec"] = entry.spec;
@@ -238,9 +244,11 @@ ActivationType activation_type(const std::string& name) {
     raise(Code::kDtype, "activations must be float32, float16 or bfloat16, not " + name);
 }
 
-// Pointers are those of tensors that the caller keeps alive: packed (nbytes), offsets int64 (count), x (tokens, K), out (tokens, N).
-void linear(uintptr_t packed, uint64_t nbytes, uintptr_t offsets, uint64_t offset_count, uintptr_t x, const std::string& x_dtype,
-            uint64_t tokens, uint64_t in_features, uintptr_t out, uint64_t out_features, int threads) {
+// Pointers are those of tensors that the caller keeps alive: packed (nbytes), offsets int64 (count), x (tokens, K), out
+// (tokens, N).
+void linear(uintptr_t packed, uint64_t nbytes, uintptr_t offsets, uint64_t offset_count, uintptr_t x,
+            const std::string& x_dtype, uint64_t tokens, uint64_t in_features, uintptr_t out, uint64_t out_features,
+            int threads) {
     const ActivationType type = activation_type(x_dtype);
     Status status;
     {
@@ -248,12 +256,15 @@ void linear(uintptr_t packed, uint64_t nbytes, uintptr_t offsets, uint64_t offse
         Record record;
         status = Record::open({reinterpret_cast<const uint8_t*>(packed), nbytes}, record, false);
         if (status.ok() && record.cols() != in_features)
-            status = Status::mismatch(Code::kShape, "linear: columns of x against columns of the weight", 0, record.cols(), in_features);
+            status = Status::mismatch(Code::kShape, "linear: columns of x against columns of the weight", 0,
+                                      record.cols(), in_features);
         if (status.ok() && record.rows() != out_features)
-            status = Status::mismatch(Code::kShape, "linear: columns of out against rows of the weight", 0, record.rows(), out_features);
+            status = Status::mismatch(Code::kShape, "linear: columns of out against rows of the weight", 0,
+                                      record.rows(), out_features);
         if (status.ok())
             status = grouped_linear(record, reinterpret_cast<const void*>(x), type, tokens,
-                                    {reinterpret_cast<const int64_t*>(offsets), offset_count}, reinterpret_cast<void*>(out), threads);
+                                    {reinterpret_cast<const int64_t*>(offsets), offset_count},
+                                    reinterpret_cast<void*>(out), threads);
     }
     check(status);
 }
@@ -281,13 +292,15 @@ PYBIND11_MODULE(_C, m) {
           "One expert as float32 (N, K), by the scalar decoder.");
     m.def("slice_experts", &slice_experts, py::arg("record"), py::arg("first"), py::arg("count"),
           "A record of experts [first, first + count).");
-    m.def("linear", &linear, py::arg("packed"), py::arg("nbytes"), py::arg("offsets"), py::arg("offset_count"), py::arg("x"),
-          py::arg("x_dtype"), py::arg("tokens"), py::arg("in_features"), py::arg("out"), py::arg("out_features"), py::arg("threads"),
-          "Grouped linear on raw pointers; see qmoe/matmul.h.");
-    m.def("crc32c", [](const Bytes& bytes, uint32_t seed) { return qmoe::crc32c(bytes_of(bytes), seed); }, py::arg("bytes"),
-          py::arg("seed") = 0, "CRC-32C of uint8 (bytes,).");
+    m.def("linear", &linear, py::arg("packed"), py::arg("nbytes"), py::arg("offsets"), py::arg("offset_count"),
+          py::arg("x"), py::arg("x_dtype"), py::arg("tokens"), py::arg("in_features"), py::arg("out"),
+          py::arg("out_features"), py::arg("threads"), "Grouped linear on raw pointers; see qmoe/matmul.h.");
+    m.def(
+        "crc32c", [](const Bytes& bytes, uint32_t seed) { return qmoe::crc32c(bytes_of(bytes), seed); },
+        py::arg("bytes"), py::arg("seed") = 0, "CRC-32C of uint8 (bytes,).");
     m.def("cpu_features", &isa_names, "Instruction sets with kernels on this machine, best first.");
-    m.def("version", [] { return QMOE_VERSION; }, "Version of the core.");
+    m.def(
+        "version", [] { return QMOE_VERSION; }, "Version of the core.");
     bind_cuda(m);
     bind_safetensors(m);
 }

@@ -6,9 +6,8 @@
 #include <cstring>
 #include <vector>
 
-// For functions that files of different instruction sets share: an out-of-line copy could be merged by the linker into one that the
-// machine cannot run.
-// Layouts are also computed by kernels on the GPU.
+// For functions that files of different instruction sets share: an out-of-line copy could be merged by the linker into
+// one that the machine cannot run. Layouts are also computed by kernels on the GPU.
 #if defined(__CUDACC__)
 #define QMOE_INLINE __host__ __device__ inline
 #else

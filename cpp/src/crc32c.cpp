@@ -35,7 +35,8 @@ uint32_t crc_portable(const uint8_t* p, size_t n, uint32_t crc) noexcept {
         std::memcpy(&high, p + 4, 4);
         low ^= crc;
         crc = kTable[7][low & 255] ^ kTable[6][(low >> 8) & 255] ^ kTable[5][(low >> 16) & 255] ^ kTable[4][low >> 24] ^
-              kTable[3][high & 255] ^ kTable[2][(high >> 8) & 255] ^ kTable[1][(high >> 16) & 255] ^ kTable[0][high >> 24];
+              kTable[3][high & 255] ^ kTable[2][(high >> 8) & 255] ^ kTable[1][(high >> 16) & 255] ^
+              kTable[0][high >> 24];
     }
     for (; n != 0; --n, ++p) crc = (crc >> 8) ^ kTable[0][(crc ^ *p) & 255];
     return crc;

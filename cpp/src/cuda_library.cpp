@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "qmoe/cuda.h"
 #include "formats/ternary.h"
+#include "qmoe/cuda.h"
 
 namespace qmoe::cuda {
 namespace {

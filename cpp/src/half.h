@@ -1,4 +1,5 @@
-// float16 (IEEE 754 binary16) and bfloat16 conversions without instruction-set requirements; both round to nearest even.
+// float16 (IEEE 754 binary16) and bfloat16 conversions without instruction-set requirements; both round to nearest
+// even.
 #pragma once
 
 #include <bit>
@@ -33,7 +34,9 @@ inline uint16_t float_to_half(float f) noexcept {
     return static_cast<uint16_t>(sign | (rounded >> 13));
 }
 
-QMOE_INLINE float bfloat_to_float(uint16_t b) noexcept { return std::bit_cast<float>(static_cast<uint32_t>(b) << 16); }
+QMOE_INLINE float bfloat_to_float(uint16_t b) noexcept {
+    return std::bit_cast<float>(static_cast<uint32_t>(b) << 16);
+}
 
 inline uint16_t float_to_bfloat(float f) noexcept {
     const uint32_t bits = std::bit_cast<uint32_t>(f);

@@ -56,20 +56,13 @@ bool JsonScanner::accept(char c) noexcept {
 Status JsonScanner::expect(char c) noexcept {
     if (accept(c)) return {};
     switch (c) {
-        case '{':
-            return refuse("JSON: expected an object");
-        case '}':
-            return refuse("JSON: expected a comma or the end of an object");
-        case '[':
-            return refuse("JSON: expected an array");
-        case ']':
-            return refuse("JSON: expected a comma or the end of an array");
-        case ':':
-            return refuse("JSON: expected a colon");
-        case '"':
-            return refuse("JSON: expected a string");
-        default:
-            return refuse("JSON: expected a comma");
+        case '{': return refuse("JSON: expected an object");
+        case '}': return refuse("JSON: expected a comma or the end of an object");
+        case '[': return refuse("JSON: expected an array");
+        case ']': return refuse("JSON: expected a comma or the end of an array");
+        case ':': return refuse("JSON: expected a colon");
+        case '"': return refuse("JSON: expected a string");
+        default: return refuse("JSON: expected a comma");
     }
 }
 

@@ -19,7 +19,8 @@ float round_scale(float scale, ScaleType type) noexcept {
     return scale;
 }
 
-// Rounds |x| < 2^22 to nearest even in plain additions, which vectorise on every instruction set (nearbyint does not on SSE2).
+// Rounds |x| < 2^22 to nearest even in plain additions, which vectorise on every instruction set (nearbyint does not on
+// SSE2).
 inline float round_even(float x) noexcept {
     constexpr float kMagic = 0x1.8p23f;
     return (x + kMagic) - kMagic;
@@ -30,7 +31,8 @@ struct Range {
     bool finite;
 };
 
-// Minimum and maximum, in 16 strands so that compilers vectorise without reassociating. NaN and infinity stick in `probe`.
+// Minimum and maximum, in 16 strands so that compilers vectorise without reassociating. NaN and infinity stick in
+// `probe`.
 Range find_range(const float* w, uint64_t n) noexcept {
     constexpr uint64_t kStrands = 16;
     float low[kStrands], high[kStrands], probe[kStrands];
@@ -59,9 +61,10 @@ Range find_range(const float* w, uint64_t n) noexcept {
 
 }  // namespace
 
-Status quantize_rtn(const float* weight, uint64_t rows, uint64_t cols, uint32_t bits, uint32_t group, ScaleType scale_type,
-                    uint8_t* codes, float* scales, std::span<uint8_t> zeros) noexcept {
-    if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return Status::error(Code::kUnknown, "rtn: bits must be 2, 3, 4 or 8");
+Status quantize_rtn(const float* weight, uint64_t rows, uint64_t cols, uint32_t bits, uint32_t group,
+                    ScaleType scale_type, uint8_t* codes, float* scales, std::span<uint8_t> zeros) noexcept {
+    if (bits != 2 && bits != 3 && bits != 4 && bits != 8)
+        return Status::error(Code::kUnknown, "rtn: bits must be 2, 3, 4 or 8");
     if (rows == 0 || cols == 0) return Status::error(Code::kShape, "rtn: empty matrix");
     const uint64_t width = group == 0 ? cols : group, groups = ceil_div(cols, width);
     if (!zeros.empty() && zeros.size() != rows * groups)
@@ -73,7 +76,8 @@ Status quantize_rtn(const float* weight, uint64_t rows, uint64_t cols, uint32_t 
             const float* const w = weight + r * cols + begin;
             const Range range = find_range(w, n);
             if (!range.finite)
-                return Status::mismatch(Code::kValue, "rtn: a weight is NaN or infinite; row", (r * cols + begin) * 4, 0, r);
+                return Status::mismatch(Code::kValue, "rtn: a weight is NaN or infinite; row", (r * cols + begin) * 4,
+                                        0, r);
             float scale;
             if (zeros.empty()) {
                 scale = (range.high > -range.low ? -range.high : -range.low) / middle;
@@ -82,12 +86,14 @@ Status quantize_rtn(const float* weight, uint64_t rows, uint64_t cols, uint32_t 
             }
             scale = round_scale(scale, scale_type);
             if (!std::isfinite(scale))
-                return Status::mismatch(Code::kValue, "rtn: a scale overflows its type; row", (r * cols + begin) * 4, 0, r);
+                return Status::mismatch(Code::kValue, "rtn: a scale overflows its type; row", (r * cols + begin) * 4, 0,
+                                        r);
             // All weights zero, or so small that the scale vanished: any positive scale encodes exact zeros.
             if (scale == 0.0f) scale = 1.0f;
             const float inverse = 1.0f / scale;
             if (!std::isfinite(inverse))
-                return Status::mismatch(Code::kValue, "rtn: a scale is too small to divide by; row", (r * cols + begin) * 4, 0, r);
+                return Status::mismatch(Code::kValue, "rtn: a scale is too small to divide by; row",
+                                        (r * cols + begin) * 4, 0, r);
             const float zero = zeros.empty() ? middle : std::clamp(round_even(-range.low * inverse), 0.0f, top);
             scales[r * groups + g] = scale;
             if (!zeros.empty()) zeros[r * groups + g] = static_cast<uint8_t>(zero);

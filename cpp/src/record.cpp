@@ -70,7 +70,8 @@ Status open_checked(std::span<const uint8_t> bytes, bool check_crc, std::vector<
     rows = load<uint64_t>(base + 16);
     cols = load<uint64_t>(base + 24);
     const uint64_t total = load<uint64_t>(base + 32);
-    if (experts > kMaxExperts) return Status::mismatch(Code::kLimit, "record: too many experts", 8, kMaxExperts, experts);
+    if (experts > kMaxExperts)
+        return Status::mismatch(Code::kLimit, "record: too many experts", 8, kMaxExperts, experts);
     if (experts == 0) return Status::error(Code::kShape, "record: no experts", 8);
     if (specs > experts) return Status::mismatch(Code::kLimit, "record: more specs than experts", 12, experts, specs);
     if (rows > kMaxDim) return Status::mismatch(Code::kLimit, "record: too many rows", 16, kMaxDim, rows);
@@ -102,14 +103,16 @@ Status open_checked(std::span<const uint8_t> bytes, bool check_crc, std::vector<
         RecordEntry& entry = entries[e];
         entry = {load<uint64_t>(p), 0, load<uint32_t>(p + 8), load<uint32_t>(p + 12)};
         const uint64_t at = static_cast<uint64_t>(p - base);
-        if (entry.spec >= specs) return Status::mismatch(Code::kUnknown, "record: spec index", at + 8, specs, entry.spec);
+        if (entry.spec >= specs)
+            return Status::mismatch(Code::kUnknown, "record: spec index", at + 8, specs, entry.spec);
         if (e == 0 && entry.offset != expected)
             return Status::mismatch(Code::kOffset, "record: first matrix offset", at, expected, entry.offset);
         if (entry.offset % kRecordAlign != 0 || entry.offset > total)
             return Status::mismatch(Code::kOffset, "record: matrix offset outside the record", at, total, entry.offset);
         if (e > 0) {
             if (entry.offset <= entries[e - 1].offset)
-                return Status::mismatch(Code::kOffset, "record: offsets do not ascend", at, entries[e - 1].offset, entry.offset);
+                return Status::mismatch(Code::kOffset, "record: offsets do not ascend", at, entries[e - 1].offset,
+                                        entry.offset);
             entries[e - 1].bytes = entry.offset - entries[e - 1].offset;
         }
     }
@@ -123,11 +126,13 @@ Status open_checked(std::span<const uint8_t> bytes, bool check_crc, std::vector<
             if (const uint32_t crc = crc32c(data); crc != entry.crc32c)
                 return Status::mismatch(Code::kChecksum, "record: matrix checksum", entry.offset, entry.crc32c, crc);
         const uint8_t* spec = base + kHeaderBytes + entry.spec * kSpecBytes;
-        const Status status = find_format(load<uint16_t>(spec))
-                                  ->validate({std::span<const uint8_t, kSpecBytes>(spec, kSpecBytes), data, rows, cols}, check_crc);
+        const Status status =
+            find_format(load<uint16_t>(spec))
+                ->validate({std::span<const uint8_t, kSpecBytes>(spec, kSpecBytes), data, rows, cols}, check_crc);
         // A refusal of the spec itself points into the spec; everything else into the matrix.
         if (!status.ok())
-            return status.shifted(status.code == Code::kUnknown ? kHeaderBytes + entry.spec * kSpecBytes : entry.offset);
+            return status.shifted(status.code == Code::kUnknown ? kHeaderBytes + entry.spec * kSpecBytes
+                                                                : entry.offset);
     }
     return {};
 }
@@ -196,7 +201,8 @@ Status Record::slice_experts(uint64_t first, uint64_t count, std::vector<uint8_t
         const uint64_t data_at = ceil_div(tables_end(specs.size(), count), kRecordAlign) * kRecordAlign;
         const uint64_t from = entries.front().offset, to = entries.back().offset + entries.back().bytes;
         out.assign(data_at, 0);
-        out.insert(out.end(), bytes_.begin() + static_cast<ptrdiff_t>(from), bytes_.begin() + static_cast<ptrdiff_t>(to));
+        out.insert(out.end(), bytes_.begin() + static_cast<ptrdiff_t>(from),
+                   bytes_.begin() + static_cast<ptrdiff_t>(to));
         for (RecordEntry& entry : entries) entry.offset = entry.offset - from + data_at;
         finish(out, rows_, cols_, specs, entries);
         return {};

@@ -1,4 +1,5 @@
-// `int` to floats. One thread per packed block of 32 codes: a row's blocks are neighbours, so a warp reads up to 1 KiB in one go.
+// `int` to floats. One thread per packed block of 32 codes: a row's blocks are neighbours, so a warp reads up to 1 KiB
+// in one go.
 #include "common.cuh"
 #include "formats/int.h"
 
@@ -14,14 +15,17 @@ __device__ float device_scale(const uint8_t* p, ScaleType type) {
 template <class T>
 __global__ void dequantize_int_kernel(IntLayout layout, const uint8_t* __restrict__ data, T* __restrict__ out) {
     const uint64_t blocks = layout.row_bytes / layout.block_bytes, total = layout.rows * blocks;
-    for (uint64_t i = blockIdx.x * uint64_t{blockDim.x} + threadIdx.x; i < total; i += uint64_t{gridDim.x} * blockDim.x) {
+    for (uint64_t i = blockIdx.x * uint64_t{blockDim.x} + threadIdx.x; i < total;
+         i += uint64_t{gridDim.x} * blockDim.x) {
         const uint64_t row = i / blocks, first = i % blocks * kIntBlock;
         const uint64_t g = first / layout.group;  // groups are whole blocks, or the whole row
-        const float scale = device_scale(data + layout.scales_at + (row * layout.groups + g) * scale_bytes(layout.scale_type), layout.scale_type);
+        const float scale = device_scale(
+            data + layout.scales_at + (row * layout.groups + g) * scale_bytes(layout.scale_type), layout.scale_type);
         const float zero = static_cast<float>(layout.zero(data, row, g));
         const uint8_t* block = data + i * layout.block_bytes;
         for (uint32_t j = 0; j < kIntBlock && first + j < layout.cols; ++j)
-            out[row * layout.cols + first + j] = from_float<T>((static_cast<float>(int_code(block, layout.bits, j)) - zero) * scale);
+            out[row * layout.cols + first + j] =
+                from_float<T>((static_cast<float>(int_code(block, layout.bits, j)) - zero) * scale);
     }
 }
 
@@ -30,7 +34,8 @@ __global__ void dequantize_int_kernel(IntLayout layout, const uint8_t* __restric
 Status dequantize_int(const DeviceMatrix& matrix, void* out, OutputType type, cudaStream_t stream) noexcept {
     const IntLayout layout(matrix.spec, matrix.rows, matrix.cols);
     if (matrix.bytes < layout.bytes)
-        return Status::mismatch(Code::kShape, "cuda: int data is shorter than its shape", 0, layout.bytes, matrix.bytes);
+        return Status::mismatch(Code::kShape, "cuda: int data is shorter than its shape", 0, layout.bytes,
+                                matrix.bytes);
     const uint64_t blocks = layout.rows * (layout.row_bytes / layout.block_bytes);
     const auto grid = static_cast<uint32_t>(ceil_div(blocks, 256) < 65536 ? ceil_div(blocks, 256) : 65536);
     return with_output_type(type, [&](auto element) {

@@ -1,7 +1,7 @@
 // `ternary` to floats: one warp per block of the format, one thread per lane, all lanes in step.
 //
-// The lanes share one sequence of 16-bit words. Which lanes want a word is one ballot; a lane's word is as far behind the first as
-// there are lower lanes that want one. The table of 4096 states sits in shared memory.
+// The lanes share one sequence of 16-bit words. Which lanes want a word is one ballot; a lane's word is as far behind
+// the first as there are lower lanes that want one. The table of 4096 states sits in shared memory.
 #include "common.cuh"
 #include "formats/ternary.h"
 
@@ -33,8 +33,9 @@ struct WordReader {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kWarps * 32) dequantize_ternary_kernel(TernaryLayout layout, const uint8_t* __restrict__ data,
-                                                                         const uint32_t* __restrict__ table_in, T* __restrict__ out) {
+__global__ void __launch_bounds__(kWarps * 32)
+    dequantize_ternary_kernel(TernaryLayout layout, const uint8_t* __restrict__ data,
+                              const uint32_t* __restrict__ table_in, T* __restrict__ out) {
     __shared__ uint32_t table[kStates];
     for (uint32_t i = threadIdx.x; i < kStates; i += kWarps * 32) table[i] = table_in[i];
     __syncthreads();
@@ -42,7 +43,8 @@ __global__ void __launch_bounds__(kWarps * 32) dequantize_ternary_kernel(Ternary
     if (block >= layout.blocks) return;
     const uint32_t lane = threadIdx.x % 32;
     const auto* offsets = reinterpret_cast<const uint32_t*>(data + layout.offsets_at);
-    WordReader reader{reinterpret_cast<const uint16_t*>(data + layout.payload_at) + offsets[block], offsets[block + 1] - offsets[block], 0, 0, 0};
+    WordReader reader{reinterpret_cast<const uint16_t*>(data + layout.payload_at) + offsets[block],
+                      offsets[block + 1] - offsets[block], 0, 0, 0};
 
     // First word: twelve bits of state, four of the stream. Lanes of rows that do not exist take no part.
     const bool used = layout.row(block, lane, 0) < layout.rows;
@@ -77,13 +79,16 @@ __global__ void __launch_bounds__(kWarps * 32) dequantize_ternary_kernel(Ternary
 
 Status dequantize_ternary(const DeviceMatrix& matrix, void* out, OutputType type, cudaStream_t stream) noexcept {
     const TernaryLayout layout(matrix.spec, matrix.rows, matrix.cols);
-    if (matrix.ternary_table == nullptr) return Status::error(Code::kMissing, "cuda: ternary needs its decoding table on the device");
+    if (matrix.ternary_table == nullptr)
+        return Status::error(Code::kMissing, "cuda: ternary needs its decoding table on the device");
     if (matrix.bytes < layout.payload_at)
-        return Status::mismatch(Code::kShape, "cuda: ternary data is shorter than its tables", 0, layout.payload_at, matrix.bytes);
+        return Status::mismatch(Code::kShape, "cuda: ternary data is shorter than its tables", 0, layout.payload_at,
+                                matrix.bytes);
     const auto grid = static_cast<uint32_t>(ceil_div(layout.blocks, kWarps));
     return with_output_type(type, [&](auto element) {
         using T = decltype(element);
-        dequantize_ternary_kernel<T><<<grid, kWarps * 32, 0, stream>>>(layout, matrix.data, matrix.ternary_table, static_cast<T*>(out));
+        dequantize_ternary_kernel<T>
+            <<<grid, kWarps * 32, 0, stream>>>(layout, matrix.data, matrix.ternary_table, static_cast<T*>(out));
         return launch_status();
     });
 }

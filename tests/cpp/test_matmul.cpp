@@ -25,9 +25,7 @@ size_t width(ActivationType type) {
 
 void put_value(Buffer& bytes, ActivationType type, size_t i, float value) {
     switch (type) {
-        case ActivationType::kFloat32:
-            std::memcpy(bytes.data() + 4 * i, &value, 4);
-            return;
+        case ActivationType::kFloat32: std::memcpy(bytes.data() + 4 * i, &value, 4); return;
         case ActivationType::kFloat16: {
             const uint16_t h = float_to_half(value);
             std::memcpy(bytes.data() + 2 * i, &h, 2);

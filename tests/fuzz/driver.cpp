@@ -109,12 +109,8 @@ class Mutator {
         }
         const size_t at = place(bytes.size());
         switch (below(9)) {
-            case 0:
-                bytes[at] = static_cast<uint8_t>(bytes[at] ^ (1u << below(8)));
-                return;
-            case 1:
-                bytes[at] = static_cast<uint8_t>(random());
-                return;
+            case 0: bytes[at] = static_cast<uint8_t>(bytes[at] ^ (1u << below(8))); return;
+            case 1: bytes[at] = static_cast<uint8_t>(random()); return;
             case 2: {  // a field of 1, 2, 4 or 8 bytes, aligned like those of a header
                 const size_t width = size_t{1} << below(4), field = at / width * width;
                 const uint64_t value = interesting();
@@ -130,9 +126,7 @@ class Mutator {
                 std::memcpy(bytes.data() + field, &value, width);
                 return;
             }
-            case 4:
-                bytes.resize(below(4) == 0 ? at : bytes.size() - std::min<size_t>(bytes.size(), below(32)));
-                return;
+            case 4: bytes.resize(below(4) == 0 ? at : bytes.size() - std::min<size_t>(bytes.size(), below(32))); return;
             case 5: {  // a part of the same input again, over something or inserted
                 const size_t n = std::min<size_t>(1 + below(64), bytes.size() - at), to = place(bytes.size());
                 const Buffer part(bytes.begin() + static_cast<ptrdiff_t>(at),

@@ -21,6 +21,8 @@ namespace qmoe {
     return true;
 }
 
-constexpr uint64_t ceil_div(uint64_t a, uint64_t b) noexcept { return a / b + (a % b != 0); }
+constexpr uint64_t ceil_div(uint64_t a, uint64_t b) noexcept {
+    return a / b + (a % b != 0);
+}
 
 }  // namespace qmoe

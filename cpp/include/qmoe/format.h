@@ -20,8 +20,8 @@ using SpecBytes = std::array<uint8_t, kSpecBytes>;
 
 // One quantized matrix on its way into a record. Unused fields stay empty.
 struct MatrixInput {
-    uint16_t format = 0;             // id from formats.def
-    uint64_t rows = 0, cols = 0;     // N, K
+    uint16_t format = 0;          // id from formats.def
+    uint64_t rows = 0, cols = 0;  // N, K
     // int
     uint8_t bits = 0;                // 2, 3, 4, 8
     uint32_t group = 0;              // columns per scale: 32, 64, 128, or 0 = the whole row
@@ -30,8 +30,8 @@ struct MatrixInput {
     std::span<const float> scales;   // (N, G), exactly representable in scale_dtype
     std::span<const uint8_t> zeros;  // (N, G), or empty: symmetric, zero = 2^(bits-1)
     // ternary
-    std::span<const int8_t> trits;   // (N, K), each -1, 0 or 1
-    std::span<const float> levels;   // (N, 1) [high] or (N, 2) [low, high], exactly representable in bfloat16
+    std::span<const int8_t> trits;  // (N, K), each -1, 0 or 1
+    std::span<const float> levels;  // (N, 1) [high] or (N, 2) [low, high], exactly representable in bfloat16
 };
 
 enum class ScaleType : uint8_t { kFloat16 = 1, kBfloat16 = 2, kFloat32 = 3 };

@@ -22,10 +22,11 @@ enum class ActivationType : uint8_t { kFloat32, kFloat16, kBfloat16 };
 Status grouped_linear(const Record& record, const void* x, ActivationType type, uint64_t tokens,
                       std::span<const int64_t> offsets, void* y, int threads) noexcept;
 
-// The instruction sets that this machine offers and this build has kernels for, best first, e.g. {"avx512", "avx2", "generic"}.
-// The environment variable QMOE_FORCE_ISA pins one of them.
+// The instruction sets that this machine offers and this build has kernels for, best first, e.g. {"avx512", "avx2",
+// "generic"}. The environment variable QMOE_FORCE_ISA pins one of them.
 std::span<const char* const> available_isas() noexcept;
-// The one in use. Null when QMOE_FORCE_ISA names one that this machine or build does not have: then every kernel refuses.
+// The one in use. Null when QMOE_FORCE_ISA names one that this machine or build does not have: then every kernel
+// refuses.
 const char* active_isa() noexcept;
 
 }  // namespace qmoe

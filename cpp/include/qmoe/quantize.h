@@ -1,4 +1,5 @@
-// Round-to-nearest onto the uniform grid of the `int` format: the data-free quantizer fast enough to belong to the core.
+// Round-to-nearest onto the uniform grid of the `int` format: the data-free quantizer fast enough to belong to the
+// core.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +10,14 @@
 
 namespace qmoe {
 
-// weight (rows, cols) float32, row-major -> codes (rows, cols), scales (rows, G) already rounded to `scale_type`, and with
-// `zeros` not empty zero points (rows, G). G = ceil(cols / group), group 0 = the whole row.
+// weight (rows, cols) float32, row-major -> codes (rows, cols), scales (rows, G) already rounded to `scale_type`, and
+// with `zeros` not empty zero points (rows, G). G = ceil(cols / group), group 0 = the whole row.
 //
-// With zero points: the grid spans [min(0, min w), max(0, max w)], zero = round(-min / scale). Symmetric: zero = 2^(bits-1) and
-// the weight of largest magnitude sits on the grid's longer side (code 0), so the scale is negative where that weight is positive.
-// Codes are chosen against the rounded scale. Ties round to even. E_VALUE: a weight is NaN or infinite, or a scale overflows.
-Status quantize_rtn(const float* weight, uint64_t rows, uint64_t cols, uint32_t bits, uint32_t group, ScaleType scale_type,
-                    uint8_t* codes, float* scales, std::span<uint8_t> zeros) noexcept;
+// With zero points: the grid spans [min(0, min w), max(0, max w)], zero = round(-min / scale). Symmetric: zero =
+// 2^(bits-1) and the weight of largest magnitude sits on the grid's longer side (code 0), so the scale is negative
+// where that weight is positive. Codes are chosen against the rounded scale. Ties round to even. E_VALUE: a weight is
+// NaN or infinite, or a scale overflows.
+Status quantize_rtn(const float* weight, uint64_t rows, uint64_t cols, uint32_t bits, uint32_t group,
+                    ScaleType scale_type, uint8_t* codes, float* scales, std::span<uint8_t> zeros) noexcept;
 
 }  // namespace qmoe

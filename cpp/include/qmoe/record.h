@@ -27,8 +27,8 @@ struct RecordEntry {
 class Record {
   public:
     // Parses the header and tables and validates every matrix structurally. After success all reads by decoders and
-    // kernels are in bounds. With check_crc (the default, for bytes not seen before), also compares every matrix's CRC32C
-    // and refuses scales that are not finite; without it the cost is microseconds.
+    // kernels are in bounds. With check_crc (the default, for bytes not seen before), also compares every matrix's
+    // CRC32C and refuses scales that are not finite; without it the cost is microseconds.
     static Status open(std::span<const uint8_t> bytes, Record& out, bool check_crc = true);
 
     // CRCs, full decode of everything, padding: refuses whatever an encoder would not have written.

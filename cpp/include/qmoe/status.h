@@ -9,23 +9,23 @@ namespace qmoe {
 
 enum class Code : uint16_t {
     kOk = 0,
-    kTruncated,   // the file or section ends before its declared end
-    kMagic,       // not a packed record / safetensors file
-    kVersion,     // version zero or newer than this library
-    kUnknown,     // unknown format, dtype or flag bit
-    kLimit,       // a count or size over the documented limit
-    kOverflow,    // a product, sum or padding does not fit 64 bits
-    kOffset,      // gap, overlap, wrong order or trailing bytes
-    kShape,       // size and shape contradict each other
-    kName,        // duplicate, non-UTF-8 or path-like name
-    kChecksum,    // CRC32C mismatch
-    kCorrupt,     // content violates the format
-    kDtype,       // wrong element type
-    kValue,       // value out of range, NaN or infinite
-    kMissing,     // file or tensor absent
-    kNoSpace,     // disk or memory full
-    kIo,          // input/output error
-    kNoKernel,    // no kernel for this shape, type or device
+    kTruncated,  // the file or section ends before its declared end
+    kMagic,      // not a packed record / safetensors file
+    kVersion,    // version zero or newer than this library
+    kUnknown,    // unknown format, dtype or flag bit
+    kLimit,      // a count or size over the documented limit
+    kOverflow,   // a product, sum or padding does not fit 64 bits
+    kOffset,     // gap, overlap, wrong order or trailing bytes
+    kShape,      // size and shape contradict each other
+    kName,       // duplicate, non-UTF-8 or path-like name
+    kChecksum,   // CRC32C mismatch
+    kCorrupt,    // content violates the format
+    kDtype,      // wrong element type
+    kValue,      // value out of range, NaN or infinite
+    kMissing,    // file or tensor absent
+    kNoSpace,    // disk or memory full
+    kIo,         // input/output error
+    kNoKernel,   // no kernel for this shape, type or device
 };
 
 // "E_TRUNCATED", "E_MAGIC", ...: the stable identifier that programs may compare.
@@ -33,9 +33,9 @@ const char* code_name(Code code) noexcept;
 
 struct Status {
     Code code = Code::kOk;
-    uint64_t offset = 0;            // bytes from the start of the file or record
-    const char* what = "";          // static text, never owned
-    uint64_t expected = 0;          // meaningful where has_values
+    uint64_t offset = 0;    // bytes from the start of the file or record
+    const char* what = "";  // static text, never owned
+    uint64_t expected = 0;  // meaningful where has_values
     uint64_t actual = 0;
     bool has_values = false;
 
@@ -56,10 +56,10 @@ struct Status {
     }
 };
 
-#define QMOE_TRY(expression)                            \
-    do {                                                \
+#define QMOE_TRY(expression)                             \
+    do {                                                 \
         const ::qmoe::Status qmoe_status = (expression); \
-        if (!qmoe_status.ok()) return qmoe_status;      \
+        if (!qmoe_status.ok()) return qmoe_status;       \
     } while (false)
 
 }  // namespace qmoe

@@ -1,4 +1,5 @@
-// Grouped multiplication: picks the kernels of the best instruction set, cuts the work into chunks of rows and spreads them.
+// Grouped multiplication: picks the kernels of the best instruction set, cuts the work into chunks of rows and spreads
+// them.
 #include "qmoe/matmul.h"
 
 #include <algorithm>
@@ -28,8 +29,8 @@ struct Choice {
 
     Choice() {
 #if defined(__x86_64__)
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-            __builtin_cpu_supports("avx512dq"))
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
             available.push_back(&kernels_avx512);
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) available.push_back(&kernels_avx2);
 #endif
@@ -86,7 +87,8 @@ struct Scratch {
     std::vector<int8_t> trits;
 };
 
-void store_results(const Job& job, const Chunk& chunk, uint64_t row, uint64_t count, const float* results, uint64_t ldr) {
+void store_results(const Job& job, const Chunk& chunk, uint64_t row, uint64_t count, const float* results,
+                   uint64_t ldr) {
     for (uint64_t t = 0; t < chunk.tokens; ++t)
         store_row(results + t * ldr, count, job.type, job.y, (chunk.first_token + t) * job.record.rows() + row);
 }
@@ -106,7 +108,8 @@ void run_int(const Job& job, const Chunk& chunk, Scratch& s) {
         for (uint64_t done = 0; done < chunk.rows; done += kPanel) {
             const uint64_t n = std::min(kPanel, chunk.rows - done);
             for (uint64_t i = 0; i < n; ++i)
-                job.kernels.int_row(layout, view.data.data(), chunk.first_row + done + i, s.weights.data() + i * job.padded);
+                job.kernels.int_row(layout, view.data.data(), chunk.first_row + done + i,
+                                    s.weights.data() + i * job.padded);
             job.kernels.gemm(s.weights.data(), n, x, chunk.tokens, job.padded, s.results.data() + done, chunk.rows);
         }
     }
@@ -143,7 +146,8 @@ void run_ternary(const Job& job, const Chunk& chunk, Scratch& s) {
 // Chunks of rows: ternary blocks as they are stored, int rows in pieces of about 64 Ki weights.
 void plan_chunks(const Record& record, std::span<const int64_t> offsets, std::vector<Chunk>& chunks) {
     for (uint64_t e = 0; e < record.experts(); ++e) {
-        const uint64_t first = static_cast<uint64_t>(offsets[e]), tokens = static_cast<uint64_t>(offsets[e + 1]) - first;
+        const uint64_t first = static_cast<uint64_t>(offsets[e]),
+                       tokens = static_cast<uint64_t>(offsets[e + 1]) - first;
         if (tokens == 0) continue;
         const MatrixView view = record.matrix(e);
         const uint64_t step = record.format_of(e).id == kTernaryId
@@ -159,16 +163,23 @@ Status check_offsets(const Record& record, std::span<const int64_t> offsets, uin
         return Status::mismatch(Code::kShape, "linear: number of offsets", 0, record.experts() + 1, offsets.size());
     for (size_t e = 0; e < offsets.size(); ++e)
         if (offsets[e] < (e == 0 ? 0 : offsets[e - 1]) || static_cast<uint64_t>(offsets[e]) > tokens)
-            return Status::mismatch(Code::kValue, "linear: offsets do not ascend within the tokens; offset", 0, tokens, e);
+            return Status::mismatch(Code::kValue, "linear: offsets do not ascend within the tokens; offset", 0, tokens,
+                                    e);
     return {};
 }
 
-size_t activation_bytes(ActivationType type) noexcept { return type == ActivationType::kFloat32 ? 4 : 2; }
+size_t activation_bytes(ActivationType type) noexcept {
+    return type == ActivationType::kFloat32 ? 4 : 2;
+}
 
 }  // namespace
 
-std::span<const char* const> available_isas() noexcept { return choice().names; }
-const char* active_isa() noexcept { return choice().active == nullptr ? nullptr : choice().active->isa; }
+std::span<const char* const> available_isas() noexcept {
+    return choice().names;
+}
+const char* active_isa() noexcept {
+    return choice().active == nullptr ? nullptr : choice().active->isa;
+}
 
 Status grouped_linear(const Record& record, const void* x, ActivationType type, uint64_t tokens,
                       std::span<const int64_t> offsets, void* y, int threads) noexcept {
@@ -181,7 +192,8 @@ Status grouped_linear(const Record& record, const void* x, ActivationType type, 
     if (tokens == 0) return {};  // x and y may then be null, which memset must not see
     try {
         const uint64_t first = static_cast<uint64_t>(offsets.front()), last = static_cast<uint64_t>(offsets.back());
-        const uint64_t padded = ceil_div(record.cols(), kPadCols) * kPadCols, row = record.rows() * activation_bytes(type);
+        const uint64_t padded = ceil_div(record.cols(), kPadCols) * kPadCols,
+                       row = record.rows() * activation_bytes(type);
         std::memset(y, 0, first * row);
         std::memset(static_cast<uint8_t*>(y) + last * row, 0, (tokens - last) * row);
         std::vector<float> floats((last - first) * padded);

@@ -36,13 +36,13 @@ class Pool {
     // Sees to `wanted` workers, or as many as the system grants: fewer threads change the time, never the result.
     uint64_t hire(uint64_t wanted) {
         try {
-            // Workers are detached: they hold nothing that outlives the process, and joining at exit could hang a forked child.
+            // Workers are detached: they hold nothing that outlives the process, and joining at exit could hang a
+            // forked child.
             while (workers_ < wanted) {
                 std::thread([this, index = workers_] { work(index); }).detach();
                 ++workers_;
             }
-        } catch (const std::system_error&) {
-        }
+        } catch (const std::system_error&) {}
         return std::min(wanted, workers_);
     }
     void drain(const std::function<void(uint64_t)>& body, uint64_t count) {
@@ -71,7 +71,8 @@ class Pool {
     std::atomic<uint64_t> next_{0};
 };
 
-// Never destroyed: workers may still be asleep in it when the process exits. A forked child has no workers, so it gets a new one.
+// Never destroyed: workers may still be asleep in it when the process exits. A forked child has no workers, so it gets
+// a new one.
 std::atomic<Pool*> g_pool{nullptr};
 
 Pool& pool() {

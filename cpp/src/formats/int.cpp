@@ -21,8 +21,12 @@
 namespace qmoe {
 namespace {
 
-bool known_group(uint32_t group) noexcept { return group == 0 || group == 32 || group == 64 || group == 128; }
-bool known_bits(uint32_t bits) noexcept { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }
+bool known_group(uint32_t group) noexcept {
+    return group == 0 || group == 32 || group == 64 || group == 128;
+}
+bool known_bits(uint32_t bits) noexcept {
+    return bits == 2 || bits == 3 || bits == 4 || bits == 8;
+}
 
 Status check_spec(const uint8_t* spec) noexcept {
     if (!known_bits(spec[2])) return Status::error(Code::kUnknown, "int: bits must be 2, 3, 4 or 8", 2);
@@ -92,7 +96,8 @@ Status encode(const MatrixInput& in, const SpecBytes& spec, std::vector<uint8_t>
         for (uint64_t k = 0; k < in.cols; ++k) beyond |= codes[k] > limit;
         if (beyond) return Status::mismatch(Code::kValue, "int: a code does not fit its bits; row", r, limit, r);
         uint64_t k = 0;
-        for (; k + kIntBlock <= in.cols; k += kIntBlock, row += layout.block_bytes) pack_block(codes + k, layout.bits, row);
+        for (; k + kIntBlock <= in.cols; k += kIntBlock, row += layout.block_bytes)
+            pack_block(codes + k, layout.bits, row);
         if (k < in.cols) {
             uint8_t tail[kIntBlock] = {};
             std::memcpy(tail, codes + k, in.cols - k);
@@ -105,7 +110,8 @@ Status encode(const MatrixInput& in, const SpecBytes& spec, std::vector<uint8_t>
     for (uint64_t r = 0; layout.has_zeros && r < in.rows; ++r)
         for (uint64_t g = 0; g < layout.groups; ++g) {
             const uint32_t zero = in.zeros[r * layout.groups + g];
-            if (zero > limit) return Status::mismatch(Code::kValue, "int: a zero point does not fit its bits", r, limit, zero);
+            if (zero > limit)
+                return Status::mismatch(Code::kValue, "int: a zero point does not fit its bits", r, limit, zero);
             const uint64_t bit = g * layout.bits;
             uint8_t* p = base + layout.zeros_at + r * layout.zero_row_bytes + bit / 8;
             const uint32_t shifted = zero << (bit % 8);
@@ -142,7 +148,8 @@ Status verify(const MatrixView& view) noexcept {
     const uint32_t used = static_cast<uint32_t>(layout.groups * layout.bits % 8);
     for (uint64_t r = 0; layout.has_zeros && used != 0 && r < view.rows; ++r) {
         const uint64_t at = layout.zeros_at + (r + 1) * layout.zero_row_bytes - 1;
-        if (view.data[at] >> used) return Status::error(Code::kCorrupt, "int: bits left over after the zero points", at);
+        if (view.data[at] >> used)
+            return Status::error(Code::kCorrupt, "int: bits left over after the zero points", at);
     }
     return {};
 }

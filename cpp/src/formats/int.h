@@ -13,7 +13,9 @@ namespace qmoe {
 inline constexpr uint16_t kIntId = 1;
 inline constexpr uint32_t kIntBlock = 32;  // codes per packed block
 
-QMOE_INLINE uint32_t scale_bytes(ScaleType type) noexcept { return type == ScaleType::kFloat32 ? 4 : 2; }
+QMOE_INLINE uint32_t scale_bytes(ScaleType type) noexcept {
+    return type == ScaleType::kFloat32 ? 4 : 2;
+}
 
 QMOE_INLINE float load_scale(const uint8_t* p, ScaleType type) noexcept {
     switch (type) {

@@ -14,7 +14,9 @@ constexpr const Format* kFormats[] = {
 };
 }  // namespace
 
-std::span<const Format* const> formats() noexcept { return kFormats; }
+std::span<const Format* const> formats() noexcept {
+    return kFormats;
+}
 
 const Format* find_format(uint16_t id) noexcept {
     for (const Format* format : kFormats)

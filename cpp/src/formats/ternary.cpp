@@ -1,8 +1,8 @@
 // `ternary`: every weight is low, 0 or high of its row; the trits are entropy-coded without loss.
 //
-// Six trits make a symbol, coded by tANS with 4096 states. The matrix is cut into blocks of 32 lanes that decode in lock-step;
-// all lanes of a block draw 16-bit words from one shared sequence, in the order in which they need them. See FORMAT.md for the
-// bit diagrams, for the order of words and for the codes this one was measured against.
+// Six trits make a symbol, coded by tANS with 4096 states. The matrix is cut into blocks of 32 lanes that decode in
+// lock-step; all lanes of a block draw 16-bit words from one shared sequence, in the order in which they need them. See
+// FORMAT.md for the bit diagrams, for the order of words and for the codes this one was measured against.
 #include "formats/ternary.h"
 
 #include <algorithm>
@@ -13,7 +13,8 @@ namespace qmoe {
 namespace {
 
 Status check_spec(const uint8_t* spec) noexcept {
-    if (spec[kLevelsAt] != 1 && spec[kLevelsAt] != 2) return Status::error(Code::kUnknown, "ternary: levels must be 1 or 2", 2);
+    if (spec[kLevelsAt] != 1 && spec[kLevelsAt] != 2)
+        return Status::error(Code::kUnknown, "ternary: levels must be 1 or 2", 2);
     const uint32_t segments = spec[kSegmentsAt], rows_per_lane = load<uint16_t>(spec + kRowsPerLaneAt);
     if (segments == 0 || segments > kLanes || (segments & (segments - 1)) != 0)
         return Status::error(Code::kUnknown, "ternary: segments must be 1, 2, 4, 8, 16 or 32", kSegmentsAt);
@@ -37,37 +38,45 @@ Status validate(const MatrixView& view, bool values) noexcept {
     QMOE_TRY(check_spec(view.spec.data()));
     const TernaryLayout layout(view.spec.data(), view.rows, view.cols);
     if (layout.segments > 1 && layout.padded_cols() - layout.segment_cols >= view.cols)
-        return Status::mismatch(Code::kShape, "ternary: a segment lies wholly beyond the last column", 0, view.cols, layout.padded_cols());
-    if (layout.rows_per_lane * layout.segment_cols > kMaxLaneWeights && (layout.segments != kLanes || layout.rows_per_lane != 1))
+        return Status::mismatch(Code::kShape, "ternary: a segment lies wholly beyond the last column", 0, view.cols,
+                                layout.padded_cols());
+    if (layout.rows_per_lane * layout.segment_cols > kMaxLaneWeights &&
+        (layout.segments != kLanes || layout.rows_per_lane != 1))
         return Status::mismatch(Code::kLimit, "ternary: too many weights in a lane", 0, kMaxLaneWeights,
                                 layout.rows_per_lane * layout.segment_cols);
     const uint8_t* const data = view.data.data();
     if (view.data.size() < layout.payload_at)
-        return Status::mismatch(Code::kTruncated, "ternary: too short for its tables", 0, layout.payload_at, view.data.size());
+        return Status::mismatch(Code::kTruncated, "ternary: too short for its tables", 0, layout.payload_at,
+                                view.data.size());
     uint32_t previous = 0;
     for (uint64_t b = 0; b <= layout.blocks; ++b) {
         const uint64_t at = layout.offsets_at + b * 4;
         const uint32_t offset = load<uint32_t>(data + at);
         if ((b == 0 && offset != 0) || offset < previous)
-            return Status::mismatch(Code::kCorrupt, "ternary: block offsets do not ascend from 0", at, previous, offset);
+            return Status::mismatch(Code::kCorrupt, "ternary: block offsets do not ascend from 0", at, previous,
+                                    offset);
         if (b > 0 && offset - previous < layout.live_groups(b - 1, 0) * layout.segments)
-            return Status::mismatch(Code::kCorrupt, "ternary: a block has fewer words than lanes", at, kLanes, offset - previous);
+            return Status::mismatch(Code::kCorrupt, "ternary: a block has fewer words than lanes", at, kLanes,
+                                    offset - previous);
         previous = offset;
     }
     const uint64_t end = layout.payload_at + uint64_t{previous} * 2, padded = ceil_div(end, 16) * 16;
     if (view.data.size() != padded)
-        return Status::mismatch(Code::kShape, "ternary: data size does not match the block offsets", 0, padded, view.data.size());
+        return Status::mismatch(Code::kShape, "ternary: data size does not match the block offsets", 0, padded,
+                                view.data.size());
     if (!all_zero(data + end, padded - end)) return Status::error(Code::kCorrupt, "ternary: padding is not zero", end);
     for (uint64_t r = 0; values && r < layout.rows; ++r)
         if (!std::isfinite(layout.high(data, r)) || !std::isfinite(layout.low(data, r)))
-            return Status::mismatch(Code::kCorrupt, "ternary: a level is not finite; row", layout.highs.bits * r / 8, 0, r);
+            return Status::mismatch(Code::kCorrupt, "ternary: a level is not finite; row", layout.highs.bits * r / 8, 0,
+                                    r);
     return {};
 }
 
 // Whether nothing follows the last level up to `end`.
 bool stream_ends_in_zeros(const LevelStream& stream, uint64_t rows, uint64_t end, const uint8_t* data) noexcept {
     const uint64_t bit = rows * stream.bits, last = stream.at + bit / 8;
-    return (bit % 8 == 0 || data[last] >> (bit % 8) == 0) && all_zero(data + last + (bit % 8 != 0), end - last - (bit % 8 != 0));
+    return (bit % 8 == 0 || data[last] >> (bit % 8) == 0) &&
+           all_zero(data + last + (bit % 8 != 0), end - last - (bit % 8 != 0));
 }
 
 Status verify(const MatrixView& view) noexcept {
@@ -83,7 +92,8 @@ Status verify(const MatrixView& view) noexcept {
             bool clean = true;
             ternary_decode_block(layout, *table, view.data.data(), b, trits.data(), &clean);
             for (uint64_t r = 0; r < layout.rows_in_block(b) && clean; ++r)
-                clean = all_zero(reinterpret_cast<const uint8_t*>(trits.data() + r * stride + layout.cols), stride - layout.cols);
+                clean = all_zero(reinterpret_cast<const uint8_t*>(trits.data() + r * stride + layout.cols),
+                                 stride - layout.cols);
             if (!clean)
                 return Status::error(Code::kCorrupt, "ternary: a block is not a stream that the encoder writes",
                                      layout.offsets_at + b * 4);
@@ -124,6 +134,7 @@ Status decode_rows(const MatrixView& view, uint64_t first, uint64_t count, float
 Status ternary_make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& spec);
 Status ternary_encode(const MatrixInput& in, const SpecBytes& spec, std::vector<uint8_t>& out);
 
-extern constinit const Format format_ternary{kTernaryId, "ternary", ternary_make_spec, ternary_encode, validate, verify, decode_rows};
+extern constinit const Format format_ternary{kTernaryId, "ternary", ternary_make_spec, ternary_encode,
+                                             validate,   verify,    decode_rows};
 
 }  // namespace qmoe

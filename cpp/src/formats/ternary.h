@@ -1,4 +1,5 @@
-// Layout and decoding tables of the `ternary` format, shared by the codec and the kernels. See ternary.cpp and FORMAT.md.
+// Layout and decoding tables of the `ternary` format, shared by the codec and the kernels. See ternary.cpp and
+// FORMAT.md.
 #pragma once
 
 #include <array>
@@ -13,20 +14,20 @@
 namespace qmoe {
 
 inline constexpr uint16_t kTernaryId = 2;
-inline constexpr uint32_t kTrits = 6;                 // trits per symbol
-inline constexpr uint32_t kSymbols = 729;             // 3^6
+inline constexpr uint32_t kTrits = 6;      // trits per symbol
+inline constexpr uint32_t kSymbols = 729;  // 3^6
 inline constexpr uint32_t kStateBits = 12;
 inline constexpr uint32_t kStates = 1u << kStateBits;
-inline constexpr uint32_t kClasses = 28;              // (plus, minus) counts with plus + minus <= 6
+inline constexpr uint32_t kClasses = 28;  // (plus, minus) counts with plus + minus <= 6
 inline constexpr uint32_t kLanes = 32;
-inline constexpr uint32_t kRawBits = 2 * kTrits;      // an escaped symbol: six trits of two bits
+inline constexpr uint32_t kRawBits = 2 * kTrits;  // an escaped symbol: six trits of two bits
 
 // Spec fields behind the u16 format id.
 inline constexpr size_t kLevelsAt = 2, kSegmentsAt = 3, kRowsPerLaneAt = 4, kClassFreqAt = 8, kEscapeFreqAt = 64;
 inline constexpr size_t kLevelBaseAt = 66, kLevelBitsAt = 70, kSpecEnd = 72;  // two u16 and two u8: high, then low
 
-// One level of every row: bfloat16 patterns, stored as what they exceed the smallest by, in as few bits as the largest needs.
-// Rows of a matrix are alike, so 16 bits become 5 to 8, without loss.
+// One level of every row: bfloat16 patterns, stored as what they exceed the smallest by, in as few bits as the largest
+// needs. Rows of a matrix are alike, so 16 bits become 5 to 8, without loss.
 struct LevelStream {
     uint32_t base = 0, bits = 0;
     uint64_t at = 0;  // bytes from the start of the matrix
@@ -82,13 +83,13 @@ std::shared_ptr<const TernaryTable> ternary_table(const uint8_t* spec);
 
 // Where everything is in one stored matrix, and which lane codes what.
 struct TernaryLayout {
-    uint32_t levels = 0;         // 1 (low = -high) or 2
+    uint32_t levels = 0;  // 1 (low = -high) or 2
     LevelStream highs, lows;
     uint32_t segments = 0;       // a row is cut into this many segments, one lane each
     uint32_t rows_per_lane = 0;  // rows that follow each other in one lane's stream
     uint64_t rows = 0, cols = 0;
-    uint64_t segment_cols = 0;   // multiple of 6
-    uint64_t steps = 0;          // symbols per segment
+    uint64_t segment_cols = 0;  // multiple of 6
+    uint64_t steps = 0;         // symbols per segment
     uint64_t block_rows = 0, blocks = 0;
     uint64_t offsets_at = 0, payload_at = 0;
 
@@ -136,14 +137,14 @@ struct TernaryLayout {
     }
 };
 
-// A lane codes at most this many weights, and a block's worth of bytes stays small, unless one row alone is longer than 32 such
-// lanes. Bounds what a few bytes of a hostile file can make a reader do.
+// A lane codes at most this many weights, and a block's worth of bytes stays small, unless one row alone is longer than
+// 32 such lanes. Bounds what a few bytes of a hostile file can make a reader do.
 inline constexpr uint64_t kMaxLaneWeights = 16384;
 
-// Decodes one block to signed bytes -1, 0, 1: out[r * padded_cols + k] for the block's rows r and k < padded_cols. Columns from
-// K on receive the padding of the stream, which an encoder sets to zero.
-// Reads past the block's last word give zero bits, so every payload decodes in bounds to something.
-// `clean` (may be null) becomes false unless the stream is one that the encoder writes.
+// Decodes one block to signed bytes -1, 0, 1: out[r * padded_cols + k] for the block's rows r and k < padded_cols.
+// Columns from K on receive the padding of the stream, which an encoder sets to zero. Reads past the block's last word
+// give zero bits, so every payload decodes in bounds to something. `clean` (may be null) becomes false unless the
+// stream is one that the encoder writes.
 void ternary_decode_block(const TernaryLayout& layout, const TernaryTable& table, const uint8_t* data, uint64_t block,
                           int8_t* out, bool* clean) noexcept;
 

@@ -84,8 +84,9 @@ struct Words {
     }
 };
 
-// With kNear the end of the words may be within reach of this step. Far from it no bound needs checking, and then the word is
-// loaded whether needed or not: whether it is needed is as good as random, so a branch would be mispredicted a quarter of the time.
+// With kNear the end of the words may be within reach of this step. Far from it no bound needs checking, and then the
+// word is loaded whether needed or not: whether it is needed is as good as random, so a branch would be mispredicted a
+// quarter of the time.
 template <bool kNear>
 inline uint32_t read_bits(Lane& lane, Words& words, uint32_t count) noexcept {
     if constexpr (kNear) {
@@ -117,13 +118,15 @@ constexpr auto make_spread_bytes() {
 }
 constexpr auto kSpreadBytes = make_spread_bytes();
 
-constexpr bool has_bad_trit(uint32_t packed) noexcept { return (packed & (packed >> 1) & 0x555u) != 0; }
+constexpr bool has_bad_trit(uint32_t packed) noexcept {
+    return (packed & (packed >> 1) & 0x555u) != 0;
+}
 
-// One symbol of every lane of the first `live_groups` row groups, to `row` and the rows behind it. False if a raw symbol holds a
-// bit pattern that is no trit.
+// One symbol of every lane of the first `live_groups` row groups, to `row` and the rows behind it. False if a raw
+// symbol holds a bit pattern that is no trit.
 template <bool kNear>
-inline bool decode_step(const TernaryLayout& layout, const TernaryTable& table, Lane* lanes, uint32_t live_groups, Words& words,
-                        int8_t* row) noexcept {
+inline bool decode_step(const TernaryLayout& layout, const TernaryTable& table, Lane* lanes, uint32_t live_groups,
+                        Words& words, int8_t* row) noexcept {
     const uint64_t stride = layout.padded_cols();
     uint32_t escapes = 0;
     for (uint32_t g = 0, l = 0; g < live_groups; ++g) {
@@ -141,7 +144,8 @@ inline bool decode_step(const TernaryLayout& layout, const TernaryTable& table, 
         const uint32_t l = static_cast<uint32_t>(__builtin_ctz(escapes));
         const uint32_t packed = read_bits<kNear>(lanes[l], words, kRawBits);
         sound &= !has_bad_trit(packed);
-        std::memcpy(row + l / layout.segments * stride + l % layout.segments * layout.segment_cols, &kSpreadBytes[packed], kTrits);
+        std::memcpy(row + l / layout.segments * stride + l % layout.segments * layout.segment_cols,
+                    &kSpreadBytes[packed], kTrits);
     }
     return sound;
 }
@@ -175,7 +179,8 @@ void ternary_decode_block(const TernaryLayout& layout, const TernaryTable& table
         }
     }
     if (clean == nullptr) return;
-    for (const Lane& lane : lanes) bad |= lane.state != 0 || lane.buffer != 0;  // the encoder starts at 0 and pads with 0
+    for (const Lane& lane : lanes)
+        bad |= lane.state != 0 || lane.buffer != 0;  // the encoder starts at 0 and pads with 0
     *clean = !bad && !words.overrun && words.next == words.end;
 }
 

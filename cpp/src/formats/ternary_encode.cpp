@@ -32,7 +32,8 @@ inline uint32_t pack_trits(const int8_t* p) noexcept {
     return static_cast<uint32_t>((x | x >> 12 | x >> 24) & 0xFFFu);
 }
 
-// Copies one row, cut into segments, with zeros to the full length plus slack for eight-byte loads. False on a bad trit.
+// Copies one row, cut into segments, with zeros to the full length plus slack for eight-byte loads. False on a bad
+// trit.
 bool pad_row(const int8_t* row, uint64_t cols, std::vector<int8_t>& padded) noexcept {
     uint8_t bad = 0;
     for (uint64_t k = 0; k < cols; ++k) {
@@ -47,7 +48,8 @@ struct Census {
     uint64_t symbols = 0, weights = 0;
 };
 
-// How many symbols of each class the inputs hold. Counted on unsegmented rows: where segments cut does not change a census.
+// How many symbols of each class the inputs hold. Counted on unsegmented rows: where segments cut does not change a
+// census.
 Status take_census(std::span<const MatrixInput* const> inputs, Census& census) {
     for (const MatrixInput* in : inputs) {
         if (in->trits.size() != in->rows * in->cols)
@@ -71,8 +73,9 @@ struct Slots {
     double bits = std::numeric_limits<double>::infinity();  // expected total
 };
 
-// Best slots when exactly the classes in `kept` have codes of their own. Starts from the rounded-down ideal, then spends (or
-// takes back) slots where a slot is worth most (least). Class 0 has one member, so every remainder can be placed.
+// Best slots when exactly the classes in `kept` have codes of their own. Starts from the rounded-down ideal, then
+// spends (or takes back) slots where a slot is worth most (least). Class 0 has one member, so every remainder can be
+// placed.
 Slots fit_slots(const Census& census, std::span<const uint32_t> kept) {
     Slots slots;
     uint64_t escaped = census.symbols;
@@ -84,7 +87,8 @@ Slots fit_slots(const Census& census, std::span<const uint32_t> kept) {
             std::max(1.0, std::floor(static_cast<double>(census.count[c]) * per_symbol / kMembers[c])));
         left -= int64_t{slots.cls[c]} * kMembers[c];
     }
-    if (escaped > 0) slots.escape = static_cast<uint16_t>(std::max(1.0, std::round(static_cast<double>(escaped) * per_symbol)));
+    if (escaped > 0)
+        slots.escape = static_cast<uint16_t>(std::max(1.0, std::round(static_cast<double>(escaped) * per_symbol)));
     left -= slots.escape;
     while (left != 0) {
         double best = left > 0 ? -1.0 : std::numeric_limits<double>::infinity();
@@ -128,12 +132,14 @@ Status choose_levels(std::span<const MatrixInput* const> inputs, uint32_t per_ro
     uint32_t least = UINT16_MAX, most = 0;
     for (const MatrixInput* in : inputs) {
         if (in->levels.size() != in->rows * per_row)
-            return Status::mismatch(Code::kShape, "ternary: number of levels", 0, in->rows * per_row, in->levels.size());
+            return Status::mismatch(Code::kShape, "ternary: number of levels", 0, in->rows * per_row,
+                                    in->levels.size());
         for (uint64_t r = 0; r < in->rows; ++r) {
             const float level = in->levels[r * per_row + (per_row - 1 - which)];
             const uint16_t pattern = float_to_bfloat(level);
             if (!std::isfinite(level) || bfloat_to_float(pattern) != level)
-                return Status::mismatch(Code::kValue, "ternary: a level is not finite or not representable in bfloat16; row", 0, 0, r);
+                return Status::mismatch(
+                    Code::kValue, "ternary: a level is not finite or not representable in bfloat16; row", 0, 0, r);
             least = std::min<uint32_t>(least, pattern);
             most = std::max<uint32_t>(most, pattern);
         }
@@ -143,7 +149,8 @@ Status choose_levels(std::span<const MatrixInput* const> inputs, uint32_t per_ro
     return {};
 }
 
-void put_levels(const MatrixInput& in, const LevelStream& stream, uint32_t per_row, uint32_t which, uint8_t* out) noexcept {
+void put_levels(const MatrixInput& in, const LevelStream& stream, uint32_t per_row, uint32_t which,
+                uint8_t* out) noexcept {
     for (uint64_t r = 0; r < in.rows; ++r) {
         const uint32_t excess = float_to_bfloat(in.levels[r * per_row + (per_row - 1 - which)]) - stream.base;
         uint8_t* const p = out + stream.at + r * stream.bits / 8;
@@ -151,9 +158,9 @@ void put_levels(const MatrixInput& in, const LevelStream& stream, uint32_t per_r
     }
 }
 
-// Every lane costs its 12-bit state and on average half a word of padding. Short lanes are what a GPU hides latency with and what
-// lets a CPU decode a few rows alone, so lanes are made only just long enough: levels and lane ends together may cost 3 % of the
-// payload, but lane ends always get 1.25 %.
+// Every lane costs its 12-bit state and on average half a word of padding. Short lanes are what a GPU hides latency
+// with and what lets a CPU decode a few rows alone, so lanes are made only just long enough: levels and lane ends
+// together may cost 3 % of the payload, but lane ends always get 1.25 %.
 constexpr double kLaneBits = kStateBits + 7.5, kOverhead = 0.03, kLeastLaneShare = 0.0125;
 
 void choose_geometry(uint64_t rows, uint64_t cols, double bits_per_weight, SpecBytes& spec) {
@@ -162,15 +169,18 @@ void choose_geometry(uint64_t rows, uint64_t cols, double bits_per_weight, SpecB
     const double wanted = std::clamp(kLaneBits / (share * bits), 256.0, double{kMaxLaneWeights} / 2);
     const auto padding = [&](uint64_t s) { return ceil_div(ceil_div(cols, s), kTrits) * kTrits * s - cols; };
     const auto fits = [&](uint64_t s) { return (s - 1) * ceil_div(ceil_div(cols, s), kTrits) * kTrits < cols; };
-    // Four segments a row (the four lanes that share a row of a tensor-core tile) unless rows are too short to cut or so long
-    // that more segments still leave every lane its length.
+    // Four segments a row (the four lanes that share a row of a tensor-core tile) unless rows are too short to cut or
+    // so long that more segments still leave every lane its length.
     uint64_t segments = 1;
     for (uint64_t s = 4; s <= kLanes; s *= 2)
-        if (fits(s) && padding(s) * 100 <= cols && (s == 4 || static_cast<double>(cols) / static_cast<double>(s) >= wanted)) segments = s;
+        if (fits(s) && padding(s) * 100 <= cols &&
+            (s == 4 || static_cast<double>(cols) / static_cast<double>(s) >= wanted))
+            segments = s;
     // Rows longer than the lane limit are cut however much padding that takes.
     while (segments < kLanes && ceil_div(cols, segments) > kMaxLaneWeights) segments *= 2;
     const uint64_t segment_cols = ceil_div(ceil_div(cols, segments), kTrits) * kTrits, groups = kLanes / segments;
-    uint64_t per_lane = std::max<uint64_t>(1, static_cast<uint64_t>(std::ceil(wanted / static_cast<double>(segment_cols))));
+    uint64_t per_lane =
+        std::max<uint64_t>(1, static_cast<uint64_t>(std::ceil(wanted / static_cast<double>(segment_cols))));
     per_lane = std::min(per_lane, std::max<uint64_t>(1, kMaxLaneWeights / segment_cols));
     // Spread the rows evenly over the blocks, so that the last block is not a short one.
     const uint64_t blocks = std::max<uint64_t>(1, rows / (groups * per_lane));
@@ -180,7 +190,8 @@ void choose_geometry(uint64_t rows, uint64_t cols, double bits_per_weight, SpecB
     store<uint16_t>(spec.data() + kRowsPerLaneAt, static_cast<uint16_t>(per_lane));
 }
 
-// tANS encoding: for symbol v in state x (4096..8191), (x + delta) >> 16 bits leave, then next[start + (x >> bits)] is the state.
+// tANS encoding: for symbol v in state x (4096..8191), (x + delta) >> 16 bits leave, then next[start + (x >> bits)] is
+// the state.
 struct EncodingTable {
     struct Symbol {
         uint32_t delta;
@@ -199,20 +210,23 @@ struct EncodingTable {
             const uint32_t f = freq[v];
             fill[v] = sum;
             if (f != 0) {
-                const uint32_t most = kStateBits - (f == 1 ? 0u : 32u - static_cast<uint32_t>(__builtin_clz(f - 1)) - 1u);
-                symbol[v] = f == 1 ? Symbol{(kStateBits << 16) - kStates, static_cast<int32_t>(sum) - 1}
-                                   : Symbol{(most << 16) - (f << most), static_cast<int32_t>(sum) - static_cast<int32_t>(f)};
+                const uint32_t most =
+                    kStateBits - (f == 1 ? 0u : 32u - static_cast<uint32_t>(__builtin_clz(f - 1)) - 1u);
+                symbol[v] =
+                    f == 1 ? Symbol{(kStateBits << 16) - kStates, static_cast<int32_t>(sum) - 1}
+                           : Symbol{(most << 16) - (f << most), static_cast<int32_t>(sum) - static_cast<int32_t>(f)};
             }
             sum += f;
         }
-        for (uint32_t state = 0; state < kStates; ++state) next[fill[symbol_of[state]]++] = static_cast<uint16_t>(state + kStates);
+        for (uint32_t state = 0; state < kStates; ++state)
+            next[fill[symbol_of[state]]++] = static_cast<uint16_t>(state + kStates);
     }
 };
 
 struct Emission {
-    uint16_t bits;     // state bits of this step
-    uint8_t count;     // how many
-    bool escape;       // twelve raw bits follow
+    uint16_t bits;  // state bits of this step
+    uint8_t count;  // how many
+    bool escape;    // twelve raw bits follow
 };
 
 // Bits of one lane, low bit first, as the words that its reader will want in turn.
@@ -252,11 +266,13 @@ class BlockEncoder {
         for (auto& lane : packed_) lane.clear();
         for (uint64_t r = 0; r < layout_.rows_in_block(block); ++r) {
             if (!pad_row(in.trits.data() + (block * layout_.block_rows + r) * in.cols, in.cols, padded_))
-                return Status::mismatch(Code::kValue, "ternary: a trit is not -1, 0 or 1; row", 0, 0, block * layout_.block_rows + r);
+                return Status::mismatch(Code::kValue, "ternary: a trit is not -1, 0 or 1; row", 0, 0,
+                                        block * layout_.block_rows + r);
             for (uint32_t s = 0; s < layout_.segments; ++s) {
                 auto& lane = packed_[r % groups * layout_.segments + s];
                 for (uint64_t step = 0; step < layout_.steps; ++step)
-                    lane.push_back(static_cast<uint16_t>(pack_trits(padded_.data() + s * layout_.segment_cols + step * kTrits)));
+                    lane.push_back(
+                        static_cast<uint16_t>(pack_trits(padded_.data() + s * layout_.segment_cols + step * kTrits)));
             }
         }
         for (uint32_t l = 0; l < kLanes; ++l) code_lane(l);

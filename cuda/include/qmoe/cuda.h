@@ -1,7 +1,8 @@
-// The CUDA library, libqmoe_cuda: opened at run time through qmoe/cuda_library.h, so that programs start without a driver.
+// The CUDA library, libqmoe_cuda: opened at run time through qmoe/cuda_library.h, so that programs start without a
+// driver.
 //
-// Every launch takes raw device pointers and a stream from the caller, allocates nothing, does not synchronise and can be captured
-// in a CUDA graph. Unsupported arguments give a Status that says which and why.
+// Every launch takes raw device pointers and a stream from the caller, allocates nothing, does not synchronise and can
+// be captured in a CUDA graph. Unsupported arguments give a Status that says which and why.
 #pragma once
 
 #include <cstddef>
@@ -23,13 +24,14 @@ struct DeviceInfo {
     uint64_t memory_bytes;
 };
 
-// One matrix of a record whose bytes lie in device memory. The tables are read on the host (qmoe/record.h), where they were checked.
+// One matrix of a record whose bytes lie in device memory. The tables are read on the host (qmoe/record.h), where they
+// were checked.
 struct DeviceMatrix {
-    uint8_t spec[kSpecBytes];      // host copy
-    const uint8_t* data;           // device: the entry's bytes, 16-byte aligned
+    uint8_t spec[kSpecBytes];  // host copy
+    const uint8_t* data;       // device: the entry's bytes, 16-byte aligned
     uint64_t bytes;
-    uint64_t rows, cols;           // N, K
-    const uint32_t* ternary_table; // device: 4096 entries from ternary_decoding_table(); null for int
+    uint64_t rows, cols;            // N, K
+    const uint32_t* ternary_table;  // device: 4096 entries from ternary_decoding_table(); null for int
 };
 
 // The function table that libqmoe_cuda exports as qmoe_cuda_api().
