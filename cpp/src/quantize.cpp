@@ -90,16 +90,12 @@ Status quantize_rtn(const float* weight, uint64_t rows, uint64_t cols, uint32_t 
                                         r);
             // All weights zero, or so small that the scale vanished: any positive scale encodes exact zeros.
             if (scale == 0.0f) scale = 1.0f;
-            const float inverse = 1.0f / scale;
-            if (!std::isfinite(inverse))
-                return Status::mismatch(Code::kValue, "rtn: a scale is too small to divide by; row",
-                                        (r * cols + begin) * 4, 0, r);
-            const float zero = zeros.empty() ? middle : std::clamp(round_even(-range.low * inverse), 0.0f, top);
+            const float zero = zeros.empty() ? middle : std::clamp(round_even(-range.low / scale), 0.0f, top);
             scales[r * groups + g] = scale;
             if (!zeros.empty()) zeros[r * groups + g] = static_cast<uint8_t>(zero);
             uint8_t* const c = codes + r * cols + begin;
             for (uint64_t i = 0; i < n; ++i) {
-                float q = round_even(w[i] * inverse) + zero;
+                float q = round_even(w[i] / scale + zero);
                 q = q < 0.0f ? 0.0f : q;
                 q = q > top ? top : q;
                 c[i] = static_cast<uint8_t>(static_cast<int32_t>(q));

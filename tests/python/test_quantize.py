@@ -44,7 +44,7 @@ def reference_int(weight: np.ndarray, format: IntFormat) -> tuple[np.ndarray, np
             low, high = np.minimum(part.min(1), 0), np.maximum(part.max(1), 0)
             scale = np.where(high > low, (high - low) / levels, 1.0)[:, None]
             zero = np.round(-low[:, None] / scale)
-            codes = np.clip(np.round(part / scale) + zero, 0, levels)
+            codes = np.clip(np.round(part / scale + zero), 0, levels)
             result[:, first : first + group] = scale * (codes - zero)
         else:
             half = 2 ** (format.bits - 1)  # the largest weight takes the longer side of the grid, code 0

@@ -15,8 +15,8 @@ namespace qmoe {
 //
 // With zero points: the grid spans [min(0, min w), max(0, max w)], zero = round(-min / scale). Symmetric: zero =
 // 2^(bits-1) and the weight of largest magnitude sits on the grid's longer side (code 0), so the scale is negative
-// where that weight is positive. Codes are chosen against the rounded scale. Ties round to even. E_VALUE: a weight is
-// NaN or infinite, or a scale overflows.
+// where that weight is positive. Codes are round(w / scale + zero) with the rounded scale, ties to even. E_VALUE: a
+// weight is NaN or infinite, or a scale overflows.
 Status quantize_rtn(const float* weight, uint64_t rows, uint64_t cols, uint32_t bits, uint32_t group,
                     ScaleType scale_type, uint8_t* codes, float* scales, std::span<uint8_t> zeros) noexcept;
 
