@@ -32,24 +32,19 @@ def commit() -> str:
         return result.stdout.strip() if result.returncode == 0 else ""
 
     head = git("rev-parse", "--short=12", "HEAD")
-    return (
-        head
-        + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", "cpp", "cuda", "python") else "")
-    ) or "unknown"
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", "cpp", "cuda", "python")
+    return head + ("+changes" if changes else "") or "unknown"
 
 
 def command() -> str:
-    """This process's command line, paths reduced to what a reader can repeat from the repository's root."""
-    words = ["python", os.path.relpath(Path(sys.argv[0]).resolve(), ROOT)]
-    for word in sys.argv[1:]:
-        words.append(
-            os.path.relpath(word, ROOT)
-            if os.path.isabs(word) and Path(word).is_relative_to(ROOT)
-            else os.path.basename(word)
-            if os.path.isabs(word)
-            else word
-        )
-    return " ".join(words)
+    """This process's command line; absolute paths outside the repository are cut to their last part."""
+
+    def readable(word: str) -> str:
+        if not os.path.isabs(word):
+            return word
+        return os.path.relpath(word, ROOT) if Path(word).is_relative_to(ROOT) else os.path.basename(word)
+
+    return " ".join(["python", os.path.relpath(Path(sys.argv[0]).resolve(), ROOT), *map(readable, sys.argv[1:])])
 
 
 def write_results(

@@ -1,7 +1,7 @@
-"""Writes the README's tables from the JSON files in bench/results, between markers.
+"""Writes the tables of README.md and cpp/FORMAT.md from the JSON files in bench/results, between markers.
 
-    python bench/tables.py            # rewrite README.md
-    python bench/tables.py --check    # exit code 1 if README.md is stale
+    python bench/tables.py            # rewrite them
+    python bench/tables.py --check    # exit code 1 if one is stale
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. A marker without a file, or a file that no marker
 uses, is an error.
@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "cpp/FORMAT.md")
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def origin(result: dict[str, Any]) -> str:
+    """Where the numbers come from, in one sentence."""
+    return f"{result['device']}, {result['date']}, commit {result['commit']}, `{result['command']}`."
 
 
 def quality(result: dict[str, Any]) -> list[str]:
@@ -40,56 +46,137 @@ def quality(result: dict[str, Any]) -> list[str]:
     lines += [
         "",
         f"{result['model']}, {first['windows']} windows of {first['window']} tokens, {result['dtype']}, "
-        f"± one standard error clustered by window. {result['device']}, {result['date']}, "
-        f"commit {result['commit']}, `{result['command']}`.",
+        f"± one standard error clustered by window. {origin(result)}",
     ]
     return lines
 
 
-RENDERERS = {"quality": quality}
+def speed(row: dict[str, Any]) -> str:
+    """Median and range over the repetitions, in million weights per second."""
+    low, high = (value / 1e6 for value in row["weights_per_second_range"])
+    return f"{row['weights_per_second'] / 1e6:.0f} ({low:.0f} to {high:.0f})"
 
 
-def render(readme: str, results: Path) -> str:
-    """The README with all tables made anew. ValueError for a marker without a file and a file without a marker."""
+def codec(result: dict[str, Any]) -> list[str]:
+    """Speed of the codecs on one core (bench/cpu/codec.cpp)."""
+    names = {
+        "rtn_and_pack": "round to nearest and pack",
+        "ternary_encode": "ternary, encode",
+        "ternary_decode_scalar": "ternary, scalar decode",
+    }
+    lines = [
+        "| what | | M weights/s, median (range) | bits per weight | over the entropy |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        if "bits" in row:
+            lines.append(
+                f"| {names[row['name']]} | int{row['bits']} g128 | {speed(row)} | {row['bits_per_weight']:.3f} | |"
+            )
+        else:
+            share = f"{row['zeros_permille'] / 10:g} % zeros"
+            over = f"{row['code_over_entropy_pct']:.1f} %"
+            lines.append(f"| {names[row['name']]} | {share} | {speed(row)} | {row['code_bits']:.3f} | {over} |")
+    lines += [
+        "",
+        f"One core, {result['repetitions']} repetitions; a ternary matrix is 1366 x 768, all metadata and one level a "
+        f"row counted. {origin(result)}",
+    ]
+    return lines
+
+
+def ternary_codes(result: dict[str, Any]) -> list[str]:
+    """The candidates for `ternary` side by side (bench/cpu/ternary_codes.cpp)."""
+    zeros = sorted({row["zeros_permille"] for row in result["rows"]})
+    lines = [
+        "| code | " + " | ".join(f"{z / 10:g} % zeros" for z in zeros) + " |",
+        "|---|" + "---:|" * len(zeros),
+    ]
+    codes: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        name = row["name"] + (f", {row['limit']} bits" if "limit" in row else "")
+        codes.setdefault(name, {})[row["zeros_permille"]] = row
+    for name, by_zeros in codes.items():
+        cells = [
+            f"+{by_zeros[z]['code_over_entropy_pct']:.1f} %, {by_zeros[z]['weights_per_second'] / 1e6:.0f} M/s"
+            for z in zeros
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", f"Over the entropy, and weights decoded per second. {origin(result)}"]
+    return lines
+
+
+def experts_vs_bf16(result: dict[str, Any]) -> list[str]:
+    """Batch 1: packed experts against PyTorch's bf16 (bench/cpu/experts_vs_bf16.py)."""
+    shape = result["shape"]
+    lines = [
+        "| threads | packed, ms (quartiles) | bf16 linear, ms (quartiles) | packed reads | of a plain sum's | faster |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        cells = [
+            f"{row[n]['median_ms']:.2f} ({row[n]['quartiles_ms'][0]:.2f} to {row[n]['quartiles_ms'][1]:.2f})"
+            for n in ("packed", "bf16_linear")
+        ]
+        rate = row["packed"]["gigabytes_per_second"]
+        share = rate / row["read_limit_gigabytes_per_second"]
+        lines.append(
+            f"| {row['threads']} | {cells[0]} | {cells[1]} | {rate:.1f} GB/s | {share:.0%} "
+            f"| {row['speedup_over_bf16_linear']:.1f}x |"
+        )
+    lines += [
+        "",
+        f"One token through {shape['top_k']} of {shape['experts']} experts of "
+        f"{shape['hidden']} x {shape['intermediate']}, int{shape['bits']} g{shape['group']}, "
+        f"weights rotating past the cache. {origin(result)}",
+    ]
+    return lines
+
+
+RENDERERS = {
+    "quality": quality,
+    "codec": codec,
+    "ternary-codes": ternary_codes,
+    "experts-vs-bf16": experts_vs_bf16,
+}
+
+
+def render(results: Path) -> dict[Path, tuple[str, str]]:
+    """Every document as it is and as it should be. Raises ValueError for a marker without a file and the reverse."""
     used = set()
 
     def table(match: re.Match[str]) -> str:
         path = results / f"{match['name']}.json"
         if not path.is_file():
-            raise ValueError(f"README.md wants a table from {path.name}, which is not in {results.name}")
+            raise ValueError(f"a table wants {path.name}, which is not in {results.name}")
         used.add(path.stem)
         result = json.loads(path.read_text(encoding="utf-8"))
         return match[1] + "\n".join(RENDERERS[result["benchmark"]](result)) + "\n" + match[3]
 
-    text = MARKER.sub(table, readme)
-    unused = sorted(
-        path.name
-        for path in results.glob("*.json")
-        if path.stem not in used and json.loads(path.read_text(encoding="utf-8")).get("benchmark") in RENDERERS
-    )
+    texts = {ROOT / name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+    rendered = {path: (text, MARKER.sub(table, text)) for path, text in texts.items()}
+    unused = sorted(path.name for path in results.glob("*.json") if path.stem not in used)
     if unused:
-        raise ValueError(f"no table in README.md shows {', '.join(unused)}")
-    return text
+        raise ValueError(f"no table shows {', '.join(unused)}")
+    return rendered
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if README.md is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a table is stale")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
     try:
-        new = render(old, ROOT / "bench" / "results")
+        documents = render(ROOT / "bench" / "results")
     except ValueError as error:
         print(f"tables: {error}", file=sys.stderr)
         return 1
-    if check:
-        if new != old:
-            print("tables: README.md is stale: run python bench/tables.py", file=sys.stderr)
-        return int(new != old)
-    if new != old:
-        path.write_text(new, encoding="utf-8")
-    return 0
+    stale = {path: new for path, (old, new) in documents.items() if new != old}
+    for path, new in stale.items():
+        if check:
+            print(f"tables: {path.name} is stale: run python bench/tables.py", file=sys.stderr)
+        else:
+            path.write_text(new, encoding="utf-8")
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """One token through a layer of experts: packed weights against PyTorch's bf16 linear over the same experts.
 
 At batch 1 a layer reads each chosen expert's weights once and does nothing else of size, so this is a race to read
-memory. To
-keep it one, the chosen experts rotate: each step takes the next `top_k` of a random order of all experts, so that a
-weight comes back only after all others were read. All contestants run in turn within each step, on the same experts.
+memory. To keep it one, the chosen experts rotate: each step takes the next `top_k` of a random order of all experts, so
+that a weight comes back only after all others were read. All contestants run in turn within each step,
+on the same experts.
 
 Contestants:
   packed         qmoe::grouped_linear, gate and up in one call, then down; SwiGLU between; bf16 activations
@@ -12,23 +12,22 @@ Contestants:
   packed_module  PackedExperts.forward: sorting, routing weights and summing included
   bf16_module    the Qwen3-MoE experts module of transformers in bf16, "eager", on the same choices
 
-Shapes default to the experts of Qwen3-30B-A3B. Prints one JSON object; --output also writes it to a file.
-Example: python bench/cpu/experts_vs_bf16.py --threads 1 2 --output bench/results/experts_vs_bf16.json
+Shapes default to the experts of Qwen3-30B-A3B. Example:
+
+    python bench/cpu/experts_vs_bf16.py --threads 1 2 --output bench/results/experts-vs-bf16.json
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +40,8 @@ from qmoe_core.formats import IntFormat, IntMatrix, PackedTensor
 from qmoe_core.runtime.experts import PackedExperts
 from qmoe_core.runtime.ops import grouped_linear
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import write_results
 
 
 def random_stack(experts: int, rows: int, cols: int, bits: int, group: int) -> PackedTensor:
@@ -133,11 +133,12 @@ def contestants(args: argparse.Namespace) -> tuple[dict[str, Callable[[torch.Ten
     return racers, nbytes
 
 
-def race(args: argparse.Namespace) -> dict[str, object]:
+def race(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per number of threads."""
     racers, nbytes = contestants(args)
     weights = args.top_k * 3 * args.hidden * args.intermediate
     generator = torch.Generator().manual_seed(0)
-    results: dict[str, object] = {}
+    rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         first = {name: run(torch.arange(args.top_k)).double().flatten() for name, run in racers.items()}
         scale = first["bf16_linear"].abs().max()
@@ -159,24 +160,14 @@ def race(args: argparse.Namespace) -> dict[str, object]:
                     run(chosen)
                     if step >= args.warmup:
                         times[name].append(time.perf_counter() - begin)
-            entry: dict[str, object] = {n: summary(t, weights, nbytes[n]) for n, t in times.items()}
+            entry: dict[str, Any] = {"threads": threads}
+            entry |= {n: summary(t, weights, nbytes[n]) for n, t in times.items()}
             medians = {name: statistics.median(t) for name, t in times.items()}
             entry["speedup_over_bf16_linear"] = round(medians["bf16_linear"] / medians["packed"], 3)
             entry["speedup_over_bf16_module"] = round(medians["bf16_module"] / medians["packed_module"], 3)
             entry["read_limit_gigabytes_per_second"] = round(read_limit(threads), 1)
-            results[f"threads_{threads}"] = entry
-    return results
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+            rows.append(entry)
+    return rows
 
 
 def main() -> None:
@@ -193,25 +184,21 @@ def main() -> None:
     parser.add_argument("--fp32", action="store_true")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    report = {
-        "benchmark": "experts_vs_bf16",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "cpp", "python") else ""),
-        "command": "python bench/cpu/experts_vs_bf16.py " + " ".join(sys.argv[1:]),
-        "cpu": processor(),
-        "cpu_features": _C.cpu_features(),
-        "torch": torch.__version__,
-        "load_average_before": [round(x, 2) for x in os.getloadavg()],
-        "shape": {
-            k: getattr(args, k) for k in ("hidden", "intermediate", "experts", "top_k", "bits", "group", "steps")
-        },
-        "results": race(args),
-    }
-    text = json.dumps(report, indent=2)
-    print(text)
+    load = [round(x, 2) for x in os.getloadavg()]
+    rows = race(args)
+    for row in rows:
+        print(json.dumps(row, indent=1))
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
+        names = ("hidden", "intermediate", "experts", "top_k", "bits", "group", "steps")
+        write_results(
+            args.output,
+            "experts-vs-bf16",
+            rows,
+            cpu_features=_C.cpu_features(),
+            torch=torch.__version__,
+            load_average_before=load,
+            shape={name: getattr(args, name) for name in names},
+        )
 
 
 if __name__ == "__main__":
