@@ -25,14 +25,14 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Short hash of HEAD, with "+changes" when tracked files differ from it, or "unknown" outside a repository."""
+    """Short hash of HEAD, with "+changes" when tracked sources differ from it, or "unknown" outside a repository."""
 
     def git(*arguments: str) -> str:
         result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
         return result.stdout.strip() if result.returncode == 0 else ""
 
     head = git("rev-parse", "--short=12", "HEAD")
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", "cpp", "cuda", "python")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", "cpp", "cuda", "python", ":!*.md")
     return head + ("+changes" if changes else "") or "unknown"
 
 

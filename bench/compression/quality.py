@@ -38,6 +38,8 @@ def variants() -> dict[str, Recipe]:
         "int4 row": Recipe.uniform("int4", 0),
         "int3 g128": Recipe.uniform("int3", 128),
         "int2 g64": Recipe.uniform("int2", 64),
+        # At 2 bits even the rounding of the scales shows.
+        "int2 g64, float32 scales": Recipe.uniform("int2", 64, scale_dtype="float32"),
         "int4 finequant": Recipe.uniform("int4", method="finequant"),
     }
     rows |= {f"int{bits} moqe": Recipe.uniform(f"int{bits}", method="moqe") for bits in (8, 4, 3, 2)}
