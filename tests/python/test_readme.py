@@ -18,7 +18,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_exit_code_has_its_row() -> None:
-    rows = re.findall(r"^\| (\d+) \|", README, re.MULTILINE)
+    table = README.partition("| code | meaning |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (\d+) \|", table, re.MULTILINE)
     assert [int(row) for row in rows] == sorted(int(code) for code in ExitCode)
 
 
