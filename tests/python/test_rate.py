@@ -30,6 +30,16 @@ def test_within_five_percent_of_the_entropy(rows: int, cols: int, levels: str, z
     assert 0 < bits_over_entropy(rows, cols, zeros, levels) <= 0.05
 
 
+@pytest.mark.parametrize("zeros", [0.30, 0.97])
+def test_the_range_that_wider_rows_extend(zeros: float) -> None:
+    assert 0 < bits_over_entropy(512, 2048, zeros, "symmetric") <= 0.05
+
+
+def test_what_a_second_level_costs_where_rows_are_shortest() -> None:
+    """FORMAT.md admits it: 7.6 % at 768 columns and 0.95 zeros."""
+    assert 0.05 < bits_over_entropy(1366, 768, 0.95, "pair") <= 0.08
+
+
 def test_no_floor() -> None:
     """QMoE's dictionary code cannot go below 0.571 bit a weight, nor a code of one bit per six trits below 0.167."""
     rows, cols = 512, 2048
