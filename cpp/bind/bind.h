@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "qmoe/record.h"
 #include "qmoe/status.h"
 
 namespace qmoe::bind {
@@ -21,6 +22,11 @@ void check(const Status& status, pybind11::dict where = {});
 
 std::span<const uint8_t> bytes_of(const Bytes& array);
 Bytes to_array(std::vector<uint8_t>&& bytes);
+
+// The record in `bytes`, which must outlive it; raises what Record::open refuses. Releases the GIL while it reads.
+Record open_record(const Bytes& bytes, bool check_crc);
+// The same, and raises unless the record has this expert.
+Record open_record_with(const Bytes& bytes, bool check_crc, uint64_t expert);
 
 void bind_cuda(pybind11::module_& m);
 void bind_safetensors(pybind11::module_& m);

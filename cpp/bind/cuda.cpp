@@ -43,15 +43,8 @@ py::dict cuda_info() {
     return out;
 }
 
-Record open_host_record(const Bytes& record_bytes, uint64_t expert) {
-    Record record;
-    check(Record::open(bytes_of(record_bytes), record));
-    check(record.decode_rows(expert, 0, 0, nullptr));
-    return record;
-}
-
 py::array_t<uint32_t> ternary_table(const Bytes& record_bytes, uint64_t expert) {
-    const Record record = open_host_record(record_bytes, expert);
+    const Record record = open_record_with(record_bytes, true, expert);
     py::array_t<uint32_t> table(4096);
     check(cuda::ternary_decoding_table(record.matrix(expert).spec, {table.mutable_data(), 4096}));
     return table;
@@ -60,7 +53,7 @@ py::array_t<uint32_t> ternary_table(const Bytes& record_bytes, uint64_t expert) 
 void cuda_dequantize(const Bytes& record_bytes, uint64_t expert, uintptr_t record_on_device, uintptr_t table,
                      uintptr_t out, const std::string& dtype, uintptr_t stream) {
     const cuda::Api& api = required_library();
-    const Record record = open_host_record(record_bytes, expert);
+    const Record record = open_record_with(record_bytes, true, expert);
     const MatrixView view = record.matrix(expert);
     const auto type = dtype == "float32"    ? cuda::OutputType::kFloat32
                       : dtype == "float16"  ? cuda::OutputType::kFloat16

@@ -45,6 +45,24 @@ Bytes to_array(std::vector<uint8_t>&& bytes) {
     return Bytes(static_cast<py::ssize_t>(kept->size()), kept->data(), owner);
 }
 
+Record open_record(const Bytes& bytes, bool check_crc) {
+    Record record;
+    const auto span = bytes_of(bytes);
+    Status status;
+    {
+        const py::gil_scoped_release release;
+        status = Record::open(span, record, check_crc);
+    }
+    check(status);
+    return record;
+}
+
+Record open_record_with(const Bytes& bytes, bool check_crc, uint64_t expert) {
+    Record record = open_record(bytes, check_crc);
+    check(record.decode_rows(expert, 0, 0, nullptr));  // no rows: only the index is looked at
+    return record;
+}
+
 namespace {
 
 template <class T>
@@ -155,18 +173,6 @@ Bytes py_build_record(uint64_t rows, uint64_t cols, const std::vector<py::dict>&
     return to_array(std::move(out));
 }
 
-Record open_record(const Bytes& bytes, bool check_crc) {
-    Record record;
-    const auto span = bytes_of(bytes);
-    Status status;
-    {
-        const py::gil_scoped_release release;
-        status = Record::open(span, record, check_crc);
-    }
-    check(status);
-    return record;
-}
-
 py::dict describe_spec(std::span<const uint8_t, kSpecBytes> spec, const Format& format) {
     py::dict out;
     out["format"] = format.name;
@@ -217,9 +223,8 @@ py::dict inspect_record(const Bytes& bytes, bool verify) {
 }
 
 py::array_t<float> decode_record(const Bytes& bytes, uint64_t expert, bool check_crc) {
-    const Record record = open_record(bytes, check_crc);
-    // Before the output exists: a refused index must not cost memory.
-    check(record.decode_rows(expert, 0, 0, nullptr));
+    // Checked before the output exists: a refused index must not cost memory.
+    const Record record = open_record_with(bytes, check_crc, expert);
     py::array_t<float> out({record.rows(), record.cols()});
     float* const data = out.mutable_data();
     Status status;

@@ -30,7 +30,7 @@ from .quantize import MethodSpec, TensorReport, quantize
 from .recipe import Recipe
 from .report import CompressionReport, MemoryMeter, TensorEntry
 from .source import INDEX, SourceCheckpoint, load_json
-from .store import ShardWriter, canonical_json, crc32c, io_errors, read_chunks, write_atomic
+from .store import ShardWriter, canonical_json, check_size, crc32c, io_errors, read_chunks, write_atomic
 
 QMOE_JSON = "qmoe.json"
 VERSION = 1  # of the output layout: quantization_config and qmoe.json
@@ -145,16 +145,7 @@ def _finished(output: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     result = read_qmoe_json(output)
     check_same_job(result["job"], job, output)
     for name, size in result["files"].items():
-        with io_errors(output / name):
-            actual = os.stat(output / name).st_size
-        if actual != size:
-            raise QmoeError(
-                "E_TRUNCATED" if actual < size else "E_OFFSET",
-                "a finished file has another size",
-                file=output / name,
-                expected=size,
-                actual=actual,
-            )
+        check_size(output / name, size)
     return result
 
 

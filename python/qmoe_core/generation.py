@@ -14,6 +14,7 @@ import torch
 
 from .errors import QmoeError
 from .integrations.transformers import register
+from .source import PICKLES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def load_model(
     if not (directory / "config.json").is_file():
         raise QmoeError("E_MISSING", "no config.json: not a checkpoint directory", file=directory)
     if not any(directory.glob("*.safetensors")):
-        if any(file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt") for file in directory.iterdir()):
+        if any(file.suffix in PICKLES for file in directory.iterdir()):
             raise QmoeError("E_UNSAFE_SOURCE", "only pickle files, which can run code and are never opened", file=path)
         raise QmoeError("E_MISSING", "no safetensors file", file=directory)
     config = transformers.AutoConfig.from_pretrained(directory)

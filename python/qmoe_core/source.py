@@ -1,9 +1,8 @@
 """Reading the checkpoint to be compressed: a Hugging Face directory with safetensors files, untrusted.
 
 The C++ core's `SafetensorsFile` parses and validates every header; this module only joins the shards of one model and
-reads byte ranges that the parser has checked. Pickle files (.bin, .pt, .pkl, ...) can run code when they are opened,
-so they never are:
-there is no flag for it.
+reads byte ranges that the parser has checked. Pickle files (.bin, .pt, .pkl, ...) can run code when they are opened, so
+they never are: there is no flag for it.
 """
 
 from __future__ import annotations

@@ -96,6 +96,15 @@ def write_atomic(path: Path, chunks: bytes | Iterator[bytes]) -> int:
     return size
 
 
+def check_size(path: Path, expected: int) -> None:
+    """Raises `E_TRUNCATED` or `E_OFFSET` (bytes too many) unless the file has the expected size, `E_IO` if absent."""
+    with io_errors(path):
+        actual = os.stat(path).st_size
+    if actual != expected:
+        code = "E_TRUNCATED" if actual < expected else "E_OFFSET"
+        raise QmoeError(code, "the file has another size", file=path, expected=expected, actual=actual)
+
+
 def read_chunks(path: Path, chunk_bytes: int = 8 << 20) -> Iterator[bytes]:
     """The content of a file, piece by piece."""
     with io_errors(path):

@@ -21,7 +21,7 @@ from .errors import QmoeError
 from .formats import PackedTensor
 from .progress import ProgressEvent
 from .source import load_json
-from .store import crc32c, io_errors
+from .store import check_size, crc32c, io_errors
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,7 @@ class _Verification:
         path = self.directory / name
         if not path.is_file():
             raise QmoeError("E_MISSING", "the file is absent")
-        with io_errors(path):
-            actual = path.stat().st_size
-        if actual != size:
-            code = "E_TRUNCATED" if actual < size else "E_OFFSET"
-            raise QmoeError(code, "the file has another size", expected=size, actual=actual)
+        check_size(path, size)
         digest = self.result["job"]["source"]["files"].get(name)
         if digest is None or name == "config.json":  # the one file that is rewritten: its digest is of the source's
             return

@@ -48,8 +48,8 @@ struct Census {
     uint64_t symbols = 0, weights = 0;
 };
 
-// How many symbols of each class the inputs hold. Counted on unsegmented rows: where segments cut does not change a
-// census.
+// How many symbols of each class the inputs hold. Counted on whole rows, since the geometry is chosen later: segments
+// cut between symbols, and what their last one is filled up with are zero symbols, which always have slots.
 Status take_census(std::span<const MatrixInput* const> inputs, Census& census) {
     for (const MatrixInput* in : inputs) {
         if (in->trits.size() != in->rows * in->cols)
