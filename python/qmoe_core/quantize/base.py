@@ -34,6 +34,30 @@ class Statistics:
 
 
 @dataclass(frozen=True)
+class StackStatistics:
+    """Calibration statistics of the inputs of E matrices (N, K) of one layer, one expert each, all on one device.
+
+    Attributes:
+        tokens: (E,) int64: how many tokens each matrix saw.
+        hessian: (E, K, K) float32: the sum of x x^T over those tokens, x as the compressed model sees it.
+        pooled: (K, K) float32: the same sum over `pooled_tokens` tokens of the whole layer, what matrices that saw few
+            or no tokens lean on; None where there is no such sum.
+        drift: (E, K, K) float32: the sum of (x_original - x) x^T over the same tokens, or None.
+    """
+
+    tokens: torch.Tensor
+    hessian: torch.Tensor
+    pooled: torch.Tensor | None = None
+    pooled_tokens: int = 0
+    drift: torch.Tensor | None = None
+
+    def select(self, experts: slice) -> StackStatistics:
+        """The statistics of some of the matrices; views, no copies."""
+        drift = None if self.drift is None else self.drift[experts]
+        return StackStatistics(self.tokens[experts], self.hessian[experts], self.pooled, self.pooled_tokens, drift)
+
+
+@dataclass(frozen=True)
 class MethodSpec:
     """Which method makes which format, with which options (only the keys that the method's `OPTIONS` name)."""
 
