@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import _C as _C
+    from .calibration import CalibrationSpec
     from .checkpoint import compress
     from .evaluation import EvalResult, evaluate
     from .generation import generate, load_model
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # Names that need torch (or are costly to import), by the module that defines them.
 _LAZY = {
+    "CalibrationSpec": "calibration",
     "CompressionReport": "report",
     "EvalResult": "evaluation",
     "Recipe": "recipe",
@@ -37,6 +39,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "CalibrationSpec",
     "CompressionReport",
     "EvalResult",
     "IntFormat",

@@ -5,8 +5,8 @@ of experts and the float32 copy of one expert. Interruptible: whatever is finish
 call continues behind it. The files do not depend on how often that happened: nothing in them tells of time, place or
 run.
 
-Order of a job: lock, plan, shards one by one, other files, qmoe.json, config.json, journal removed. config.json comes
-last since without it nothing loads the directory.
+Order of a job: lock, plan, calibration where a method needs it (calibration/job.py), shards one by one, other files,
+qmoe.json, config.json, journal removed. config.json comes last since without it nothing loads the directory.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import _C, __version__
+from .calibration import CalibrationSpec
+from .calibration.job import CalibratedRecords, Calibration, packed_entry, prepare
 from .errors import QmoeError
 from .families import ModelLayout, Target, analyze
 from .formats import PackedTensor
 from .journal import DIRECTORY, Journal, check_same_job
 from .plan import PlainItem, Plan, make_plan
 from .progress import ProgressEvent
-from .quantize import MethodSpec, TensorReport, quantize
+from .quantize import MethodSpec, quantize
 from .recipe import Recipe
-from .report import CompressionReport, MemoryMeter, TensorEntry
-from .source import INDEX, SourceCheckpoint, load_json
+from .report import CompressionReport, IoMeter, MemoryMeter, TensorEntry
+from .source import INDEX, CheckedReader, SourceCheckpoint, load_json
 from .store import ShardWriter, canonical_json, check_size, crc32c, io_errors, read_chunks, write_atomic
 
 QMOE_JSON = "qmoe.json"
@@ -46,6 +46,8 @@ def compress(
     output: str | os.PathLike[str],
     recipe: Recipe,
     *,
+    calibration: CalibrationSpec | None = None,
+    device: str = "cpu",
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> CompressionReport:
@@ -56,7 +58,10 @@ def compress(
         output: the directory to make: absent, empty, or left by an interrupted call with the same arguments, which is
             continued.
         recipe: which weights get which format.
-        progress: called with a `ProgressEvent` after each tensor (bytes of the source done and in total).
+        calibration: on which tokens, and how; needed where the recipe names a calibrated method, refused where not.
+        device: where calibrated methods compute: "cpu" or "cuda".
+        progress: called with a `ProgressEvent` after each tensor, and in calibration (stage "calibrate") after each
+            chunk of experts: bytes of the source done and in total.
         max_shard_bytes: an output shard is closed before it grows beyond this (a single larger tensor gets its own).
 
     Returns:
@@ -64,11 +69,11 @@ def compress(
 
     Raises:
         QmoeError: E_SAME_FILE (output is, contains or lies in the source), E_BUSY, E_CHANGED, E_UNSAFE_SOURCE,
-            E_MISSING, E_LAYOUT, E_VALUE (NaN or infinite weights, recipe, a non-empty output), E_NO_SPACE, E_IO, and
-            what the safetensors parser refuses. After any of them the source is untouched and what is finished stays,
-            to be continued.
+            E_MISSING, E_LAYOUT, E_VALUE (NaN or infinite weights, recipe, a non-empty output, calibration missing or
+            too short), E_NO_KERNEL (device), E_NO_SPACE, E_IO, and what the safetensors parser refuses. After any of
+            them the source is untouched and what is finished stays, to be continued.
     """
-    started, meter = time.monotonic(), MemoryMeter()
+    started, meter, io = time.monotonic(), MemoryMeter(), IoMeter()
     source, output = Path(source), Path(output)
     if max_shard_bytes < 1:
         raise QmoeError("E_VALUE", "max_shard_bytes must be positive", actual=max_shard_bytes)
@@ -77,7 +82,8 @@ def compress(
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         layout = analyze(source, shapes)
         plan = make_plan(checkpoint, layout, recipe, max_shard_bytes)
-        job = {
+        prepared = prepare(checkpoint, plan, calibration, device)
+        job: dict[str, Any] = {
             "version": VERSION,
             "library": __version__,
             "core": _C.version(),
@@ -85,19 +91,24 @@ def compress(
             "recipe": recipe.to_dict(),
             "max_shard_bytes": max_shard_bytes,
         }
+        if prepared is not None:
+            job["calibration"] = prepared.description
         with Journal(output) as journal:
             result = _finished(output, job)
             resumed = result is not None
             if result is None:
                 _check_output(output)
                 resumed = journal.begin({**job, "modified": checkpoint.modified()})
-                result = _Job(checkpoint, layout, plan, journal, output, job, progress).run()
+                result = _Job(checkpoint, layout, plan, journal, output, job, progress, prepared).run()
             journal.remove()
         report = _report(output, result)
     return CompressionReport(
         **{
             **vars(report),
             "largest_layer_bytes": plan.largest_layer_bytes,
+            "calibration_memory_bytes": 0 if prepared is None else prepared.memory_bytes,
+            "read_bytes": io.read(),
+            "written_bytes": io.written(),
             "start_rss_bytes": meter.start,
             "peak_rss_bytes": meter.peak(),
             "seconds": time.monotonic() - started,
@@ -184,6 +195,7 @@ def _report(output: Path, result: dict[str, Any]) -> CompressionReport:
         original_bytes=totals["original_bytes"],
         bytes_on_disk=totals["bytes_on_disk"],
         files=result["files"],
+        calibration=result["job"].get("calibration"),
     )
 
 
@@ -199,15 +211,26 @@ class _Job:
         output: Path,
         job: dict[str, Any],
         progress: Progress | None,
+        calibration: Calibration | None,
     ) -> None:
         self.checkpoint, self.layout, self.plan, self.journal = checkpoint, layout, plan, journal
         self.output, self.job, self.progress = output, job, progress
-        self.source_crcs: dict[str, int] = {}
+        self.records: CalibratedRecords | None = None
+        if calibration is not None:
+            self.records = CalibratedRecords(checkpoint, layout, plan, calibration, journal, progress)
         self.done_bytes = 0
         self.total_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         self._unsynced, self._synced_at = 0, time.monotonic()
 
     def run(self) -> dict[str, Any]:
+        if self.records is not None:
+            finished = {
+                item.plan.name
+                for index, shard in enumerate(self.plan.shards)
+                if (self.output / self.plan.shard_name(index)).exists()
+                for item in shard
+            }
+            self.records.make(finished)
         for index in range(len(self.plan.shards)):
             self._shard(index)
         return self._finish()
@@ -221,7 +244,7 @@ class _Job:
     def _shard(self, index: int) -> None:
         """Writes shard `index`, or what is missing of it."""
         shard, final = self.plan.shards[index], self.output / self.plan.shard_name(index)
-        steps = [step for step in self.journal.steps if step["shard"] == index]
+        steps = [step for step in self.journal.steps if step.get("shard") == index]
         if not final.exists():
             part = self.journal.path / f"{index:05d}.part"
             steps = self._durable(part, index, steps)
@@ -239,6 +262,8 @@ class _Job:
                 writer.sync()
                 self.journal.commit()
                 writer.finish(final)
+                if self.records is not None:
+                    self.records.forget([item.plan.name for item in shard])
             finally:
                 writer.close()
         else:  # a finished shard is complete in the journal: the rename comes after the commit
@@ -250,7 +275,7 @@ class _Job:
         self._tell("compress", final.name)
 
     def _steps(self, index: int) -> list[str]:
-        return [step["name"] for step in self.journal.steps if step["shard"] == index]
+        return [step["name"] for step in self.journal.steps if step.get("shard") == index]
 
     def _durable(self, part: Path, index: int, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The leading steps whose bytes are in the unfinished shard with the right CRC. After a power cut the file
@@ -291,35 +316,25 @@ class _Job:
         return {"nbytes": nbytes, "crc32c": crc, "source_bytes": nbytes}
 
     def _packed(self, writer: ShardWriter, target: Target, spec: MethodSpec) -> dict[str, Any]:
-        """Quantizes and packs one stack of matrices."""
-        reader = _CheckedReader(self.checkpoint)
-        matrices, total = [], None
+        """Quantizes and packs one stack of matrices, or takes over the record that calibration made of it."""
+        if self.records is not None and self.records.has(target):
+            entry = self.records.copy(target, writer)
+            writer.end_tensor()
+            self.done_bytes += entry["source_bytes"]
+            return entry
+        reader = CheckedReader(self.checkpoint)
+        matrices, reports = [], []
         for expert, weight in enumerate(target.matrices(reader.read)):
             matrix, report = quantize(weight, None, spec, tensor=_matrix_name(target, expert))
             matrices.append(matrix)
-            total = report if total is None else total + report
-        assert total is not None
+            reports.append(report)
         packed = PackedTensor.pack(matrices)
         matrices.clear()
         writer.write(packed.data.data)
-        source_bytes = sum(self.checkpoint.tensors[name].nbytes for name in target.source_names)
-        self.done_bytes += source_bytes
-        return {
-            "nbytes": writer.end_tensor(),
-            "crc32c": crc32c(packed.data),
-            "source_bytes": source_bytes,
-            "packed": {
-                "module": target.module,
-                "parameter": target.parameter,
-                "kind": target.kind,
-                "role": target.role,
-                "shape": list(target.shape),
-                "method": spec.method,
-                "formats": dict(total.formats),
-                "sources": reader.crcs,
-                **_rounded(total, packed.nbytes),
-            },
-        }
+        writer.end_tensor()
+        entry = packed_entry(self.checkpoint, target, spec, packed, reports, reader.crcs)
+        self.done_bytes += entry["source_bytes"]
+        return entry
 
     # The other files.
 
@@ -330,7 +345,7 @@ class _Job:
                 files[name] = os.stat(self.output / name).st_size
         for name in self.checkpoint.copied_files():
             files[name] = write_atomic(self.output / name, read_chunks(self.checkpoint.directory / name))
-        tensors: dict[str, Any] = {step["name"]: step for step in self.journal.steps}
+        tensors: dict[str, Any] = {step["name"]: step for step in self.journal.steps if "shard" in step}
         weight_map = {name: self.plan.shard_name(step["shard"]) for name, step in tensors.items()}
         if len(self.plan.shards) > 1:
             index = {
@@ -388,34 +403,11 @@ class _Job:
         return {"quant_method": "qmoe", "version": VERSION, "packed": modules}
 
 
-class _CheckedReader:
-    """Reads source tensors and keeps the CRC32C of every tensor's bytes, slices in ascending order included."""
-
-    def __init__(self, checkpoint: SourceCheckpoint) -> None:
-        self.checkpoint = checkpoint
-        self.crcs: dict[str, int] = {}
-
-    def read(self, name: str, index: int | None) -> torch.Tensor:
-        data = self.checkpoint.read(name, index)
-        self.crcs[name] = crc32c(data.flatten().view(torch.uint8).numpy(), self.crcs.get(name, 0))
-        return data
-
-
 def _matrix_name(target: Target, expert: int) -> str:
     """How errors name one matrix: its checkpoint tensor where it has its own, else the stack and the number."""
     if target.kind == "linear":
         return target.source_names[0]
     return f"{target.name}[{expert}]"
-
-
-def _rounded(total: TensorReport, nbytes: int) -> dict[str, float]:
-    """The measured numbers of qmoe.json, to 7 digits: more would only show the order of summation."""
-    values = {
-        "bits_per_weight": nbytes * 8 / total.weights,
-        "relative_error": total.relative_error,
-        "zero_fraction": total.zeros / total.weights,
-    }
-    return {name: float(f"{value:.7g}") for name, value in values.items()}
 
 
 def _self_describing(result: dict[str, Any]) -> bytes:

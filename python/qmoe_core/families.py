@@ -76,22 +76,22 @@ class Target:
         """All checkpoint tensors that go into this weight."""
         return [name for _, names in self.sources for name in names]
 
-    def matrices(self, read: Reader) -> Iterator[torch.Tensor]:
-        """Yields the E matrices as float32 (N, K), reading as little at a time as the layout allows: one expert's
-        tensors, or one slice of a fused tensor; only where the conversion mixes experts, everything. Raises
-        `E_SHAPE`."""
-        experts = self.shape[0]
+    def matrices(self, read: Reader, first: int = 0, last: int | None = None) -> Iterator[torch.Tensor]:
+        """Yields matrices `first` to `last` (all E by default) as float32 (N, K), reading as little at a time as the
+        layout allows: one expert's tensors, or one slice of a fused tensor; only where the conversion mixes experts,
+        everything. Raises `E_SHAPE`."""
+        experts = range(first, self.shape[0] if last is None else last)
         if self.converter is None:
             (_, (name,)) = self.sources[0]
-            for expert in range(experts):
+            for expert in experts:
                 yield self._oriented(read(name, expert if self.kind == "experts" else None))
         elif self._by_expert():
-            for expert in range(experts):
+            for expert in experts:
                 parts = {pattern: [read(names[expert], None)] for pattern, names in self.sources}
                 yield self._oriented(self._convert(parts)[0])
         else:
             whole = self._convert({pattern: [read(name, None) for name in names] for pattern, names in self.sources})
-            for expert in range(experts):
+            for expert in experts:
                 yield self._oriented(whole[expert])
 
     def _by_expert(self) -> bool:
@@ -213,7 +213,7 @@ def _refuse(model: PreTrainedModel) -> QmoeError:
     )
 
 
-class _Mapping:
+class NameMapping:
     """Checkpoint names to run-time names, as transformers' loader does it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -248,7 +248,7 @@ def analyze(directory: Path, shapes: dict[str, tuple[int, ...]]) -> ModelLayout:
     if not fused and not containers:
         raise _refuse(model)
     roles = Roles(model, set(fused) | containers)
-    mapping = _Mapping(model)
+    mapping = NameMapping(model)
 
     groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     role_of: dict[str, str] = {}
@@ -286,7 +286,7 @@ def _fused_target(
     path: str,
     parameter: str,
     groups: Any,
-    mapping: _Mapping,
+    mapping: NameMapping,
     shapes: dict[str, tuple[int, ...]],
 ) -> Target:
     module = model.get_submodule(path)
@@ -338,7 +338,7 @@ def _missing_experts(names: Sequence[str], experts: int) -> str:
     return f"absent: {absent[:8]}{'...' if len(absent) > 8 else ''}" if numbers else "their number is wrong"
 
 
-def _check_complete(model: PreTrainedModel, mapping: _Mapping, provided: set[str]) -> None:
+def _check_complete(model: PreTrainedModel, mapping: NameMapping, provided: set[str]) -> None:
     """`E_MISSING` for a parameter that neither the checkpoint nor a tied weight provides."""
     covered = set(provided)
     for name in provided:  # one source may fill several parameters (fused query, key and value)

@@ -23,6 +23,8 @@ class TensorEntry:
         nbytes, crc32c: of the record.
         sources: checkpoint tensors it was made from, each with the CRC32C of its bytes.
         file: the shard that holds it.
+        calibration: for calibrated methods: the tokens that each matrix saw ("tokens", "min", "median", "max"), and
+            what was done about matrices that saw few ("notes"); else None.
     """
 
     name: str
@@ -40,6 +42,7 @@ class TensorEntry:
     crc32c: int
     sources: dict[str, int]
     file: str
+    calibration: dict[str, Any] | None = None
 
     @property
     def format(self) -> str:
@@ -65,8 +68,11 @@ class CompressionReport:
         files: size of each of them.
         peak_rss_bytes: highest resident memory during this run; `start_rss_bytes`: resident memory when it began (torch
             imported); `rss_limit_bytes`: what the library promises for peak - start: twice the largest layer at 16
-            bit, plus 512 MiB. `largest_layer_bytes`: that layer, at 2 bytes per parameter. All three are 0 where
-            nothing was left to do.
+            bit, plus 512 MiB, plus `calibration_memory_bytes` (the budgets of the calibration's settings and the
+            embeddings in float32). `largest_layer_bytes`: that layer, at 2 bytes per parameter. All of them are 0
+            where nothing was left to do.
+        read_bytes, written_bytes: what this run read from and wrote to files, caches of the system included.
+        calibration: settings of a calibrated compression and the SHA-256 of its tokens, else None.
         seconds: wall time of this run. `resumed`: it continued an interrupted one.
     """
 
@@ -82,6 +88,10 @@ class CompressionReport:
     largest_layer_bytes: int = 0
     start_rss_bytes: int = 0
     peak_rss_bytes: int = 0
+    calibration_memory_bytes: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    calibration: dict[str, Any] | None = None
     seconds: float = 0.0
     resumed: bool = False
 
@@ -109,7 +119,17 @@ class CompressionReport:
 
     @property
     def rss_limit_bytes(self) -> int:
-        return 2 * self.largest_layer_bytes + (512 << 20)
+        return 2 * self.largest_layer_bytes + (512 << 20) + self.calibration_memory_bytes
+
+    @property
+    def read_mb_per_second(self) -> float:
+        """Megabytes (10^6) read per second of this run."""
+        return self.read_bytes / 1e6 / self.seconds if self.seconds else 0.0
+
+    @property
+    def written_mb_per_second(self) -> float:
+        """Megabytes (10^6) written per second of this run."""
+        return self.written_bytes / 1e6 / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; everything above, properties included."""
@@ -123,6 +143,8 @@ class CompressionReport:
             "expert_weights",
             "expert_bits_per_weight",
             "rss_limit_bytes",
+            "read_mb_per_second",
+            "written_mb_per_second",
         ):
             result[name] = getattr(self, name)
         return result
@@ -150,3 +172,27 @@ class MemoryMeter:
 
     def peak(self) -> int:
         return self._status("VmHWM")
+
+
+class IoMeter:
+    """Bytes that this process has read and written through system calls since the meter was made, as Linux counts them;
+    0 where it does not tell."""
+
+    def __init__(self) -> None:
+        self._start = self._counters()
+
+    @staticmethod
+    def _counters() -> dict[str, int]:
+        with contextlib.suppress(OSError, ValueError):
+            lines = Path("/proc/self/io").read_text().splitlines()
+            return {key: int(value) for key, _, value in (line.partition(":") for line in lines)}
+        return {}
+
+    def _since(self, key: str) -> int:
+        return self._counters().get(key, 0) - self._start.get(key, 0)
+
+    def read(self) -> int:
+        return self._since("rchar")
+
+    def written(self) -> int:
+        return self._since("wchar")

@@ -21,7 +21,7 @@ import torch
 
 from . import _C
 from .errors import QmoeError
-from .store import canonical_json, io_errors
+from .store import canonical_json, crc32c, io_errors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -244,3 +244,16 @@ class SourceCheckpoint:
                 and not entry.name.endswith(_NOT_COPIED)
                 and entry.name not in _REPLACED
             )
+
+
+class CheckedReader:
+    """Reads source tensors and keeps the CRC32C of every tensor's bytes, slices in ascending order included."""
+
+    def __init__(self, checkpoint: SourceCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.crcs: dict[str, int] = {}
+
+    def read(self, name: str, index: int | None) -> torch.Tensor:
+        data = self.checkpoint.read(name, index)
+        self.crcs[name] = crc32c(data.flatten().view(torch.uint8).numpy(), self.crcs.get(name, 0))
+        return data

@@ -1,0 +1,210 @@
+"""Activations of all calibration tokens: in memory while they fit, in files where not, and safe from a kill.
+
+Files are written with `pwrite` and never through a memory map: on a full disk a map kills the process with SIGBUS, a
+write returns an error. Their blocks are reserved when they are made, so that a disk too small is found at the start.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..store import crc32c, io_errors
+
+CHUNK = 8 << 20  # bytes per system call
+
+
+class Budget:
+    """Memory that buffers may still take; what no longer fits goes to files."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.left = nbytes
+
+    def take(self, nbytes: int) -> bool:
+        if nbytes > self.left:
+            return False
+        self.left -= nbytes
+        return True
+
+    def give(self, nbytes: int) -> None:
+        self.left += nbytes
+
+
+class _File:
+    """A file of fixed size, read and written at offsets. Raises `E_NO_SPACE`, `E_IO`."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.path, self.nbytes = path, nbytes
+        with io_errors(path):
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                os.ftruncate(self.fd, nbytes)
+                if nbytes:
+                    os.posix_fallocate(self.fd, 0, nbytes)
+            except BaseException:
+                os.close(self.fd)
+                raise
+
+    def read(self, offset: int, out: np.ndarray) -> None:
+        """Fills a contiguous uint8 array."""
+        view, done = memoryview(out.data), 0
+        with io_errors(self.path):
+            while done < len(view):
+                count = os.preadv(self.fd, [view[done : done + CHUNK]], offset + done)
+                if count == 0:
+                    raise OSError(5, "the file ends early")
+                done += count
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        view, done = memoryview(data.data), 0
+        with io_errors(self.path):
+            while done < len(view):
+                done += os.pwrite(self.fd, view[done : done + CHUNK], offset + done)
+
+    def sync(self) -> None:
+        with io_errors(self.path):
+            os.fsync(self.fd)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().to("cpu", torch.float32).contiguous().view(-1).view(torch.uint8).numpy()
+
+
+class RowBuffer:
+    """(rows, width) float32, zero at first; rows are written in order and gathered in any order."""
+
+    def __init__(self, rows: int, width: int, budget: Budget, spill: Path) -> None:
+        self.rows, self.width = rows, width
+        self.nbytes = 4 * rows * width
+        self._budget, self._spill = budget, spill
+        self._memory: torch.Tensor | None = None
+        self._file: _File | None = None
+        if budget.take(self.nbytes):
+            self._memory = torch.zeros(rows, width)
+        else:
+            spill.unlink(missing_ok=True)  # a new file reads as zeros
+            self._file = _File(spill, self.nbytes)
+
+    def write(self, first: int, values: torch.Tensor) -> None:
+        """Rows from `first` on: values (n, width), any float type, any device."""
+        if self._memory is not None:
+            self._memory[first : first + len(values)].copy_(values)
+        else:
+            assert self._file is not None
+            self._file.write(4 * self.width * first, _bytes(values))
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        """Rows [first, last) as (n, width) float32 on the host."""
+        if self._memory is not None:
+            return self._memory[first:last]
+        assert self._file is not None
+        out = torch.empty(last - first, self.width)
+        self._file.read(4 * self.width * first, out.view(-1).view(torch.uint8).numpy())
+        return out
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows by number, ascending int64 (n,), as (n, width) float32 on the host."""
+        if self._memory is not None:
+            return self._memory.index_select(0, rows)
+        assert self._file is not None
+        out = torch.empty(len(rows), self.width)
+        data, step = out.view(-1).view(torch.uint8).numpy(), 4 * self.width
+        for at, row in enumerate(rows.tolist()):
+            self._file.read(step * row, data[step * at : step * (at + 1)])
+        return out
+
+    def add(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Adds values (n, width) to distinct rows."""
+        values = values.to("cpu", torch.float32)
+        if self._memory is not None:
+            self._memory.index_add_(0, rows, values)
+            return
+        assert self._file is not None
+        data, step = _bytes(self.gather(rows) + values), 4 * self.width
+        for at, row in enumerate(rows.tolist()):
+            self._file.write(step * row, data[step * at : step * (at + 1)])
+
+    def close(self) -> None:
+        """Gives the memory back or deletes the file."""
+        if self._memory is not None:
+            self._memory = None
+            self._budget.give(self.nbytes)
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            with io_errors(self._spill):
+                os.unlink(self._spill)
+
+
+class States:
+    """Inputs of the current layer, (windows, *shape) float32, twice on the disk and, if it fits, in memory.
+
+    The inputs of layer i are in file i % 2; its outputs go to the other one, which becomes durable (`commit`) before
+    the journal says so: whenever the process dies, one whole set is there.
+    """
+
+    def __init__(self, directory: Path, name: str, windows: int, shape: tuple[int, ...], budget: Budget) -> None:
+        """Reserves both files. Raises `E_NO_SPACE`, `E_IO`."""
+        self.windows, self.shape = windows, shape
+        self._window_bytes = 4 * int(np.prod(shape))
+        self._files = [_File(directory / f"{name}-{k}", windows * self._window_bytes) for k in range(2)]
+        self._memory = torch.empty(windows, *shape) if budget.take(windows * self._window_bytes) else None
+        self._current = 0
+        self._crc = 0
+
+    def begin(self, layer: int) -> None:
+        """Layer `layer` - 1 writes what layer `layer` will read (0: the embeddings)."""
+        self._current, self._crc = layer, 0
+
+    def write(self, first: int, values: torch.Tensor) -> None:
+        """Windows from `first` on; they must come in order."""
+        data = _bytes(values)
+        self._files[self._current % 2].write(first * self._window_bytes, data)
+        self._crc = crc32c(data, self._crc)
+        if self._memory is not None:
+            self._memory[first : first + len(values)].copy_(values)
+
+    def commit(self) -> int:
+        """Makes what was written durable; returns its CRC32C."""
+        self._files[self._current % 2].sync()
+        return self._crc
+
+    def restore(self, layer: int, crc: int) -> bool:
+        """Goes back to the inputs of `layer`, as a killed run left them; False if they are not sound."""
+        self._current, found = layer, 0
+        for first in range(self.windows):
+            data = np.empty(self._window_bytes, dtype=np.uint8)
+            self._files[layer % 2].read(first * self._window_bytes, data)
+            found = crc32c(data, found)
+            if self._memory is not None:
+                self._memory[first].copy_(torch.from_numpy(data).view(torch.float32).view(self.shape))
+        return found == crc
+
+    def read(self, layer: int, first: int, last: int) -> torch.Tensor:
+        """Windows [first, last) of the inputs of `layer`. In memory they are overwritten by `write`, window by
+        window."""
+        if self._memory is not None:
+            return self._memory[first:last]
+        out = torch.empty(last - first, *self.shape)
+        self._files[layer % 2].read(first * self._window_bytes, out.view(-1).view(torch.uint8).numpy())
+        return out
+
+    def remove(self) -> None:
+        """Deletes the files: no later layer needs them."""
+        self.close()
+        for file in self._files:
+            with io_errors(file.path):
+                file.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        self._memory = None

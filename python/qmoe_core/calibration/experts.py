@@ -1,0 +1,304 @@
+"""The routed experts of one layer: their inputs, their statistics, their quantization, their outputs.
+
+The experts module itself never runs. While its layer runs, its forward only notes what it was called with
+(`ExpertsTap`); experts are then taken a chunk at a time: original weights, Hessians of the inputs, quantization of
+gate and up, Hessians of what the quantized gate and up make of the inputs, quantization of down, and the outputs, which
+the tap hands back when the layer runs again. So memory holds one chunk of experts, and no matter which implementation
+of experts transformers would have chosen, nothing passes by unseen.
+
+Gating and biases are the module's own, as in `runtime.experts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import quantize as methods
+from ..errors import QmoeError
+from ..families import Reader, Target
+from ..quantize import Matrix, MethodSpec, TensorReport
+from ..quantize.base import StackStatistics
+from ..source import CheckedReader
+from .buffers import Budget, RowBuffer
+
+ROWS = 16384  # rows that one product takes at a time; fixed, since the order of summation depends on it
+
+
+class ExpertsTap:
+    """Stands in for the forward of an experts module: records its inputs, or hands back outputs computed before.
+
+    Attributes:
+        inputs: (T, H) what the experts were given; index: (T, k) int64, weight: (T, k) float32; outputs: (T, H).
+        position: the row that the next call begins with; whoever runs the layer keeps it right.
+        mode: "record"; "replay" to hand back `outputs`; "skip" to return zeros and note nothing.
+    """
+
+    def __init__(self, name: str, rows: int, budget: Budget, spill: Path) -> None:
+        self.name, self.rows, self.position = name, rows, 0
+        self.mode = "skip"
+        self.inputs: RowBuffer | None = None
+        self.outputs: RowBuffer | None = None
+        self.index: torch.Tensor | None = None
+        self.weight: torch.Tensor | None = None
+        self._budget, self._spill = budget, spill
+        self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, *arguments: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        hidden, index, weight = (*arguments, *named.values())
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if self.mode == "skip":
+            return torch.zeros_like(hidden)
+        if self.mode == "replay":
+            assert self.outputs is not None
+            rows = self.outputs.read(self.position, self.position + len(flat))
+            return rows.to(hidden.device, hidden.dtype).clone().view_as(hidden)
+        if self.inputs is None:
+            self.inputs = RowBuffer(self.rows, flat.shape[1], self._budget, self._spill.with_suffix(".inputs"))
+            self.index = torch.full((self.rows, index.shape[-1]), -1, dtype=torch.int64)
+            self.weight = torch.zeros(self.rows, index.shape[-1])
+        assert self.index is not None and self.weight is not None
+        if len(flat) != len(index) or self.position + len(flat) > self.rows:
+            raise QmoeError(
+                "E_LAYOUT",
+                "calibration expects experts to be called once per layer with all tokens",
+                tensor=self.name,
+                expected=tuple(index.shape),
+                actual=tuple(hidden.shape),
+            )
+        rows_of = slice(self.position, self.position + len(flat))
+        self.inputs.write(self.position, flat)
+        self.index[rows_of].copy_(index)
+        self.weight[rows_of].copy_(weight)
+        return torch.zeros_like(hidden)
+
+    def make_outputs(self) -> None:
+        assert self.inputs is not None
+        self.outputs = RowBuffer(self.rows, self.inputs.width, self._budget, self._spill.with_suffix(".outputs"))
+
+    def routed(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, weights): the tokens of one expert in ascending order, and their routing weights."""
+        assert self.index is not None and self.weight is not None
+        if self._sorted is None:
+            ids, order = self.index.reshape(-1).sort(stable=True)
+            self._sorted = ids.contiguous(), order
+        ids, order = self._sorted
+        first, last = torch.searchsorted(ids, torch.tensor([expert, expert + 1])).tolist()
+        places = order[first:last]
+        return places // self.index.shape[1], self.weight.reshape(-1)[places]
+
+    def close(self) -> None:
+        for buffer in (self.inputs, self.outputs):
+            if buffer is not None:
+                buffer.close()
+
+
+def add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total (K, K) += left^T right, both (rows, K) float32."""
+    for first in range(0, len(left), ROWS):
+        total.addmm_(left[first : first + ROWS].T, right[first : first + ROWS])
+
+
+@dataclass
+class StackResult:
+    """One quantized stack, growing chunk by chunk."""
+
+    target: Target
+    spec: MethodSpec
+    reader: CheckedReader
+    matrices: list[Matrix] = field(default_factory=list)
+    reports: list[TensorReport] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+
+class ExpertsStage:
+    """Quantizes the experts of one module from recorded inputs and computes their outputs."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        first: Target,
+        down: Target,
+        results: dict[str, StackResult],
+        read: Reader,
+        *,
+        device: str,
+        chunk_bytes: int,
+        gate_weighted: bool,
+        tell: Callable[[int, int], None],
+    ) -> None:
+        """
+        Args:
+            module: the experts module, on meta but for biases and children, which are on `device`.
+            first, down: its stacks. results: by target name, for those that are to be quantized.
+            read: reads source tensors.
+            tell: called with experts done and in total.
+        """
+        self.module, self.first, self.down, self.results, self.read = module, first, down, results, read
+        self.device, self.gate_weighted, self.tell = device, gate_weighted, tell
+        (experts, n1, k1), (_, n2, k2) = first.shape, down.shape
+        each = 4 * (2 * max(k1 * k1, k2 * k2) + 2 * n1 * k1 + 2 * n2 * k2)
+        self.chunk = max(1, min(experts, chunk_bytes // each))
+
+    def run(self, tap: ExpertsTap, original: ExpertsTap | None) -> None:
+        """Fills `tap.outputs`, and those of `original`, the same module in the uncompressed model, if given."""
+        if tap.inputs is None:  # never called with these tokens: only data-free methods and pooled zeros remain
+            tap.inputs = RowBuffer(tap.rows, self.first.shape[2], tap._budget, tap._spill.with_suffix(".inputs"))
+            tap.index = torch.full((tap.rows, 1), -1, dtype=torch.int64)
+            tap.weight = torch.zeros(tap.rows, 1)
+        tap.make_outputs()
+        if original is not None:
+            original.make_outputs()
+        pooled = self._pooled(tap) if self._calibrated(self.first) else None
+        experts = self.first.shape[0]
+        for begin in range(0, experts, self.chunk):
+            chunk = range(begin, min(begin + self.chunk, experts))
+            self._chunk(chunk, tap, original, pooled)
+            self.tell(chunk.stop, experts)
+
+    def _calibrated(self, target: Target) -> bool:
+        result = self.results.get(target.name)
+        return result is not None and methods.METHODS[result.spec.method].needs_statistics
+
+    def _weights(self, target: Target, chunk: range) -> torch.Tensor:
+        """Original weights (experts of the chunk, N, K) float32 on the device."""
+        result = self.results.get(target.name)
+        read = self.read if result is None else result.reader.read
+        return torch.stack([w.to(self.device) for w in target.matrices(read, chunk.start, chunk.stop)])
+
+    def _chunk(self, chunk: range, tap: ExpertsTap, original: ExpertsTap | None, pooled: torch.Tensor | None) -> None:
+        up = self._weights(self.first, chunk)
+        statistics = None
+        if self._calibrated(self.first):
+            statistics = self._statistics(
+                chunk, self.first.shape[2], tap, original, lambda e, x: x, lambda e, x: x, pooled, tap.rows
+            )
+        up_used = self._quantize(self.first, chunk, up, statistics)
+        del statistics
+        down = self._weights(self.down, chunk)
+        statistics = None
+        if self._calibrated(self.down):
+            statistics = self._statistics(
+                chunk,
+                self.down.shape[2],
+                tap,
+                original,
+                lambda e, x: self._hidden(e, x, up_used[e - chunk.start]),
+                lambda e, x: self._hidden(e, x, up[e - chunk.start]),
+                None,
+                0,
+            )
+        down_used = self._quantize(self.down, chunk, down, statistics)
+        del statistics
+        self._outputs(chunk, tap, up_used, down_used)
+        if original is not None:
+            self._outputs(chunk, original, up, down)
+
+    # What an expert computes.
+
+    def _bias(self, parameter: str, expert: int) -> torch.Tensor | float:
+        module: Any = self.module
+        return getattr(module, f"{parameter}_bias")[expert].float() if module.has_bias else 0.0
+
+    def _hidden(self, expert: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What goes into down: x (M, H), gate and up (N, H) -> (M, I)."""
+        module: Any = self.module
+        states = x @ weight.T + self._bias(self.first.parameter, expert)
+        return module._apply_gate(states) if module.has_gate else module.act_fn(states)
+
+    def _outputs(self, chunk: range, tap: ExpertsTap, up: torch.Tensor, down: torch.Tensor) -> None:
+        """Adds what the chunk's experts make of their tokens, in the order of the experts."""
+        module: Any = self.module
+        assert tap.outputs is not None
+        for expert in chunk:
+            for rows, gate, x in self._rows(tap, expert):
+                states = self._hidden(expert, x, up[expert - chunk.start]) @ down[expert - chunk.start].T
+                states = states + self._bias(self.down.parameter, expert)
+                if getattr(module, "has_post_expert_norm", False):
+                    states = module.post_expert_norm(states)
+                tap.outputs.add(rows, states * gate)
+
+    def _rows(self, tap: ExpertsTap, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(rows, routing weights (n, 1), inputs (n, K)) of an expert, piece by piece; the last two on the device."""
+        assert tap.inputs is not None
+        rows, gate = tap.routed(expert)
+        for first in range(0, len(rows), ROWS):
+            piece = rows[first : first + ROWS]
+            x = tap.inputs.gather(piece).to(self.device)
+            yield piece, gate[first : first + ROWS, None].to(self.device), x
+
+    # Statistics.
+
+    def _pooled(self, tap: ExpertsTap) -> torch.Tensor:
+        """Sum over all tokens of x x^T of the module's inputs, (H, H) float32."""
+        assert tap.inputs is not None and tap.weight is not None
+        width = self.first.shape[2]
+        total = torch.zeros(width, width, device=self.device)
+        for first in range(0, tap.rows, ROWS):
+            x = tap.inputs.read(first, min(first + ROWS, tap.rows)).to(self.device)
+            if self.gate_weighted:
+                x = x * tap.weight[first : first + ROWS].square().mean(1, keepdim=True).sqrt().to(self.device)
+            total.addmm_(x.T, x)
+        return total
+
+    def _statistics(
+        self,
+        chunk: range,
+        width: int,
+        tap: ExpertsTap,
+        original: ExpertsTap | None,
+        transform: Callable[[int, torch.Tensor], torch.Tensor],
+        transform_original: Callable[[int, torch.Tensor], torch.Tensor],
+        pooled: torch.Tensor | None,
+        pooled_tokens: int,
+    ) -> StackStatistics:
+        """Statistics of the chunk. `transform` makes of an expert's inputs what its matrix is given; without `pooled`
+        that is the sum over the chunk's tokens."""
+        hessian = torch.zeros(len(chunk), width, width, device=self.device)
+        drift = None if original is None else torch.zeros_like(hessian)
+        tokens = torch.zeros(len(chunk), dtype=torch.int64)
+        for at, expert in enumerate(chunk):
+            for rows, gate, x in self._rows(tap, expert):
+                tokens[at] += len(rows)
+                y = transform(expert, x)
+                y_original = None
+                if original is not None:
+                    assert original.inputs is not None
+                    y_original = transform_original(expert, original.inputs.gather(rows).to(self.device))
+                if self.gate_weighted:
+                    y = y * gate
+                    y_original = None if y_original is None else y_original * gate
+                hessian[at].addmm_(y.T, y)
+                if drift is not None and y_original is not None:
+                    drift[at].addmm_((y_original - y).T, y)
+        if pooled is None:
+            pooled, pooled_tokens = hessian.sum(0), int(tokens.sum())
+        return StackStatistics(tokens, hessian, pooled, pooled_tokens, drift)
+
+    def _quantize(
+        self, target: Target, chunk: range, weights: torch.Tensor, statistics: StackStatistics | None
+    ) -> torch.Tensor:
+        """Quantizes the chunk's matrices of a target and returns the weights to go on with, which are the given ones
+        where the target is kept."""
+        result = self.results.get(target.name)
+        if result is None:
+            return weights
+        if statistics is None:
+            pairs = [
+                methods.quantize(weight.cpu(), None, result.spec, tensor=f"{target.name}[{expert}]")
+                for expert, weight in zip(chunk, weights, strict=True)
+            ]
+        else:
+            pairs = methods.quantize_stack(weights, statistics, result.spec, tensor=target.name)
+            result.tokens += statistics.tokens.tolist()
+        used = torch.empty_like(weights)
+        for at, (matrix, report) in enumerate(pairs):
+            result.matrices.append(matrix)
+            result.reports.append(report)
+            used[at].copy_(torch.from_numpy(matrix.dequantize()))
+        return used

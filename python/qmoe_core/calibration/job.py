@@ -1,0 +1,274 @@
+"""Calibration within a compression job: packed records made layer by layer, durable, and taken up after a kill.
+
+Calibration goes through the model in the order of its layers, shards are written in the order of their names, and one
+record may have to wait for its shard. So each finished layer leaves its records as files in the journal, where they
+stay until the shard that holds them is finished:
+
+    record-NNNNN            one packed tensor
+    activations-*           inputs of the next layer (calibration/buffers.py)
+
+A journal line per layer, written after all of that is on the disk, says what is there. A killed job goes on with the
+next layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import QmoeError
+from ..families import ModelLayout, Target
+from ..formats import PackedTensor
+from ..journal import Journal
+from ..plan import PackedItem, Plan
+from ..progress import ProgressEvent
+from ..quantize import MethodSpec, TensorReport
+from ..source import SourceCheckpoint
+from ..store import ShardWriter, crc32c, io_errors, read_chunks, write_atomic
+from .layer import needs_statistics
+from .pipeline import Decisions, Pipeline, check_device
+from .spec import CalibrationSpec, CalibrationTokens, load_tokens
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration needs; `description` is what the journal and qmoe.json say of it."""
+
+    spec: CalibrationSpec
+    tokens: CalibrationTokens
+    device: str
+    description: dict[str, Any]
+    memory_bytes: int  # what it may take on top of what compression takes anyway
+
+
+def prepare(checkpoint: SourceCheckpoint, plan: Plan, spec: CalibrationSpec | None, device: str) -> Calibration | None:
+    """Loads the calibration tokens; None where no method of the plan is calibrated.
+
+    Raises:
+        QmoeError: `E_VALUE` (calibration missing, or given but not needed, too few tokens), `E_NO_KERNEL`, `E_MISSING`,
+            `E_CORRUPT`, `E_LAYOUT` (not a decoder-only model).
+    """
+    check_device(device)
+    calibrated = [item.plan.name for item in packed_items(plan) if needs_statistics(item.spec)]
+    if not calibrated:
+        if spec is not None:
+            raise QmoeError(
+                "E_VALUE", "calibration is given, but no method of the recipe uses it", expected="e.g. method 'gptq'"
+            )
+        if not device.startswith("cpu"):
+            raise QmoeError("E_NO_KERNEL", "data-free methods run on the CPU only", expected="cpu", actual=device)
+        return None
+    if spec is None:
+        method = next(item.spec.method for item in packed_items(plan) if needs_statistics(item.spec))
+        raise QmoeError(
+            "E_VALUE",
+            f"method '{method}' needs calibration: give text or tokens to calibrate on",
+            tensor=calibrated[0].removesuffix("_qmoe"),
+        )
+    if spec.dtype != "float32" and not device.startswith("cuda"):
+        raise QmoeError("E_VALUE", "calibration on the CPU is in float32", expected="float32", actual=spec.dtype)
+    config = checkpoint.config
+    if config.get("is_encoder_decoder"):
+        raise QmoeError(
+            "E_LAYOUT",
+            "calibration supports decoder-only models; this one has an encoder",
+            file=checkpoint.directory,
+            actual=config.get("model_type"),
+        )
+    tokens = load_tokens(spec, checkpoint.directory, _vocabulary(checkpoint.directory))
+    around = 4 * sum(t.elements for name, t in checkpoint.tensors.items() if "embed" in name)
+    memory = spec.buffer_bytes + 4 * spec.chunk_bytes + around
+    return Calibration(spec, tokens, device, tokens.describe(spec, device), memory)
+
+
+def _vocabulary(directory: Path) -> int:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return int(config.get_text_config(decoder=True).vocab_size)
+
+
+def packed_items(plan: Plan) -> list[PackedItem]:
+    return [item for shard in plan.shards for item in shard if isinstance(item, PackedItem)]
+
+
+class CalibratedRecords:
+    """The records that calibration makes for one job."""
+
+    def __init__(
+        self,
+        checkpoint: SourceCheckpoint,
+        layout: ModelLayout,
+        plan: Plan,
+        calibration: Calibration,
+        journal: Journal,
+        progress: Callable[[ProgressEvent], None] | None,
+    ) -> None:
+        self.checkpoint, self.layout, self.calibration = checkpoint, layout, calibration
+        self.journal, self.progress = journal, progress
+        items = packed_items(plan)
+        self.decisions: Decisions = {item.target.name: (item.target, item.spec) for item in items}
+        self._numbers = {item.plan.name: number for number, item in enumerate(items)}
+        self._entries: dict[str, dict[str, Any]] = {}  # by packed name, as a shard's step has them
+
+    def _file(self, name: str) -> Path:
+        return self.journal.path / f"record-{self._numbers[name]:05d}"
+
+    def has(self, target: Target) -> bool:
+        return target.packed_name in self._entries
+
+    def copy(self, target: Target, writer: ShardWriter) -> dict[str, Any]:
+        """Writes the record into a shard. Returns its entry for the journal. Raises `E_CORRUPT`."""
+        entry, crc = self._entries[target.packed_name], 0
+        file = self._file(target.packed_name)
+        for chunk in read_chunks(file):
+            crc = crc32c(chunk, crc)
+            writer.write(chunk)
+        if crc != entry["crc32c"]:
+            raise QmoeError("E_CORRUPT", "a record in the journal is damaged; delete the output directory", file=file)
+        return entry
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Deletes records that are in a finished shard."""
+        for name in names:
+            if name in self._entries:
+                with io_errors(self._file(name)):
+                    self._file(name).unlink(missing_ok=True)
+
+    def make(self, finished: set[str]) -> None:
+        """Runs the calibration, or what is missing of it. `finished`: names of tensors in finished shards."""
+        steps = [step for step in self.journal.steps if "layer" in step]
+        if not all(
+            self._sound(name, entry) for s in steps for name, entry in s["records"].items() if name not in finished
+        ):
+            self._start_anew(finished)
+            steps = []
+        for step in steps:
+            self._entries |= step["records"]
+        if steps and steps[-1]["layer"] + 1 == steps[-1]["layers"]:
+            self._remove_activations()
+            return
+        calibration = self.calibration
+        with Pipeline(
+            self.checkpoint,
+            self.layout,
+            self.decisions,
+            calibration.tokens.ids,
+            calibration.spec,
+            calibration.device,
+            self.journal.path,
+            self._tell,
+        ) as pipeline:
+            start = len(steps)
+            if not pipeline.begin(start, steps[-1]["states"] if steps else {}):
+                self._start_anew(finished)
+                start = 0
+                pipeline.begin(0, {})
+            for result in pipeline.layers(start):
+                records = {}
+                for stack in result.stacks:
+                    packed = PackedTensor.pack(stack.matrices)
+                    stack.matrices.clear()
+                    write_atomic(self._file(stack.target.packed_name), packed.data.tobytes())
+                    records[stack.target.packed_name] = packed_entry(
+                        self.checkpoint,
+                        stack.target,
+                        stack.spec,
+                        packed,
+                        stack.reports,
+                        stack.reader.crcs,
+                        stack.tokens,
+                    )
+                self._entries |= records
+                self.journal.note(
+                    {"layer": result.index, "layers": pipeline.count, "records": records, "states": result.states}
+                )
+                self.journal.commit()
+        self._remove_activations()
+
+    def _tell(self, done: int, total: int, detail: str) -> None:
+        if self.progress is not None:
+            self.progress(ProgressEvent("calibrate", done, total, detail))
+
+    def _sound(self, name: str, entry: dict[str, Any]) -> bool:
+        """Whether a record is on the disk as the journal says. A power cut can lose what fsync promised to keep."""
+        file, crc = self._file(name), 0
+        if not file.exists():
+            return False
+        for chunk in read_chunks(file):
+            crc = crc32c(chunk, crc)
+        return crc == entry["crc32c"]
+
+    def _start_anew(self, finished: set[str]) -> None:
+        if finished:
+            raise QmoeError(
+                "E_CORRUPT",
+                "the journal lost what it had made durable; delete the output directory",
+                file=self.journal.path,
+            )
+        self._entries.clear()
+        self.journal.rewind(0)
+
+    def _remove_activations(self) -> None:
+        with io_errors(self.journal.path):
+            for pattern in ("activations-*", "experts-*"):
+                for file in self.journal.path.glob(pattern):
+                    file.unlink()
+
+
+def packed_entry(
+    checkpoint: SourceCheckpoint,
+    target: Target,
+    spec: MethodSpec,
+    packed: PackedTensor,
+    reports: list[TensorReport],
+    sources: dict[str, int],
+    tokens: list[int] | None = None,
+) -> dict[str, Any]:
+    """What the journal and qmoe.json say of a packed tensor."""
+    total = reports[0]
+    for report in reports[1:]:
+        total = total + report
+    entry: dict[str, Any] = {
+        "module": target.module,
+        "parameter": target.parameter,
+        "kind": target.kind,
+        "role": target.role,
+        "shape": list(target.shape),
+        "method": spec.method,
+        "formats": dict(total.formats),
+        "sources": sources,
+        **_rounded(total, packed.nbytes),
+    }
+    if tokens:
+        entry["calibration"] = {
+            "tokens": tokens,
+            "min": min(tokens),
+            "median": float(np.median(tokens)),
+            "max": max(tokens),
+            "notes": [
+                f"expert {expert}: {note}" if target.kind == "experts" else note
+                for expert, report in enumerate(reports)
+                for note in getattr(report, "notes", ())
+            ],
+        }
+    return {
+        "nbytes": packed.nbytes,
+        "crc32c": crc32c(packed.data),
+        "source_bytes": sum(checkpoint.tensors[name].nbytes for name in target.source_names),
+        "packed": entry,
+    }
+
+
+def _rounded(total: TensorReport, nbytes: int) -> dict[str, float]:
+    """The measured numbers of qmoe.json, to 7 digits: more would only show the order of summation."""
+    values = {
+        "bits_per_weight": nbytes * 8 / total.weights,
+        "relative_error": total.relative_error,
+        "zero_fraction": total.zeros / total.weights,
+    }
+    return {name: float(f"{value:.7g}") for name, value in values.items()}

@@ -1,0 +1,244 @@
+"""One decoder layer on its way from original to compressed: the stages that `pipeline.py` describes."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .. import quantize as methods
+from ..errors import QmoeError
+from ..families import FUSED_PARAMETERS, Target
+from ..quantize import MethodSpec
+from ..source import CheckedReader
+from .buffers import States
+from .experts import ExpertsStage, ExpertsTap, StackResult
+from .linears import LinearStatistics
+from .skeleton import replaced_forwards
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+
+def needs_statistics(spec: MethodSpec) -> bool:
+    return methods.METHODS[spec.method].needs_statistics
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A finished layer: its quantized stacks, and the CRC32C of the next layer's inputs by stream, already durable."""
+
+    index: int
+    stacks: list[StackResult]
+    states: dict[str, int]
+
+
+class Layer:
+    """One layer on its way through the stages."""
+
+    def __init__(self, pipeline: Pipeline, index: int, done: int) -> None:
+        self.p, self.index, self.done = pipeline, index, done
+        self.path = pipeline.skeleton.layer_path(index)
+        self.module = pipeline.skeleton.layers[index]
+        self.original: nn.Module | None = None
+        self.targets = pipeline.targets.get(index, [])
+        self.fused = {target.module for target in self.targets if target.kind == "experts"}
+        self.results: dict[str, StackResult] = {}
+        for target in self.targets:
+            if target.name in pipeline.decisions:
+                reader = CheckedReader(pipeline.checkpoint)
+                self.results[target.name] = StackResult(target, pipeline.decisions[target.name][1], reader)
+        self.taps: dict[str, list[ExpertsTap]] = {}  # by module: of the compressed layer, and of the original one
+
+    def _relative(self, module: str) -> str:
+        return module.removeprefix(f"{self.path}.")
+
+    def _tell(self, part: float, detail: str) -> None:
+        pipeline = self.p
+        here = int(pipeline.bytes[self.index] * part)
+        pipeline.tell(self.done + here, sum(pipeline.bytes), detail)
+
+    @torch.no_grad()
+    def run(self) -> LayerResult:
+        pipeline = self.p
+        fused = [f"{module}.{parameter}" for module in self.fused for parameter in FUSED_PARAMETERS]
+        replaced = pipeline.skeleton.weights.fill(self.path, fused, pipeline.device, pipeline.dtype)
+        try:
+            if pipeline.spec.drift:
+                self.original = copy.deepcopy(self.module)
+            for result in self.results.values():
+                if result.target.kind == "linear" and not needs_statistics(result.spec):
+                    self._quantize_linear(result, None)
+            self._make_taps()
+            with ExitStack() as stack:
+                for number, module in enumerate(m for m in (self.module, self.original) if m is not None):
+                    forwards = {module.get_submodule(self._relative(k)): taps[number] for k, taps in self.taps.items()}
+                    stack.enter_context(replaced_forwards(forwards))
+                for name in self._stages():
+                    if isinstance(name, str):
+                        self._experts(name)
+                    else:
+                        self._linears(name)
+                states = self._write()
+        finally:
+            for taps in self.taps.values():
+                for tap in taps:
+                    tap.close()
+            pipeline.skeleton.weights.release(replaced)
+        self._tell(1.0, self.path)
+        ordered = [self.results[target.name] for target in self.targets if target.name in self.results]
+        return LayerResult(self.index, ordered, states)
+
+    # Running the layer.
+
+    def _make_taps(self) -> None:
+        rows = self.p.ids.numel()
+        for number, module in enumerate(sorted(self.fused)):
+            for stream in ("compressed", "original")[: 1 if self.original is None else 2]:
+                spill = self.p.directory / f"experts-{number}-{stream}"
+                self.taps.setdefault(module, []).append(ExpertsTap(module, rows, self.p.budget, spill))
+
+    def _call(self, module: nn.Module, states: States, first: int, last: int) -> torch.Tensor:
+        """The layer on some windows, (n, window, ...) float32 on the device."""
+        hidden = states.read(self.index, first, last).clone().to(self.p.device, self.p.dtype)
+        out = module(hidden, **self.p.arguments[last - first][self.index])
+        out = out[0] if isinstance(out, tuple) else out
+        if not isinstance(out, torch.Tensor) or out.shape != hidden.shape:
+            raise QmoeError("E_LAYOUT", "calibration expects a layer to return activations of its input's shape",
+                            tensor=self.path, expected=tuple(hidden.shape))  # fmt: skip
+        return out.float()
+
+    def _pass(self, statistics: LinearStatistics | None = None, write: bool = False) -> None:
+        """Runs the layer on all windows, the original one (if there is one) before the compressed one."""
+        pipeline = self.p
+        for first, last in pipeline.batches():
+            for taps in self.taps.values():
+                for tap in taps:
+                    tap.position = first * pipeline.ids.shape[1]
+            if self.original is not None:
+                states = pipeline.streams["original"]
+                with ExitStack() as stack:
+                    if statistics is not None:
+                        stack.enter_context(statistics.original(self.original, self.path))
+                    out = self._call(self.original, states, first, last)
+                if write:
+                    states.write(first, out)
+            states = pipeline.streams["compressed"]
+            with ExitStack() as stack:
+                if statistics is not None:
+                    stack.enter_context(statistics.compressed(self.module, self.path))
+                out = self._call(self.module, states, first, last)
+            if write:
+                states.write(first, out)
+
+    def _stages(self) -> list[str | list[Target]]:
+        """What to do in which order: the path of an experts module, or calibrated linear layers that are called one
+        after the other. Found by running one batch; linear layers that it never calls come last."""
+        linears = [
+            result.target
+            for result in self.results.values()
+            if result.target.kind == "linear" and needs_statistics(result.spec)
+        ]
+        calls: list[Any] = []
+        handles = []
+        parts: list[str | Target] = [*sorted(self.fused), *linears]
+        for what in parts:
+            path = what if isinstance(what, str) else what.module
+            module = self.module.get_submodule(self._relative(path))
+
+            def note(_: nn.Module, arguments: Any, what: Any = what) -> None:
+                if what not in calls:
+                    calls.append(what)
+
+            handles.append(module.register_forward_pre_hook(note))
+        if self.results or self.fused:
+            self._set_taps("skip")
+            first, last = next(self.p.batches())
+            self._call(self.module, self.p.streams["compressed"], first, last)
+        for handle in handles:
+            handle.remove()
+        stages: list[str | list[Target]] = []
+        for what in [*calls, *(part for part in parts if part not in calls)]:
+            if isinstance(what, str):
+                stages.append(what)
+            elif stages and isinstance(stages[-1], list):
+                stages[-1].append(what)
+            else:
+                stages.append([what])
+        return stages
+
+    def _set_taps(self, mode: str) -> None:
+        """The mode of all taps that have no outputs to replay yet."""
+        for taps in self.taps.values():
+            for tap in taps:
+                tap.mode = mode if tap.outputs is None else "replay"
+
+    # Stages.
+
+    def _linears(self, targets: list[Target]) -> None:
+        statistics = LinearStatistics(targets, self.p.device, self.p.spec.drift)
+        self._set_taps("skip")
+        self._pass(statistics)
+        for target in targets:
+            self._quantize_linear(self.results[target.name], statistics)
+        self._tell(0.0, targets[-1].module)
+
+    def _quantize_linear(self, result: StackResult, statistics: LinearStatistics | None) -> None:
+        """Quantizes a linear layer and goes on with the quantized weight."""
+        target = result.target
+        (weight,) = target.matrices(result.reader.read)
+        if statistics is None:
+            matrix, report = methods.quantize(weight, None, result.spec, tensor=target.source_names[0])
+        else:
+            sums = statistics.of(target)
+            result.tokens += sums.tokens.tolist()
+            ((matrix, report),) = methods.quantize_stack(
+                weight[None].to(self.p.device), sums, result.spec, tensor=target.source_names[0]
+            )
+        result.matrices.append(matrix)
+        result.reports.append(report)
+        used = self.module.get_submodule(self._relative(target.module))._parameters["weight"]
+        assert used is not None
+        used.copy_(torch.from_numpy(matrix.dequantize()))
+
+    def _experts(self, module: str) -> None:
+        self._set_taps("skip")
+        taps = self.taps[module]
+        for tap in taps:
+            tap.mode = "record"
+        self._pass()
+        by_parameter = {target.parameter: target for target in self.targets if target.module == module}
+        first = by_parameter.get("gate_up_proj") or by_parameter["up_proj"]
+        experts_bytes = sum(
+            self.p.checkpoint.tensors[name].nbytes
+            for target in (first, by_parameter["down_proj"])
+            for name in target.source_names
+        )
+        share = experts_bytes / max(1, self.p.bytes[self.index])
+        stage = ExpertsStage(
+            self.module.get_submodule(self._relative(module)),
+            first,
+            by_parameter["down_proj"],
+            self.results,
+            self.p.checkpoint.read,
+            device=self.p.device,
+            chunk_bytes=self.p.spec.chunk_bytes,
+            gate_weighted=self.p.spec.gate_weighted,
+            tell=lambda done, total: self._tell(share * done / total, f"{module} ({done} of {total} experts)"),
+        )
+        stage.run(taps[0], taps[1] if len(taps) > 1 else None)
+
+    def _write(self) -> dict[str, int]:
+        """Makes the next layer's inputs and makes them durable; behind the last layer nobody needs them."""
+        if self.index + 1 == self.p.count:
+            return {}
+        streams = self.p.streams
+        for states in streams.values():
+            states.begin(self.index + 1)
+        self._set_taps("replay")
+        self._pass(write=True)
+        return {name: states.commit() for name, states in streams.items()}

@@ -1,0 +1,169 @@
+"""Layer by layer through a model that need not fit into memory: run, collect, quantize, go on with what came out.
+
+In memory are one layer's weights (of its experts one chunk), the activations of all calibration tokens (or files that
+hold them), and the statistics of one stage. Every layer sees the activations that the already compressed layers before
+it produce, so later layers correct for the errors of earlier ones.
+
+A layer goes through stages in the order in which it calls its parts, each one a pass over all windows:
+    linears  the Hessians of linear layers' inputs; those are then quantized
+    experts  the inputs of the experts are recorded; the experts are quantized chunk by chunk (`experts.py`)
+    write    the layer, compressed, makes the next layer's inputs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import QmoeError
+from ..families import ModelLayout, Target
+from ..quantize import MethodSpec
+from ..source import SourceCheckpoint
+from .buffers import Budget, States
+from .layer import Layer, LayerResult, needs_statistics
+from .skeleton import Arguments, Skeleton, cast_arguments, same_arguments
+from .spec import CalibrationSpec
+
+Decisions = Mapping[str, tuple[Target, MethodSpec]]  # by target name: what is to be compressed, and how
+
+
+def check_device(device: str) -> str:
+    """The device, if it is a CPU or a CUDA device that is there. Raises `E_NO_KERNEL`."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise QmoeError("E_NO_KERNEL", "unknown device", expected=["cpu", "cuda"], actual=device) from error
+    if kind not in ("cpu", "cuda"):
+        raise QmoeError("E_NO_KERNEL", "calibration does not run on this device", expected=["cpu", "cuda"], actual=kind)
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise QmoeError(
+            "E_NO_KERNEL", "no CUDA device is available", expected="a CUDA device", actual=torch.__version__
+        )
+    return device
+
+
+class Pipeline:
+    """One run over the layers. `close` it, or use it as a context manager.
+
+    Attributes:
+        count: how many layers are run: those up to the last one with a calibrated method. What is to be compressed
+            behind them (with data-free methods) is left to the caller.
+    """
+
+    def __init__(
+        self,
+        checkpoint: SourceCheckpoint,
+        layout: ModelLayout,
+        decisions: Decisions,
+        ids: np.ndarray,
+        spec: CalibrationSpec,
+        device: str,
+        directory: Path,
+        tell: Callable[[int, int, str], None],
+    ) -> None:
+        """
+        Args:
+            ids: (windows, window) int64 token ids.
+            directory: for activations and what does not fit in memory.
+            tell: progress: bytes of the source done and in total, and where.
+
+        Raises:
+            QmoeError: `E_LAYOUT` for a model that cannot be run layer by layer, or with a calibrated target outside of
+                its decoder layers.
+        """
+        self.checkpoint, self.decisions, self.ids, self.spec = checkpoint, decisions, torch.from_numpy(ids), spec
+        self.device, self.directory, self.tell = check_device(device), directory, tell
+        self.dtype = getattr(torch, spec.dtype)
+        self.skeleton = Skeleton(checkpoint.directory, layout, checkpoint, device)
+        self.targets: dict[int, list[Target]] = {}
+        calibrated = -1
+        for target in layout.targets:
+            layer = self.skeleton.layer_of(target.name)
+            if layer is not None:
+                self.targets.setdefault(layer, []).append(target)
+            if target.name in decisions and needs_statistics(decisions[target.name][1]):
+                if layer is None:
+                    raise QmoeError(
+                        "E_LAYOUT",
+                        "calibration reaches only the decoder layers; give this weight a data-free method",
+                        tensor=target.name,
+                        expected=f"below {self.skeleton.path}",
+                    )
+                calibrated = max(calibrated, layer)
+        self.count = calibrated + 1
+        self.bytes = self._layer_bytes(layout)
+        self.arguments: dict[int, list[Arguments]] = {}  # by batch size, then by layer
+        self.budget = Budget(spec.buffer_bytes)
+        self.streams: dict[str, States] = {}
+
+    def _layer_bytes(self, layout: ModelLayout) -> list[int]:
+        result = [0] * self.count
+        for name, runtime in layout.runtime_names.items():
+            layer = self.skeleton.layer_of(runtime)
+            if layer is not None and layer < self.count:
+                result[layer] += self.checkpoint.tensors[name].nbytes
+        return result
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for states in self.streams.values():
+            states.close()
+
+    def remove(self) -> None:
+        """Deletes the activations."""
+        for states in self.streams.values():
+            states.remove()
+
+    # Activations.
+
+    def batches(self) -> Iterator[tuple[int, int]]:
+        for first in range(0, len(self.ids), self.spec.batch_size):
+            yield first, min(first + self.spec.batch_size, len(self.ids))
+
+    @torch.no_grad()
+    def begin(self, layer: int, crcs: dict[str, int]) -> bool:
+        """Makes the inputs of `layer` available: 0 starts anew; a later one takes up what a killed run left durable,
+        whose CRC32C by stream are `crcs`. False if that is not sound."""
+        batches = list(self.batches())
+        names = ["compressed", "original"] if self.spec.drift else ["compressed"]
+        self.arguments = {}
+        for states in self.streams.values():
+            states.begin(layer)
+        with self.skeleton.surroundings():
+            for number, (first, last) in enumerate(batches):
+                if layer > 0 and number not in (0, len(batches) - 1):
+                    continue
+                hidden, arguments = self.skeleton.trace(self.ids[first:last])
+                if not self.streams:
+                    shape = tuple(hidden.shape[1:])
+                    self.streams = {
+                        name: States(self.directory, f"activations-{name}", len(self.ids), shape, self.budget)
+                        for name in names
+                    }
+                known = self.arguments.setdefault(last - first, arguments)
+                if not all(map(same_arguments, known, arguments)):
+                    raise QmoeError(
+                        "E_LAYOUT",
+                        "calibration does not support a model whose layers get arguments that depend on the tokens",
+                        actual=type(self.skeleton.model).__name__,
+                    )
+                if layer == 0:
+                    for states in self.streams.values():
+                        states.write(first, hidden)
+        self.arguments = {size: cast_arguments(value, self.dtype) for size, value in self.arguments.items()}
+        return layer == 0 or all(states.restore(layer, crcs.get(name, -1)) for name, states in self.streams.items())
+
+    def layers(self, start: int) -> Iterator[LayerResult]:
+        """Runs the layers from `start`, whose inputs `begin` has made available."""
+        done = sum(self.bytes[:start])
+        for index in range(start, self.count):
+            yield Layer(self, index, done).run()
+            done += self.bytes[index]
