@@ -88,7 +88,7 @@ def test_packed_records_are_the_quantized_weights_and_everything_else_is_unchang
             packed.verify()
             assert (packed.experts, packed.rows, packed.cols) == target.shape
             for expert, weight in enumerate(target.matrices(checkpoint.read)):
-                matrix, _ = quantize(weight, None, decision[1])
+                matrix, _ = quantize(weight, decision[1])
                 np.testing.assert_array_equal(packed.decode(expert), matrix.dequantize())
             entry = entries.pop(target.packed_name)
             assert entry.crc32c == crc32c(packed.data) and entry.nbytes == packed.nbytes

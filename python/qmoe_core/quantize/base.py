@@ -1,15 +1,17 @@
 """What every quantization method gets and gives (methods know nothing of models).
 
-A method is a function `quantize(weight, statistics, spec) -> (matrix, TensorReport)`:
-    weight      torch.float32 (N, K) = (out_features, in_features), finite
-    statistics  `Statistics` of the inputs of this matrix, or None: data-free methods ignore it, calibrated ones
-                demand it
-    spec        `MethodSpec`: the format to produce and the method's own options
-    matrix      `IntMatrix` or `TernaryMatrix`
+    data-free    quantize(weight, spec) -> (matrix, TensorReport)
+    calibrated   quantize_stack(weights, statistics, spec) -> [(matrix, TensorReport), ...]
+
+    weight       torch.float32 (N, K) = (out_features, in_features), finite; weights: (E, N, K)
+    statistics   `StackStatistics` of the inputs of these matrices
+    spec         `MethodSpec`: the format to produce and the method's own options
+    matrix       `IntMatrix` or `TernaryMatrix`
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -25,15 +27,6 @@ Format = IntFormat | TernaryFormat
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """Calibration statistics of one matrix's inputs x (tokens, K)."""
-
-    tokens: int
-    hessian: torch.Tensor | None = None  # (K, K) float32: the sum of x x^T over tokens
-    mean_square: torch.Tensor | None = None  # (K,) float32: the mean of x^2 over tokens
-
-
-@dataclass(frozen=True)
 class StackStatistics:
     """Calibration statistics of the inputs of E matrices (N, K) of one layer, one expert each, all on one device.
 
@@ -43,6 +36,8 @@ class StackStatistics:
         pooled: (K, K) float32: the same sum over `pooled_tokens` tokens of the whole layer, what matrices that saw few
             or no tokens lean on; None where there is no such sum.
         drift: (E, K, K) float32: the sum of (x_original - x) x^T over the same tokens, or None.
+        row_importance: (E, N) float32: how much an error in each row's output matters, in any unit, or None where all
+            rows matter alike.
     """
 
     tokens: torch.Tensor
@@ -50,11 +45,15 @@ class StackStatistics:
     pooled: torch.Tensor | None = None
     pooled_tokens: int = 0
     drift: torch.Tensor | None = None
+    row_importance: torch.Tensor | None = None
 
     def select(self, experts: slice) -> StackStatistics:
         """The statistics of some of the matrices; views, no copies."""
         drift = None if self.drift is None else self.drift[experts]
-        return StackStatistics(self.tokens[experts], self.hessian[experts], self.pooled, self.pooled_tokens, drift)
+        importance = None if self.row_importance is None else self.row_importance[experts]
+        return StackStatistics(
+            self.tokens[experts], self.hessian[experts], self.pooled, self.pooled_tokens, drift, importance
+        )
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,14 @@ class TensorReport:
     weight_sum: float  # sum of W^2
     zeros: int  # quantized weights that are exactly zero
     formats: Mapping[str, int] = field(default_factory=dict)  # format name -> number of matrices
+    output_error: float = 0.0  # tr((W - Q) H (W - Q)^T) per token, where statistics were given
+    output_energy: float = 0.0  # tr(W H W^T) per token
+    notes: Mapping[str, int] = field(default_factory=dict)  # what was done about missing statistics -> matrices
+
+    @property
+    def relative_output_error(self) -> float | None:
+        """sqrt of output error over output energy; None without statistics."""
+        return float(np.sqrt(self.output_error / self.output_energy)) if self.output_energy > 0 else None
 
     @property
     def relative_error(self) -> float:
@@ -84,24 +91,33 @@ class TensorReport:
         return float(np.sqrt(self.error_sum / self.weight_sum))
 
     def __add__(self, other: TensorReport) -> TensorReport:
-        formats = dict(self.formats)
-        for name, count in other.formats.items():
-            formats[name] = formats.get(name, 0) + count
+        formats, notes = Counter(self.formats), Counter(self.notes)
+        formats.update(other.formats)
+        notes.update(other.notes)
         return TensorReport(
             self.weights + other.weights,
             self.error_sum + other.error_sum,
             self.weight_sum + other.weight_sum,
             self.zeros + other.zeros,
-            formats,
+            dict(formats),
+            self.output_error + other.output_error,
+            self.output_energy + other.output_energy,
+            dict(notes),
         )
 
 
 class Method(Protocol):
-    """The signature of a quantization method."""
+    """The signature of a data-free method."""
+
+    def __call__(self, weight: torch.Tensor, spec: MethodSpec) -> tuple[Matrix, TensorReport]: ...
+
+
+class StackMethod(Protocol):
+    """The signature of a calibrated method."""
 
     def __call__(
-        self, weight: torch.Tensor, statistics: Statistics | None, spec: MethodSpec
-    ) -> tuple[Matrix, TensorReport]: ...
+        self, weight: torch.Tensor, statistics: StackStatistics, spec: MethodSpec
+    ) -> list[tuple[Matrix, TensorReport]]: ...
 
 
 def check_weight(weight: torch.Tensor) -> np.ndarray:

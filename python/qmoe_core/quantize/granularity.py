@@ -19,14 +19,14 @@ from dataclasses import replace
 import torch
 
 from ..formats import IntMatrix
-from .base import MethodSpec, Statistics, TensorReport, check_weight, measure, need_int, number_option
+from .base import MethodSpec, TensorReport, check_weight, measure, need_int, number_option
 from .rtn import round_to_nearest
 
 OPTIONS = frozenset({"max_error_ratio", "min_group"})
 GROUPS = (128, 64, 32)
 
 
-def quantize(weight: torch.Tensor, statistics: Statistics | None, spec: MethodSpec) -> tuple[IntMatrix, TensorReport]:
+def quantize(weight: torch.Tensor, spec: MethodSpec) -> tuple[IntMatrix, TensorReport]:
     """Quantizes a float32 (N, K) weight to `spec.format` with the group size chosen by the rule above (the format's
     own group is not used). Options: `max_error_ratio` (1.25), `min_group` (32). Raises `E_VALUE`, `E_DTYPE`,
     `E_SHAPE`."""

@@ -11,13 +11,13 @@ import torch
 
 from ..errors import QmoeError
 from ..formats import IntMatrix
-from .base import MethodSpec, Statistics, TensorReport, check_weight, measure, need_int
+from .base import MethodSpec, TensorReport, check_weight, measure, need_int
 from .rtn import round_to_nearest
 
 OPTIONS: frozenset[str] = frozenset()
 
 
-def quantize(weight: torch.Tensor, statistics: Statistics | None, spec: MethodSpec) -> tuple[IntMatrix, TensorReport]:
+def quantize(weight: torch.Tensor, spec: MethodSpec) -> tuple[IntMatrix, TensorReport]:
     """Quantizes a float32 (N, K) weight per row. Raises `E_VALUE` for a format with groups or a zero point."""
     format = need_int(spec)
     if format.group != 0 or format.zero_point:

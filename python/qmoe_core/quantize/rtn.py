@@ -11,7 +11,7 @@ import torch
 
 from .. import _C
 from ..formats import IntFormat, IntMatrix
-from .base import MethodSpec, Statistics, TensorReport, check_weight, measure, need_int
+from .base import MethodSpec, TensorReport, check_weight, measure, need_int
 
 OPTIONS: frozenset[str] = frozenset()
 
@@ -22,7 +22,7 @@ def round_to_nearest(weight: np.ndarray, format: IntFormat) -> IntMatrix:
     return IntMatrix(format, codes, scales, zeros)
 
 
-def quantize(weight: torch.Tensor, statistics: Statistics | None, spec: MethodSpec) -> tuple[IntMatrix, TensorReport]:
+def quantize(weight: torch.Tensor, spec: MethodSpec) -> tuple[IntMatrix, TensorReport]:
     """Quantizes a float32 (N, K) weight to `spec.format`. Raises `E_VALUE`, `E_DTYPE`, `E_SHAPE`."""
     array = check_weight(weight)
     matrix = round_to_nearest(array, need_int(spec))

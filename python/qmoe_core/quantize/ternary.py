@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..formats import TernaryFormat, TernaryMatrix
-from .base import MethodSpec, Statistics, TensorReport, check_weight, measure, need_ternary, number_option, row_blocks
+from .base import MethodSpec, TensorReport, check_weight, measure, need_ternary, number_option, row_blocks
 
 MINMAX_OPTIONS: frozenset[str] = frozenset()
 CENTROID_OPTIONS = frozenset({"threshold"})
@@ -54,9 +54,7 @@ def _quantize(
     return matrix, measure(array, matrix)
 
 
-def quantize_minmax(
-    weight: torch.Tensor, statistics: Statistics | None, spec: MethodSpec
-) -> tuple[TernaryMatrix, TensorReport]:
+def quantize_minmax(weight: torch.Tensor, spec: MethodSpec) -> tuple[TernaryMatrix, TensorReport]:
     """QMoE's {min, 0, max} grid for a float32 (N, K) weight; symmetric levels use {-max|w|, 0, max|w|}."""
     format = need_ternary(spec)
 
@@ -74,9 +72,7 @@ def quantize_minmax(
     return _quantize(weight, format, halves, lambda block, trits: ends(block))
 
 
-def quantize_centroid(
-    weight: torch.Tensor, statistics: Statistics | None, spec: MethodSpec
-) -> tuple[TernaryMatrix, TensorReport]:
+def quantize_centroid(weight: torch.Tensor, spec: MethodSpec) -> tuple[TernaryMatrix, TensorReport]:
     """Threshold and centroids for a float32 (N, K) weight. Option: `threshold` (0.7), in units of the row's mean
     |w|."""
     format = need_ternary(spec)

@@ -1,0 +1,206 @@
+"""Rounding with feedback: the one sweep that GPTQ and coordinate descent share.
+
+Quantizing W (N, K) for inputs x with second moments H = sum of x x^T means to find Q on a grid with a small output error
+tr((W - Q) H (W - Q)^T). Rows do not interact; columns do, and both classical ways of using that are the same sweep over
+the columns with another coefficient matrix A: with residuals R = W - Q, column j is rounded at
+
+    t_j = w_j + sum over i != j of r_i A_ij          (r_i of this sweep for i < j, of the sweep before for i > j)
+
+GPTQ (Frantar et al., arXiv 2210.17323) in the form of LDLQ (Chee et al., arXiv 2307.13304): H = U D U^T with U unit upper
+triangular, A = U. A column sees only the errors of those before it, and the error is the sum of d_j (t_j - q_j)^2: one
+Cholesky factorization of the flipped matrix instead of GPTQ's factorization, inversion and second factorization.
+
+Coordinate descent: A_ij = H_ij / H_jj. Then t_j is the minimum of the error along w_j with everything else fixed, and
+rounding it changes the error by H_jj ((t_j - q_j)^2 - (t_j - old q_j)^2): each sweep can only lower it.
+
+The sweep goes block by block: what other blocks contribute is one matrix product per block, and inside a block the
+columns go one after the other, every row for itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..errors import QmoeError
+from . import feedback_cuda
+
+# Columns per block, at most: the inner loop's coefficients, 64 KiB, then fit the shared memory of a GPU.
+BLOCK = 128
+
+
+class Grid(Protocol):
+    """Where the columns of a stack of E matrices (N, K) may be rounded to."""
+
+    block: int  # columns per block of a sweep
+
+    def begin_block(self, target: torch.Tensor, precision: torch.Tensor, columns: slice) -> None:
+        """Choose the grid of a block before its first rounding.
+
+        Args:
+            target: (E, N, B) float32: what is about to be rounded.
+            precision: (E, B) float32: weight of each column's squared error.
+        """
+
+    def refine_block(
+        self, residual: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, columns: slice
+    ) -> torch.Tensor | None:
+        """Fit the grid of a block to the codes it has, given everything else.
+
+        Args:
+            residual: (E, N, B) float32 W - Q of the block. gradient: (E, N, B) of (W - Q) H.
+            hessian: (E, B, B) of the block. codes: (E, N, B) int8.
+
+        Returns:
+            The block's new residual, or None where nothing changed.
+        """
+
+    def round(self, target: torch.Tensor, precision: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes int8 (E, N) and values float32 (E, N) of one column: `target` (E, N), `precision` (E,)."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """H = U D U^T of a stack, damped.
+
+    Attributes:
+        hessian: (E, K, K) float32, damping included. unit_upper: (E, K, K) float32 U. diagonal: (E, K) float32 of D.
+    """
+
+    hessian: torch.Tensor
+    unit_upper: torch.Tensor
+    diagonal: torch.Tensor
+
+    @property
+    def root(self) -> torch.Tensor:
+        """(E, K, K) float32 upper triangular R with H = R R^T."""
+        return self.unit_upper * self.diagonal.sqrt().unsqueeze(1)
+
+
+def factorize(hessian: torch.Tensor, damping: float) -> Factors:
+    """Damps and factorizes a stack of second moments.
+
+    Args:
+        hessian: (E, K, K) float32 symmetric positive semidefinite.
+        damping: added to the diagonal, in units of its mean; ten times as much, and so on up to 1, where rounding made
+            the matrix indefinite. An all-zero matrix becomes the identity: without inputs every weight counts alike.
+
+    Raises:
+        QmoeError: `E_VALUE` for NaN or infinite statistics.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise QmoeError("E_VALUE", "the calibration statistics have NaN or infinite values")
+    count, columns, _ = hessian.shape
+    damped = hessian.clone()
+    diagonal = damped.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    diagonal += damping * mean
+    diagonal += (diagonal.sum(1, keepdim=True) == 0).float()  # no damping and no input
+    lower, info = torch.linalg.cholesky_ex(damped.flip(1, 2))
+    while bool((info != 0).any()):
+        if damping >= 1:
+            raise QmoeError("E_VALUE", "the calibration statistics are not positive semidefinite")
+        damping = max(10 * damping, 1e-6)
+        failed = info != 0
+        damped[failed] = hessian[failed]
+        damped[failed] += damping * torch.diag_embed(mean[failed].expand(-1, columns))
+        again, again_info = torch.linalg.cholesky_ex(damped[failed].flip(1, 2))
+        lower[failed], info[failed] = again, again_info
+    root = lower.flip(1, 2)
+    pivots = root.diagonal(dim1=1, dim2=2).clone()
+    return Factors(damped, root / pivots.unsqueeze(1), pivots.square())
+
+
+def retarget(weight: torch.Tensor, drift: torch.Tensor, factors: Factors) -> torch.Tensor:
+    """The weight that, on the inputs x that the compressed model sees, comes closest to the outputs of the original
+    weight on the original inputs: W + W C H^-1 with C = sum of (x_original - x) x^T (E, K, K).
+
+    (After GPTAQ, Li et al., arXiv 2504.02692: its asymmetric error, taken into the target once instead of column by
+    column.)
+    """
+    root = factors.root
+    moved = torch.linalg.solve_triangular(root, torch.bmm(weight, drift).transpose(1, 2), upper=True)
+    moved = torch.linalg.solve_triangular(root.transpose(1, 2), moved, upper=False)
+    return weight + moved.transpose(1, 2)
+
+
+def round_with_feedback(
+    weight: torch.Tensor, factors: Factors, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GPTQ's pass: (codes int8 (E, N, K), residual W - Q float32 (E, N, K)) of float32 weights (E, N, K)."""
+    codes = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
+    residual = torch.zeros_like(weight)
+    for columns in _blocks(weight.shape[2], grid.block):
+        target = weight[:, :, columns].clone()
+        if columns.start:
+            target += torch.bmm(
+                residual[:, :, : columns.start], factors.unit_upper[:, : columns.start, columns]
+            )
+        precision = factors.diagonal[:, columns]
+        grid.begin_block(target, precision, columns)
+        _round_block(weight, target, factors.unit_upper[:, columns, columns], precision, grid, columns, codes, residual)
+    return codes, residual
+
+
+def descend(
+    weight: torch.Tensor, factors: Factors, grid: Grid, codes: torch.Tensor, residual: torch.Tensor
+) -> None:
+    """One sweep of coordinate descent, in place on what `round_with_feedback` returned: per block first the grid
+    (`Grid.refine_block`), then the codes."""
+    curvature = factors.hessian.diagonal(dim1=1, dim2=2)
+    for columns in _blocks(weight.shape[2], grid.block):
+        within = factors.hessian[:, columns, columns]
+        gradient = torch.bmm(residual, factors.hessian[:, :, columns])
+        refined = grid.refine_block(residual[:, :, columns], gradient, within, codes[:, :, columns], columns)
+        if refined is not None:
+            gradient += torch.bmm(refined - residual[:, :, columns], within)
+            residual[:, :, columns] = refined
+        precision = curvature[:, columns]
+        # t_j = q_j + gradient_j / H_jj, and q_j = w_j - r_j
+        target = weight[:, :, columns] - residual[:, :, columns] + gradient / precision.unsqueeze(1)
+        coefficients = within / precision.unsqueeze(1)
+        _round_block(weight, target, coefficients, precision, grid, columns, codes, residual)
+
+
+def output_error(residual: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """tr(R H R^T) of each matrix of a stack: (E,) float64."""
+    return (torch.bmm(residual, hessian) * residual).sum(2, dtype=torch.float64).sum(1)
+
+
+def _blocks(columns: int, width: int) -> list[slice]:
+    return [slice(first, min(first + width, columns)) for first in range(0, columns, width)]
+
+
+def _round_block(
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    coefficients: torch.Tensor,
+    precision: torch.Tensor,
+    grid: Grid,
+    columns: slice,
+    codes: torch.Tensor,
+    residual: torch.Tensor,
+) -> None:
+    """The columns of one block, one after the other.
+
+    Args:
+        weight: (E, N, K). target: (E, N, B) float32, overwritten. coefficients: (E, B, B) float32, of which only what
+            is above the diagonal is used. precision: (E, B) float32.
+        codes, residual: (E, N, K), of which the block's columns are rewritten.
+    """
+    if feedback_cuda.usable(weight):
+        feedback_cuda.round_block(weight, target, coefficients, precision, grid, columns, codes, residual)
+        return
+    width = columns.stop - columns.start
+    for j in range(width):
+        k = columns.start + j
+        code, value = grid.round(target[:, :, j], precision[:, j], k)
+        new = weight[:, :, k] - value
+        change = new - residual[:, :, k]
+        codes[:, :, k] = code
+        residual[:, :, k] = new
+        if j + 1 < width:
+            target[:, :, j + 1 :] += change.unsqueeze(2) * coefficients[:, j, j + 1 :].unsqueeze(1)

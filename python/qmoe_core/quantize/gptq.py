@@ -1,0 +1,239 @@
+"""Calibrated rounding of a stack of matrices: GPTQ, then coordinate descent, with the grid fitted along the way.
+
+For every matrix W (N, K) with inputs x of second moments H (see `feedback` for the two sweeps):
+
+1.  Statistics of matrices that saw few tokens lean on those of the whole layer (`lean_on_pooled`).
+2.  Where the drift of the inputs is known, W is moved to where it best meets the original's outputs (`retarget`).
+3.  One pass of GPTQ. An int group's grid is chosen when its turn comes, from what feedback has made of its weights, by
+    the error that counts there (not plain squares: weighted by the diagonal of D in H = U D U^T).
+4.  `sweeps` rounds of: scales or levels by least squares under H, given the codes; then codes by coordinate descent,
+    given the scales.
+
+Ternary codes are chosen by error + price * bits: a zero costs fewer bits than a sign. The price is `rate` times the mean
+of precision * w^2 of the matrix, so that one number means about the same for every matrix, and is shared out among its
+rows by what they matter to the layer's output, where the statistics say so.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..errors import QmoeError
+from ..formats import IntFormat, IntMatrix, TernaryFormat, TernaryMatrix
+from .base import Matrix, MethodSpec, StackStatistics, TensorReport, number_option
+from .feedback import Factors, descend, factorize, output_error, retarget, round_with_feedback
+from .grids import IntGrid, TernaryGrid
+
+OPTIONS = frozenset({"damping", "sweeps", "steps", "prior", "order", "rate"})
+
+
+def quantize_stack(
+    weight: torch.Tensor, statistics: StackStatistics, spec: MethodSpec
+) -> list[tuple[Matrix, TensorReport]]:
+    """Quantizes finite float32 weights (E, N, K) to `spec.format`, on the device that holds the statistics.
+
+    Options:
+        damping (0.01): added to the diagonal of H, in units of its mean.
+        sweeps (2): rounds of coordinate descent; 0 is GPTQ alone.
+        steps (24): widths of a group's grid that are tried.
+        prior (0.25): how much the layer's pooled statistics weigh, in tokens per column.
+        order ("natural"): "activation" takes the groups with the largest inputs first, and so the columns of a group.
+        rate (0.05): ternary: the price of a bit.
+
+    Raises:
+        QmoeError: `E_VALUE` (options, statistics that are not finite), `E_SHAPE`, `E_DTYPE`.
+    """
+    _check(weight, statistics)
+    weight = weight.to(statistics.hessian.device)
+    damping = number_option(spec, "damping", 0.01, 0.0, 1.0)
+    sweeps = int(number_option(spec, "sweeps", 2, 0, 100))
+    shared, notes = lean_on_pooled(statistics, number_option(spec, "prior", 0.25, 0.0, 1e6))
+    order = _order(shared.hessian, spec)
+    if order is not None:
+        weight, shared = _permuted(weight, shared, order)
+    factors = factorize(shared.hessian, damping)
+    target = weight if shared.drift is None else retarget(weight, shared.drift, factors)
+    grid = _grid(target, shared, factors, spec)
+    grid.begin(target, factors.diagonal)
+    codes, residual = round_with_feedback(target, factors, grid)
+    for _ in range(sweeps):
+        grid.refine(residual, factors.hessian, codes)
+        descend(target, factors, grid, codes, residual)
+    grid.refine(residual, factors.hessian, codes)
+
+    residual += weight - target
+    errors = output_error(residual, shared.hessian).tolist()
+    energies = output_error(weight, shared.hessian).tolist()
+    squares = residual.square().sum((1, 2), dtype=torch.float64).tolist()
+    originals = weight.square().sum((1, 2), dtype=torch.float64).tolist()
+    if order is not None:
+        codes = torch.empty_like(codes).scatter_(2, order.unsqueeze(1).expand_as(codes), codes)
+    matrices = _int_matrices(grid, codes, order) if isinstance(grid, IntGrid) else _ternary_matrices(grid, codes)
+    return [
+        (
+            matrix,
+            TensorReport(
+                weights=weight[0].numel(),
+                error_sum=squares[expert],
+                weight_sum=originals[expert],
+                zeros=_zeros(matrix),
+                formats={spec.format.name: 1},
+                output_error=errors[expert],
+                output_energy=energies[expert],
+                notes={notes[expert]: 1} if notes[expert] else {},
+            ),
+        )
+        for expert, matrix in enumerate(matrices)
+    ]
+
+
+def lean_on_pooled(statistics: StackStatistics, prior: float) -> tuple[StackStatistics, list[str]]:
+    """Second moments per token, shrunk towards the layer's: (H + k P) / (n + k), where n is the number of tokens, P the
+    pooled second moments per token, brought to the matrix's own mean energy where it saw any token, and k `prior` tokens
+    per column. Without a single token in the whole layer every weight counts alike, which is rounding to nearest.
+
+    Returns the statistics and, per matrix, a note for the report, or "" where it saw at least as many tokens as it has
+    columns.
+    """
+    columns = statistics.hessian.shape[2]
+    count = statistics.tokens.to(statistics.hessian.device, torch.float32).view(-1, 1, 1)
+    own = statistics.hessian.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
+    strength = prior * columns
+    if statistics.pooled is None or statistics.pooled_tokens == 0:
+        pooled, strength = torch.zeros_like(statistics.hessian[:1]), 0.0
+    else:
+        pooled = statistics.pooled.unsqueeze(0) / statistics.pooled_tokens
+    energy = pooled.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
+    usable = (own > 0) & (energy > 0)
+    brought = torch.where(usable, own / (count * energy).clamp(min=1e-30), torch.ones_like(own))
+    total = (count + strength).clamp(min=1.0)
+    hessian = statistics.hessian / total + pooled * (strength / total * brought)
+    drift = None if statistics.drift is None else statistics.drift / total
+    notes = []
+    for tokens in statistics.tokens.tolist():
+        if tokens >= columns:
+            notes.append("")
+        elif tokens == 0 and strength == 0:
+            notes.append("no tokens anywhere in the layer: rounded to nearest")
+        elif tokens == 0:
+            notes.append("no tokens: statistics of the layer")
+        elif strength == 0:
+            notes.append("fewer tokens than columns, and no pooled statistics to lean on")
+        else:
+            notes.append("fewer tokens than columns: statistics lean on the layer's")
+    return StackStatistics(statistics.tokens, hessian, None, 0, drift, statistics.row_importance), notes
+
+
+def _check(weight: torch.Tensor, statistics: StackStatistics) -> None:
+    if weight.dtype != torch.float32 or statistics.hessian.dtype != torch.float32:
+        raise QmoeError(
+            "E_DTYPE", "weights and statistics are float32", expected="float32",
+            actual=(str(weight.dtype), str(statistics.hessian.dtype)),
+        )  # fmt: skip
+    if weight.ndim != 3 or 0 in weight.shape:
+        raise QmoeError("E_SHAPE", "weights are a stack (E, N, K)", actual=tuple(weight.shape))
+    experts, rows, columns = weight.shape
+    expected = {"hessian": (experts, columns, columns), "tokens": (experts,), "row_importance": (experts, rows)}
+    expected |= {"pooled": (columns, columns), "drift": (experts, columns, columns)}
+    for name, shape in expected.items():
+        value = getattr(statistics, name)
+        if value is not None and tuple(value.shape) != shape:
+            raise QmoeError("E_SHAPE", f"statistics: {name}", expected=shape, actual=tuple(value.shape))
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        expert, row, column = (~finite).nonzero()[0].tolist()
+        raise QmoeError(
+            "E_VALUE", f"matrix {expert} has a NaN or infinite weight in row {row}, column {column}",
+            actual=float(weight[expert, row, column]),
+        )  # fmt: skip
+
+
+def _order(hessian: torch.Tensor, spec: MethodSpec) -> torch.Tensor | None:
+    """(E, K) column order, or None for the natural one. Groups stay whole, so that their scales are stored as ever."""
+    order = spec.options.get("order", "natural")
+    if order == "natural":
+        return None
+    if order != "activation":
+        raise QmoeError(
+            "E_VALUE", "option 'order' of method 'gptq'", expected=["natural", "activation"], actual=order
+        )
+    energy = hessian.diagonal(dim1=1, dim2=2)
+    experts, columns = energy.shape
+    group = spec.format.group if isinstance(spec.format, IntFormat) else 0
+    width = min(group or columns, columns)
+    whole = columns // width * width
+    inner = energy[:, :whole].view(experts, -1, width).argsort(dim=2, descending=True)
+    groups = energy[:, :whole].view(experts, -1, width).sum(2).argsort(dim=1, descending=True)
+    inner = inner.gather(1, groups.unsqueeze(2).expand_as(inner)) + groups.unsqueeze(2) * width
+    rest = energy[:, whole:].argsort(dim=1, descending=True) + whole  # a last, shorter group stays last
+    return torch.cat([inner.flatten(1), rest], dim=1)
+
+
+def _permuted(
+    weight: torch.Tensor, statistics: StackStatistics, order: torch.Tensor
+) -> tuple[torch.Tensor, StackStatistics]:
+    def columns(stack: torch.Tensor) -> torch.Tensor:
+        return stack.gather(2, order.unsqueeze(1).expand(-1, stack.shape[1], -1))
+
+    def both(stack: torch.Tensor) -> torch.Tensor:
+        return columns(columns(stack).transpose(1, 2)).transpose(1, 2).contiguous()
+
+    drift = None if statistics.drift is None else both(statistics.drift)
+    return columns(weight), StackStatistics(
+        statistics.tokens, both(statistics.hessian), None, 0, drift, statistics.row_importance
+    )
+
+
+def _grid(weight: torch.Tensor, statistics: StackStatistics, factors: Factors, spec: MethodSpec) -> IntGrid | TernaryGrid:
+    if isinstance(spec.format, IntFormat):
+        steps = int(number_option(spec, "steps", 24, 2, 1000))
+        return IntGrid(spec.format, (weight.shape[0], weight.shape[1], weight.shape[2]), weight.device, steps)
+    rate = number_option(spec, "rate", 0.05, 0.0, 100.0)
+    price = rate * (factors.diagonal.unsqueeze(1) * weight.square()).mean((1, 2)).view(-1, 1).expand(weight.shape[:2])
+    if statistics.row_importance is not None:
+        importance = statistics.row_importance
+        mean = importance.mean(1, keepdim=True).clamp(min=1e-30)
+        price = price / (importance / mean).clamp(min=1e-3)
+    return TernaryGrid(spec.format, price)
+
+
+def _int_matrices(grid: IntGrid, codes: torch.Tensor, order: torch.Tensor | None) -> list[IntMatrix]:
+    scale, zero = grid.scale, grid.zero
+    if order is not None and not grid.per_row:
+        columns = order.shape[1]
+        first = order[:, torch.arange(0, columns, grid.width, device=order.device)]
+        group = (first // grid.width).unsqueeze(1).expand_as(scale)
+        scale, zero = torch.empty_like(scale).scatter_(2, group, scale), torch.empty_like(zero).scatter_(2, group, zero)
+    host_codes = codes.cpu().view(torch.uint8).numpy()
+    host_scale, host_zero = scale.cpu().numpy(), zero.cpu().numpy()
+    format = grid.format
+    return [
+        IntMatrix(
+            format,
+            np.ascontiguousarray(host_codes[expert]),
+            np.ascontiguousarray(host_scale[expert]),
+            np.floor(host_zero[expert]).astype(np.uint8) if format.zero_point else None,
+        )
+        for expert in range(len(host_codes))
+    ]
+
+
+def _ternary_matrices(grid: TernaryGrid, codes: torch.Tensor) -> list[TernaryMatrix]:
+    levels = [grid.high] if grid.format.levels == "symmetric" else [grid.low, grid.high]
+    host_levels, host_codes = torch.stack(levels, dim=2).cpu().numpy(), codes.cpu().numpy()
+    return [
+        TernaryMatrix(grid.format, np.ascontiguousarray(host_codes[e]), np.ascontiguousarray(host_levels[e]))
+        for e in range(len(host_codes))
+    ]
+
+
+def _zeros(matrix: Matrix) -> int:
+    if isinstance(matrix, TernaryMatrix):
+        levels = matrix.levels if matrix.levels.shape[1] == 2 else np.concatenate([-matrix.levels, matrix.levels], 1)
+        low, high = levels[:, 0], levels[:, 1]
+        zero_level = ((matrix.trits > 0) & (high == 0)[:, None]) | ((matrix.trits < 0) & (low == 0)[:, None])
+        return int((matrix.trits == 0).sum() + zero_level.sum())
+    if matrix.zeros is None and getattr(matrix.format, "half_step", False):
+        return 0
+    return int(matrix.dequantize().size - np.count_nonzero(matrix.dequantize()))

@@ -1,0 +1,239 @@
+"""The grids that `feedback` rounds to: how they are chosen, rounded to, and fitted to the codes they got."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..errors import QmoeError
+from ..formats import IntFormat, TernaryFormat
+
+_TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# The smallest scale: below it a float16 is subnormal and loses digits.
+_TINY = {"float16": 2.0**-14, "bfloat16": 2.0**-100, "float32": 2.0**-100}
+
+
+class IntGrid:
+    """Uniform grids of one stack: weight = scale * (code - zero) per group of columns.
+
+    Attributes:
+        scale, zero: (E, N, G) float32, scale representable in the format's scale type; zero a whole number, or a half
+            one for a half-step format.
+        group_of: (K,) int64: the group of each column.
+        top: the largest code.
+    """
+
+    def __init__(self, format: IntFormat, shape: tuple[int, int, int], device: torch.device, steps: int) -> None:
+        """`shape`: (E, N, K). `steps`: how many widths of the grid are tried."""
+        experts, rows, columns = shape
+        self.format = format
+        self.width = format.group or columns
+        self.top = 2**format.bits - 1
+        self.steps = steps
+        groups = -(-columns // self.width)
+        self.scale = torch.ones((experts, rows, groups), device=device)
+        self.zero = torch.zeros((experts, rows, groups), device=device)
+        self.group_of = torch.arange(columns, device=device) // self.width
+        # One group a block where that is possible: its grid is then chosen with all feedback from the columns before.
+        self.block = self.width if 32 <= self.width <= 128 else 32 if self.width < 32 else 128
+
+    @property
+    def per_row(self) -> bool:
+        return self.scale.shape[2] == 1
+
+    def begin(self, weight: torch.Tensor, precision: torch.Tensor) -> None:
+        """Chooses the grids of whole rows, which no single block sees: weight (E, N, K), precision (E, K)."""
+        if self.per_row:
+            self._choose(weight, precision, slice(0, 1))
+
+    def begin_block(self, target: torch.Tensor, precision: torch.Tensor, columns: slice) -> None:
+        if self.per_row:
+            return
+        for first in range(columns.start, columns.stop, self.width):
+            part = slice(first - columns.start, min(first + self.width, columns.stop) - columns.start)
+            group = first // self.width
+            self._choose(target[:, :, part], precision[:, part], slice(group, group + 1))
+
+    def _choose(self, target: torch.Tensor, precision: torch.Tensor, group: slice) -> None:
+        """The scale and zero of one group with the least weighted error: `target` (E, N, B), `precision` (E, B).
+
+        Tried are widths of the grid from the group's whole range down to a third of it, each with the zero that centres
+        it; below 4 bits with its neighbours too, since there a step more or less below zero matters.
+        """
+        low, high = target.amin(2).clamp(max=0), target.amax(2).clamp(min=0)
+        weight = precision.unsqueeze(1)
+        half = 0.5 if getattr(self.format, "half_step", False) else 0.0
+        best = torch.full_like(low, math.inf)
+        scale, zero = torch.ones_like(low), torch.zeros_like(low)
+        if not self.format.zero_point:
+            low = -torch.maximum(high, -low)
+            high = -low if half else low.abs() * (self.top - 1) / (self.top + 1)
+        neighbours = (-1, 0, 1) if self.format.bits < 4 and self.format.zero_point else (0,)
+        for step in range(self.steps):
+            share = 1 - step * (2 / 3) / max(self.steps - 1, 1)
+            tried = self.stored((high - low) * share / self.top)
+            if self.format.zero_point:
+                centre = (-low * share / tried - half).round()
+            else:
+                centre = torch.full_like(tried, float((self.top + 1) // 2))
+                if half:
+                    centre -= 1
+            for offset in neighbours:
+                shift = (centre + offset).clamp(0, self.top) + half
+                codes = (target / tried.unsqueeze(2) + shift.unsqueeze(2)).round_().clamp_(0, self.top)
+                error = (codes.sub_(shift.unsqueeze(2)).mul_(tried.unsqueeze(2)).sub_(target).square_() * weight).sum(2)
+                better = error < best
+                best = torch.where(better, error, best)
+                scale, zero = torch.where(better, tried, scale), torch.where(better, shift, zero)
+        self.scale[:, :, group.start], self.zero[:, :, group.start] = scale, zero
+
+    def stored(self, scale: torch.Tensor) -> torch.Tensor:
+        """Positive scales as the format will store them. Raises `E_VALUE` where they overflow its type."""
+        kind = self.format.scale_dtype
+        rounded = scale.clamp(min=_TINY[kind]).to(_TORCH[kind]).float()
+        if bool(torch.isinf(rounded).any()):
+            raise QmoeError("E_VALUE", f"a scale overflows {kind}; use scale_dtype bfloat16 or float32")
+        return rounded
+
+    def round(self, target: torch.Tensor, precision: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        group = column // self.width
+        scale, zero = self.scale[:, :, group], self.zero[:, :, group]
+        codes = (target / scale + zero).round_().clamp_(0, self.top)
+        return codes.to(torch.uint8).view(torch.int8), scale * (codes - zero)
+
+    def refine_block(
+        self, residual: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, columns: slice
+    ) -> torch.Tensor | None:
+        """Each group's scale by least squares under H, one group after the other."""
+        if self.per_row:
+            return None
+        residual, gradient = residual.clone(), gradient.clone()
+        for first in range(columns.start, columns.stop, self.width):
+            part = slice(first - columns.start, min(first + self.width, columns.stop) - columns.start)
+            group = first // self.width
+            steps = codes[:, :, part].view(torch.uint8).float() - self.zero[:, :, group].unsqueeze(2)
+            change = self._scale_step(
+                (gradient[:, :, part] * steps).sum(2), (torch.bmm(steps, hessian[:, part, part]) * steps).sum(2), group
+            )
+            moved = change.unsqueeze(2) * steps
+            residual[:, :, part] -= moved
+            gradient -= torch.bmm(moved, hessian[:, part, :])
+        return residual
+
+    def refine(self, residual: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor) -> None:
+        """The scales of whole rows by least squares under H; `residual` (E, N, K) follows."""
+        if not self.per_row:
+            return
+        steps = codes.view(torch.uint8).float() - self.zero
+        through = torch.bmm(steps, hessian)
+        residual -= self._scale_step((through * residual).sum(2), (through * steps).sum(2), 0).unsqueeze(2) * steps
+
+    def _scale_step(self, slope: torch.Tensor, curvature: torch.Tensor, group: int) -> torch.Tensor:
+        """Moves a group's scale to the minimum of its parabola, where there is one; returns the change (E, N)."""
+        old = self.scale[:, :, group]
+        best = old + torch.where(curvature > 0, slope / curvature, torch.zeros_like(slope))
+        new = torch.where(best > 0, self.stored(best), old)
+        self.scale[:, :, group] = new
+        return new - old
+
+
+class TernaryGrid:
+    """{low, 0, high} per row, chosen by error and rate: a code is the one with the least
+    precision * (target - value)^2 + price * bits(code), bits being what the codes of the matrix's own distribution
+    cost: -log2 of their frequency.
+
+    Attributes:
+        low, high: (E, N) float32, bfloat16 values, low <= 0 <= high; low = -high for symmetric formats.
+        price: (E, N) float32: error that one bit is worth.
+        bits: (E, 3) float32 of the codes -1, 0, 1.
+    """
+
+    block = 128
+
+    def __init__(self, format: TernaryFormat, price: torch.Tensor) -> None:
+        self.format = format
+        self.price = price
+        self.low = self.high = torch.zeros_like(price)
+        self.bits = price.new_tensor([2.0, 1.0, 2.0]).repeat(len(price), 1)
+
+    def begin(self, weight: torch.Tensor, precision: torch.Tensor, rounds: int = 12) -> None:
+        """Levels and bits for weights (E, N, K) and precisions (E, K), without feedback: Lloyd's iteration with a price
+        on bits, from levels at 1.3 times the mean magnitude (a Gaussian's best ones are at 1.5)."""
+        self.high = 1.3 * weight.abs().mean(2)
+        self.low = -self.high
+        importance = precision.unsqueeze(1)
+        for _ in range(rounds):
+            codes, _ = self.round(weight, precision.unsqueeze(1), 0)
+            plus, minus = importance * (codes > 0), importance * (codes < 0)
+            self._set_levels(
+                (plus * weight).sum(2) / plus.sum(2).clamp(min=1e-30),
+                (minus * weight).sum(2) / minus.sum(2).clamp(min=1e-30),
+                plus.sum(2),
+                minus.sum(2),
+            )
+            self.count(codes)
+
+    def begin_block(self, target: torch.Tensor, precision: torch.Tensor, columns: slice) -> None:
+        pass
+
+    def refine_block(
+        self, residual: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, columns: slice
+    ) -> torch.Tensor | None:
+        return None
+
+    def round(self, target: torch.Tensor, precision: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Grid.round`; also takes (E, N, K) targets with (E, 1, K) precisions."""
+        shape = (slice(None), slice(None), *(None for _ in range(target.ndim - 2)))
+        low, high = self.low[shape], self.high[shape]
+        if target.ndim == 2:
+            precision = precision.unsqueeze(1)
+        cost_low, cost_zero, cost_high = ((self.price * self.bits[:, i, None])[shape] for i in range(3))
+        at_zero = precision * target.square() + cost_zero
+        at_high = precision * (target - high).square() + cost_high
+        at_low = precision * (target - low).square() + cost_low
+        up = at_high < at_zero
+        down = at_low < torch.minimum(at_high, at_zero)
+        codes = up.to(torch.int8).masked_fill_(down, -1)
+        zero = torch.zeros((), device=target.device)
+        return codes, torch.where(down, low, torch.where(up, high, zero))
+
+    def refine(self, residual: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor) -> None:
+        """Both levels of every row by least squares under H (2 x 2 normal equations); `residual` (E, N, K) follows.
+        A level that no weight of its row has stays."""
+        plus, minus = (codes > 0).float(), (codes < 0).float()
+        weight = residual + plus * self.high.unsqueeze(2) + minus * self.low.unsqueeze(2)
+        if self.format.levels == "symmetric":
+            plus = plus - minus
+            minus = torch.zeros_like(plus)
+        through_plus, through_minus = torch.bmm(plus, hessian), torch.bmm(minus, hessian)
+        a, b, c = (through_plus * plus).sum(2), (through_plus * minus).sum(2), (through_minus * minus).sum(2)
+        x, y = (through_plus * weight).sum(2), (through_minus * weight).sum(2)
+        determinant = a * c - b * b
+        sound = determinant > 1e-6 * a * c
+        safe = torch.where(sound, determinant, torch.ones_like(determinant))
+        high = torch.where(sound, (x * c - y * b) / safe, x / a.clamp(min=1e-30))
+        low = torch.where(sound, (y * a - x * b) / safe, y / c.clamp(min=1e-30))
+        if self.format.levels == "symmetric":
+            low = -high
+            c = a
+        self._set_levels(high, low, a, c)
+        sign = codes.float()
+        torch.sub(weight, torch.where(sign > 0, self.high.unsqueeze(2), -self.low.unsqueeze(2)) * sign, out=residual)
+        self.count(codes)
+
+    def _set_levels(
+        self, high: torch.Tensor, low: torch.Tensor, weight_high: torch.Tensor, weight_low: torch.Tensor
+    ) -> None:
+        if self.format.levels == "symmetric":
+            total = (weight_high + weight_low).clamp(min=1e-30)
+            high = (high * weight_high - low * weight_low) / total
+            low, weight_high, weight_low = -high, total, total
+        high = torch.where(weight_high > 0, high.clamp(min=0), self.high).bfloat16().float()
+        low = torch.where(weight_low > 0, low.clamp(max=0), self.low).bfloat16().float()
+        self.high, self.low = high, low
+
+    def count(self, codes: torch.Tensor) -> None:
+        """Sets `bits` by the frequencies of the codes; none is taken to be rarer than 1 in 10,000."""
+        share = torch.stack([(codes == value).float().mean((1, 2)) for value in (-1, 0, 1)], dim=1).clamp(min=1e-4)
+        self.bits = -torch.log2(share / share.sum(1, keepdim=True))
