@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -70,17 +71,20 @@ class IntGrid:
             low = -torch.maximum(high, -low)
             high = -low if half else low.abs() * (self.top - 1) / (self.top + 1)
         neighbours = (-1, 0, 1) if self.format.bits < 4 and self.format.zero_point else (0,)
+        # Without a zero point the grid reaches one step further down than up: a negative scale turns it round.
+        signs = (1.0,) if self.format.zero_point or half else (1.0, -1.0)
         for step in range(self.steps):
             share = 1 - step * (2 / 3) / max(self.steps - 1, 1)
-            tried = self.stored((high - low) * share / self.top)
+            size = self.stored((high - low) * share / self.top)
             if self.format.zero_point:
-                centre = (-low * share / tried - half).round()
+                centre = (-low * share / size - half).round()
             else:
-                centre = torch.full_like(tried, float((self.top + 1) // 2))
+                centre = torch.full_like(size, float((self.top + 1) // 2))
                 if half:
                     centre -= 1
-            for offset in neighbours:
+            for offset, sign in itertools.product(neighbours, signs):
                 shift = (centre + offset).clamp(0, self.top) + half
+                tried = size * sign
                 codes = (target / tried.unsqueeze(2) + shift.unsqueeze(2)).round_().clamp_(0, self.top)
                 error = (codes.sub_(shift.unsqueeze(2)).mul_(tried.unsqueeze(2)).sub_(target).square_() * weight).sum(2)
                 better = error < best
@@ -131,9 +135,9 @@ class IntGrid:
 
     def _scale_step(self, slope: torch.Tensor, curvature: torch.Tensor, group: int) -> torch.Tensor:
         """Moves a group's scale to the minimum of its parabola, where there is one; returns the change (E, N)."""
-        old = self.scale[:, :, group]
+        old = self.scale[:, :, group].clone()
         best = old + torch.where(curvature > 0, slope / curvature, torch.zeros_like(slope))
-        new = torch.where(best > 0, self.stored(best), old)
+        new = torch.where(best * old > 0, self.stored(best.abs()) * old.sign(), old)
         self.scale[:, :, group] = new
         return new - old
 

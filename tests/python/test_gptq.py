@@ -1,0 +1,286 @@
+"""Calibrated quantization against float64 references: the two sweeps, the grids, and what the whole method promises."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from qmoe_core.errors import QmoeError
+from qmoe_core.formats import IntFormat, IntMatrix, PackedTensor, TernaryFormat
+from qmoe_core.quantize import MethodSpec, StackStatistics, quantize, quantize_stack
+from qmoe_core.quantize.feedback import descend, factorize, output_error, retarget, round_with_feedback
+from qmoe_core.quantize.gptq import lean_on_pooled
+from qmoe_core.quantize.grids import IntGrid, TernaryGrid
+
+FORMATS = [
+    IntFormat(2, 64),
+    IntFormat(3, 128),
+    IntFormat(4, 0),
+    IntFormat(8, 32),
+    IntFormat(2, 32, zero_point=False),
+    IntFormat(4, 0, zero_point=False, scale_dtype="bfloat16"),
+    TernaryFormat(),
+    TernaryFormat("symmetric"),
+]
+SHAPES = [(1, 1, 1), (2, 5, 7), (3, 17, 100), (2, 40, 256), (1, 3, 300)]
+
+
+def problem(shape: tuple[int, int, int], tokens: int = 400, seed: int = 0) -> tuple[torch.Tensor, StackStatistics]:
+    """Weights, and statistics of strongly correlated inputs."""
+    experts, rows, columns = shape
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator) * 0.05
+    mixing = torch.randn(experts, columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    inputs = torch.randn(experts, tokens, columns, generator=generator) @ mixing
+    hessian = inputs.transpose(1, 2) @ inputs
+    counts = torch.full((experts,), tokens)
+    return weight, StackStatistics(counts, hessian, hessian.sum(0), tokens * experts)
+
+
+def dequantized(results: list) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(matrix.dequantize()) for matrix, _ in results])
+
+
+def relative(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
+    error, hessian = (weight - quantized).double(), hessian.double()
+    total = ((weight.double() @ hessian) * weight.double()).sum()
+    return float((((error @ hessian) * error).sum() / total).sqrt())
+
+
+def test_factors_multiply_to_the_damped_matrix():
+    _, statistics = problem((3, 1, 65))
+    factors = factorize(statistics.hessian, 0.01)
+    upper, diagonal = factors.unit_upper.double(), factors.diagonal.double()
+    product = upper @ torch.diag_embed(diagonal) @ upper.transpose(1, 2)
+    expected = statistics.hessian.double()
+    expected += 0.01 * torch.diag_embed(expected.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, 65))
+    assert torch.allclose(product, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert torch.equal(upper.tril(-1), torch.zeros_like(upper)) and bool((diagonal > 0).all())
+
+
+def test_indefinite_and_singular_statistics_still_factorize():
+    vector = torch.randn(1, 24)
+    singular = (vector.T @ vector).unsqueeze(0)
+    nearly = singular - 1e-4 * torch.eye(24)  # rounding can do this to a matrix of few tokens
+    for hessian in (singular, nearly, torch.zeros(1, 24, 24)):
+        factors = factorize(hessian, 0.0)
+        assert bool(torch.isfinite(factors.unit_upper).all()) and bool((factors.diagonal > 0).all())
+    with pytest.raises(QmoeError, match="NaN") as error:
+        factorize(torch.full((1, 4, 4), float("nan")), 0.01)
+    assert error.value.code == "E_VALUE"
+
+
+class Rounding:
+    """Round to whole multiples of a fixed step, the simplest grid."""
+
+    block = 32
+
+    def __init__(self, step: float) -> None:
+        self.step = step
+
+    def begin_block(self, target, precision, columns):
+        pass
+
+    def refine_block(self, residual, gradient, hessian, codes, columns):
+        return None
+
+    def round(self, target, precision, column):
+        codes = (target / self.step).round().clamp(-100, 100)
+        return codes.to(torch.int8), codes * self.step
+
+
+def test_feedback_is_gptq():
+    """Column by column with explicit inverses, as GPTQ is published, in float64."""
+    weight, statistics = problem((2, 9, 70))
+    factors = factorize(statistics.hessian, 0.02)
+    codes, residual = round_with_feedback(weight.double(), _double(factors), Rounding(0.02))
+    for expert in range(2):
+        hessian, work = factors.hessian[expert].double(), weight[expert].double().clone()
+        expected = torch.zeros_like(work)
+        for j in range(70):
+            inverse = torch.linalg.inv(hessian[j:, j:])  # of the columns that are still free
+            expected[:, j] = (work[:, j] / 0.02).round() * 0.02
+            error = (work[:, j] - expected[:, j]) / inverse[0, 0]
+            work[:, j:] -= error[:, None] * inverse[0, None, :]
+        assert torch.allclose(weight[expert].double() - residual[expert], expected, atol=1e-9)
+        assert torch.allclose(codes[expert].double() * 0.02, expected, atol=1e-9)
+
+
+def _double(factors):
+    return dataclasses.replace(
+        factors, hessian=factors.hessian.double(), unit_upper=factors.unit_upper.double(),
+        diagonal=factors.diagonal.double(),
+    )  # fmt: skip
+
+
+def test_descent_never_raises_the_error_and_ends_where_no_single_code_helps():
+    weight, statistics = problem((2, 9, 70))
+    factors = _double(factorize(statistics.hessian, 0.02))
+    weight, grid = weight.double(), Rounding(0.05)
+    codes, residual = round_with_feedback(weight, factors, grid)
+    errors = [output_error(residual, factors.hessian)]
+    for _ in range(30):
+        descend(weight, factors, grid, codes, residual)
+        errors.append(output_error(residual, factors.hessian))
+        assert bool((errors[-1] <= errors[-2] * (1 + 1e-12)).all())
+    assert bool((errors[-1] < errors[0]).all())
+    assert torch.allclose(weight - codes.double() * 0.05, residual, atol=1e-12)
+    for column in range(70):
+        for step in (-0.05, 0.05):
+            moved = residual.clone()
+            moved[:, :, column] += step
+            rows = ((moved @ factors.hessian) * moved).sum(2)
+            assert bool((rows >= ((residual @ factors.hessian) * residual).sum(2) - 1e-9).all())
+
+
+def test_retarget_solves_least_squares_on_the_original_outputs():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(2, 6, 20, generator=generator)
+    seen = torch.randn(2, 300, 20, generator=generator)
+    original = seen + 0.3 * torch.randn(2, 300, 20, generator=generator)
+    hessian = seen.transpose(1, 2) @ seen
+    drift = (original - seen).transpose(1, 2) @ seen
+    best = retarget(weight, drift, factorize(hessian, 0.0))
+    for expert in range(2):
+        outputs = original[expert].double() @ weight[expert].double().T
+        expected = torch.linalg.lstsq(seen[expert].double(), outputs).solution.T
+        assert torch.allclose(best[expert].double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+def test_every_shape_packs_and_reports_what_it_lost(format, shape):
+    weight, statistics = problem(shape)
+    results = quantize_stack(weight, statistics, MethodSpec("gptq", format))
+    packed = PackedTensor.pack([matrix for matrix, _ in results])
+    packed.verify()
+    for expert, (matrix, report) in enumerate(results):
+        quantized = torch.from_numpy(matrix.dequantize())
+        assert np.array_equal(packed.decode(expert), matrix.dequantize())
+        assert report.error_sum == pytest.approx(float((weight[expert] - quantized).double().square().sum()), rel=1e-3)
+        shared, _ = lean_on_pooled(statistics, 0.25)
+        expected = relative(weight[expert : expert + 1], quantized[None], shared.hessian[expert : expert + 1])
+        assert report.relative_output_error == pytest.approx(expected, rel=2e-3, abs=1e-5)
+        assert report.zeros == int((quantized == 0).sum())
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+def test_calibration_beats_rounding_and_every_ingredient_helps(format):
+    weight, statistics = problem((2, 64, 256), tokens=1500)
+    plain = "rtn" if isinstance(format, IntFormat) else "ternary-centroid"
+    rounded = torch.stack([torch.from_numpy(quantize(w, MethodSpec(plain, format))[0].dequantize()) for w in weight])
+
+    def error(**options: object) -> float:
+        results = quantize_stack(weight, statistics, MethodSpec("gptq", format, {"rate": 0.0, **options}))
+        return relative(weight, dequantized(results), statistics.hessian)
+
+    one_pass, swept = error(sweeps=0), error(sweeps=2)
+    assert one_pass < 0.9 * relative(weight, rounded, statistics.hessian)
+    assert swept < 0.98 * one_pass
+    assert error(order="activation") < one_pass
+
+
+def test_two_runs_are_bitwise_equal():
+    weight, statistics = problem((2, 33, 130))
+    for format in FORMATS:
+        first, second = (quantize_stack(weight, statistics, MethodSpec("gptq", format)) for _ in range(2))
+        assert torch.equal(dequantized(first), dequantized(second))
+
+
+def test_a_higher_rate_gives_fewer_bits_and_more_error():
+    weight, statistics = problem((2, 64, 512))
+    bits, errors = [], []
+    for rate in (0.0, 0.3, 1.0, 3.0):
+        results = quantize_stack(weight, statistics, MethodSpec("gptq", TernaryFormat(), {"rate": rate}))
+        bits.append(PackedTensor.pack([matrix for matrix, _ in results]).bits_per_weight)
+        errors.append(relative(weight, dequantized(results), statistics.hessian))
+    assert bits == sorted(bits, reverse=True) and bits[-1] < 0.7 * bits[0]
+    assert errors == sorted(errors)
+
+
+def test_activation_order_stores_every_scale_with_its_own_group():
+    weight, statistics = problem((2, 8, 200))
+    results = quantize_stack(weight, statistics, MethodSpec("gptq", IntFormat(8, 64), {"order": "activation"}))
+    assert relative(weight, dequantized(results), statistics.hessian) < 0.01
+    assert all(isinstance(matrix, IntMatrix) for matrix, _ in results)
+
+
+def test_few_and_no_tokens_lean_on_the_layer():
+    weight, full = problem((4, 16, 64), tokens=4000)
+    hessian = full.hessian.clone()
+    hessian[1] = 0
+    generator = torch.Generator().manual_seed(9)
+    few = torch.randn(3, 64, generator=generator)
+    hessian[2] = few.T @ few
+    statistics = StackStatistics(torch.tensor([4000, 0, 3, 4000]), hessian, full.pooled, full.pooled_tokens)
+    results = quantize_stack(weight, statistics, MethodSpec("gptq", IntFormat(3, 64)))
+    notes = [dict(report.notes) for _, report in results]
+    assert notes[0] == notes[3] == {} and "no tokens: statistics of the layer" in notes[1]
+    assert any("fewer tokens" in note for note in notes[2])
+    assert all(np.isfinite(matrix.dequantize()).all() for matrix, _ in results)
+    alone = dataclasses.replace(full, pooled=None, pooled_tokens=0, tokens=torch.zeros(4), hessian=0 * full.hessian)
+    results = quantize_stack(weight, alone, MethodSpec("gptq", IntFormat(3, 64)))
+    assert all("rounded to nearest" in next(iter(report.notes)) for _, report in results)
+    # An expert that saw three tokens must do better with the layer's statistics than with its own alone.
+    truth = full.hessian[2:3]
+    leaning = relative(weight[2:3], dequantized(quantize_stack(weight, statistics, MethodSpec("gptq", IntFormat(2, 64))))[2:3], truth)
+    own = relative(
+        weight[2:3],
+        dequantized(quantize_stack(weight, statistics, MethodSpec("gptq", IntFormat(2, 64), {"prior": 0.0})))[2:3],
+        truth,
+    )
+    assert leaning < own
+
+
+def test_constant_and_zero_weights():
+    _, statistics = problem((2, 8, 64))
+    for value in (0.0, 0.25, -3.0):
+        weight = torch.full((2, 8, 64), value)
+        for format in FORMATS:
+            results = quantize_stack(weight, statistics, MethodSpec("gptq", format))
+            error = (dequantized(results) - weight).abs().max()
+            assert float(error) <= 0.02 * abs(value), (format.name, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda w, s: (w.double(), s), "E_DTYPE"),
+        (lambda w, s: (w[0], s), "E_SHAPE"),
+        (lambda w, s: (w, dataclasses.replace(s, hessian=s.hessian[:, :3])), "E_SHAPE"),
+        (lambda w, s: (w.index_fill(2, torch.tensor([3]), float("inf")), s), "E_VALUE"),
+        (lambda w, s: (w, dataclasses.replace(s, hessian=s.hessian * float("nan"))), "E_VALUE"),
+    ],
+)
+def test_refusals(change, code):
+    weight, statistics = change(*problem((2, 4, 32)))
+    with pytest.raises(QmoeError) as error:
+        quantize_stack(weight, statistics, MethodSpec("gptq", IntFormat(4, 32)), tensor="layers.3.experts")
+    assert error.value.code == code and error.value.tensor == "layers.3.experts"
+
+
+@pytest.mark.parametrize("options", [{"damping": -1}, {"sweeps": True}, {"order": "random"}, {"rate": "high"}])
+def test_bad_options(options):
+    weight, statistics = problem((1, 4, 32))
+    format = TernaryFormat() if "rate" in options else IntFormat(4, 32)
+    with pytest.raises(QmoeError) as error:
+        quantize_stack(weight, statistics, MethodSpec("gptq", format, options))
+    assert error.value.code == "E_VALUE"
+
+
+def test_grids_round_to_their_own_values():
+    weight, statistics = problem((2, 6, 96))
+    factors = factorize(statistics.hessian, 0.01)
+    ints = IntGrid(IntFormat(3, 32), (2, 6, 96), weight.device, 24)
+    ternary = TernaryGrid(TernaryFormat(), torch.zeros(2, 6))
+    for grid in (ints, ternary):
+        grid.begin(weight, factors.diagonal)
+        codes, residual = round_with_feedback(weight, factors, grid)
+        grid.refine(residual, factors.hessian, codes)
+        value = weight - residual
+        for column in (0, 50, 95):
+            again, same = grid.round(value[:, :, column], factors.diagonal[:, column], column)
+            assert torch.equal(again, codes[:, :, column]) and torch.allclose(same, value[:, :, column], atol=1e-6)
