@@ -1,0 +1,139 @@
+"""From measured candidates and a budget to a recipe."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import QmoeError
+from ..families import analyze
+from ..recipe import Recipe, Rule
+from ..source import SourceCheckpoint
+from .budget import directory_overhead
+from .problem import Item, Tables
+from .solver import Allocation, hull_steps, solve
+
+MAX_POINTS = 200
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """The least total loss that `nbytes` of records can have."""
+
+    nbytes: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """A recipe for a budget, and what is known about it.
+
+    Attributes:
+        recipe: what to compress with. budget: bytes of the whole directory; `overhead`: of everything but the records.
+        allocation: the choice, its predicted loss and how far the best choice can be from it. items: what it was
+            chosen from. frontier: the least loss for other sizes of the records.
+    """
+
+    recipe: Recipe
+    budget: int
+    overhead: int
+    allocation: Allocation
+    items: tuple[Item, ...]
+    frontier: tuple[FrontierPoint, ...]
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Predicted size of the directory."""
+        return self.overhead + self.allocation.nbytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: the choice by tensor, the certificate, the frontier."""
+        chosen = zip(self.items, self.allocation.choice, strict=True)
+        return {
+            "budget": self.budget,
+            "overhead": self.overhead,
+            "predicted_bytes": self.predicted_bytes,
+            "allocation": self.allocation.to_dict(),
+            "choice": {item.name: dict(item.candidates[number].settings) for item, number in chosen},
+            "frontier": [[point.nbytes, point.loss] for point in self.frontier],
+        }
+
+
+def plan_recipe(items: Sequence[Item], allocation: Allocation) -> Recipe:
+    """The recipe of an allocation: per role the most frequent settings for everything, before it one rule for every
+    tensor that differs. The items must be all targets of their roles."""
+    key = [_key(item.candidates[number].settings) for item, number in zip(items, allocation.choice, strict=True)]
+    special, general = [], []
+    for role in dict.fromkeys(item.role for item in items):
+        of_role = [(item, settings) for item, settings in zip(items, key, strict=True) if item.role == role]
+        usual = Counter(settings for _, settings in of_role).most_common(1)[0][0]
+        for item, settings in of_role:
+            if settings != usual:
+                special.append(Rule.make(**json.loads(settings), match=glob.escape(item.name), role=role))
+        general.append(Rule.make(**json.loads(usual), role=role))
+    return Recipe((*special, *general))
+
+
+def _key(settings: Any) -> str:
+    return json.dumps(dict(settings), sort_keys=True)
+
+
+def frontier(items: Sequence[Item], max_points: int = MAX_POINTS) -> tuple[FrontierPoint, ...]:
+    """Bytes and least loss from the smallest choice to the best one. Every point is a real choice of whole candidates
+    on the convex hull of all choices: none of its size or smaller has less loss. Where there are more than
+    `max_points`, evenly spaced ones of them."""
+    tables = Tables.of(items)
+    steps = hull_steps(tables)
+    rows = np.arange(len(tables.nbytes))
+    nbytes = int(tables.nbytes[rows, steps.start].sum()) + np.concatenate([[0], np.cumsum(steps.nbytes)])
+    loss = float(tables.loss[rows, steps.start].sum()) - np.concatenate([[0.0], np.cumsum(steps.gain)])
+    places = np.unique(np.linspace(0, len(nbytes) - 1, min(max_points, len(nbytes))).round().astype(int))
+    return tuple(FrontierPoint(int(nbytes[place]), float(loss[place])) for place in places)
+
+
+def plan_fit(
+    source: str | os.PathLike[str],
+    budget: int,
+    items: Sequence[Item],
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    calibrated: bool = False,
+) -> FitPlan:
+    """The recipe of least predicted loss whose directory takes `budget` bytes at most.
+
+    Args:
+        source: the checkpoint. budget: bytes of the whole output directory.
+        items: all targets of the roles to compress, as `measure_sensitivity` or `SensitivityCollector` give them.
+        calibrated: whether the compression will be calibrated (its qmoe.json says more).
+
+    Raises:
+        QmoeError: `E_VALUE` where the budget is below the smallest possible directory, naming that size.
+    """
+    source = Path(source)
+    with SourceCheckpoint(source) as checkpoint:
+        layout = analyze(source, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
+        names = {item.name for item in items}
+        targets = [target for target in layout.targets if target.name in names]
+        if len(targets) != len(items):
+            missing = sorted(names - {target.name for target in targets})
+            raise QmoeError("E_VALUE", "allocation: items that are no weights of this model", actual=missing[:5])
+        overhead = directory_overhead(
+            checkpoint, layout, targets, max_shard_bytes=max_shard_bytes, calibrated=calibrated
+        )
+    smallest = overhead + sum(min(candidate.nbytes for candidate in item.candidates) for item in items)
+    if smallest > budget:
+        raise QmoeError(
+            "E_VALUE", "the budget is below the smallest size that these formats can make of this model",
+            file=source, expected=f">= {smallest} bytes", actual=budget,
+        )  # fmt: skip
+    allocation = solve(items, budget - overhead)
+    recipe = plan_recipe(items, allocation)
+    return FitPlan(recipe, budget, overhead, allocation, tuple(items), frontier(items))

@@ -1,0 +1,283 @@
+"""What storing a tensor in each candidate format would cost: the losses that an allocation adds up.
+
+Two ways, by the size of the model:
+
+Measured (`measure_sensitivity`), where the model fits into memory: each tensor alone is put into each candidate format,
+and the KL divergence of the predictions from the original's is measured on some calibration tokens. To second order
+in the weights' errors these divergences add up over tensors whose errors are independent.
+
+Local (`SensitivityCollector`), for models too large for that, layer by layer: the relative error energy of the tensor's
+own outputs, tr((W - Q) H (W - Q)^T) / tr(W H W^T) summed over its matrices, times an importance per tensor. Nothing
+tells the importance without running the rest of the model; it is the tensor's share of all weights unless the caller
+knows better, so that the relative errors of all weights count alike. Without calibration H is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import QmoeError
+from ..families import Target, analyze
+from ..formats import Matrix, PackedTensor
+from ..progress import ProgressEvent
+from ..quantize import METHODS, MethodSpec, StackStatistics, default_method, quantize
+from ..recipe import Rule
+from ..source import SourceCheckpoint
+from .budget import source_bytes
+from .problem import Candidate, Item
+
+Settings = Mapping[str, Any]
+# (record bytes, Q float32 (E, N, K)) of a stack W float32 (E, N, K) under candidate number `c` of the given spec.
+Trial = Callable[[Target, torch.Tensor, int, MethodSpec], tuple[int, torch.Tensor]]
+Progress = Callable[[ProgressEvent], None]
+
+# Steps of about a third of a bit from 1 to 8: more would hardly differ in slope.
+DATA_FREE: tuple[Settings, ...] = (
+    {"format": "ternary", "options": {"threshold": 1.3}},
+    {"format": "ternary", "options": {"threshold": 1.0}},
+    {"format": "ternary", "options": {"threshold": 0.7}},
+    {"format": "int2", "group": 128},
+    {"format": "int2", "group": 64},
+    {"format": "int2", "group": 32},
+    {"format": "int3", "group": 128},
+    {"format": "int3", "group": 32},
+    {"format": "int4", "group": 128},
+    {"format": "int4", "group": 32},
+    {"format": "int8", "group": 128},
+)
+
+
+def spec_of(target: Target, settings: Settings) -> MethodSpec | None:
+    """What a recipe rule of these settings would do with `target`; None for "keep". Raises as `Rule.make`."""
+    return Rule.make(**settings, match=target.name, role=target.role).spec
+
+
+def output_energy(matrices: torch.Tensor, statistics: StackStatistics | None) -> torch.Tensor:
+    """tr(M H M^T) of each of E float32 matrices (N, K): the energy of the outputs M x over all tokens that matrix saw.
+    (E,) float64. With M = W - Q it is the loss that calibrated methods minimise. Without statistics H = I."""
+    through = matrices if statistics is None else torch.bmm(matrices, statistics.hessian)
+    return (through * matrices).sum(dim=2, dtype=torch.float64).sum(dim=1)
+
+
+def predicted_loss(
+    weights: torch.Tensor, statistics: StackStatistics | None, matrices: Sequence[Matrix] | torch.Tensor
+) -> torch.Tensor:
+    """tr((W - Q) H (W - Q)^T) of each matrix of a stack, (E,) float64.
+
+    Args:
+        weights: (E, N, K) float32. matrices: Q, quantized or as a tensor (E, N, K).
+    """
+    quantized = matrices if isinstance(matrices, torch.Tensor) else _stacked(matrices)
+    return output_energy(weights - quantized.to(weights.device), statistics)
+
+
+def _stacked(matrices: Sequence[Matrix]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([matrix.dequantize() for matrix in matrices]))
+
+
+def data_free(target: Target, weights: torch.Tensor, candidate: int, spec: MethodSpec) -> tuple[int, torch.Tensor]:
+    """A `Trial` without statistics. A calibrated method is replaced by the format's default one, which ranks formats
+    alike and takes a fraction of the time."""
+    if METHODS[spec.method].needs_statistics:
+        spec = MethodSpec(default_method(spec.format), spec.format)
+    matrices = [quantize(weight.cpu(), spec, tensor=target.name)[0] for weight in weights]
+    return PackedTensor.pack(matrices).nbytes, _stacked(matrices)
+
+
+class CompressedTrials:
+    """A `Trial` that takes candidate number c from a directory in which everything was compressed with it. So any
+    method can be tried, calibrated ones included, at the price of one compression per candidate."""
+
+    def __init__(self, directories: Sequence[str | os.PathLike[str]]) -> None:
+        """Raises as `load_report`."""
+        from ..checkpoint import load_report
+
+        self.directories = [Path(directory) for directory in directories]
+        self.files = [{entry.name: entry.file for entry in load_report(path).tensors} for path in self.directories]
+
+    def __call__(
+        self, target: Target, weights: torch.Tensor, candidate: int, spec: MethodSpec
+    ) -> tuple[int, torch.Tensor]:
+        """Raises `E_MISSING` where the directory has no such record, or as `PackedTensor`."""
+        from safetensors import safe_open
+
+        directory, file = self.directories[candidate], self.files[candidate].get(target.packed_name)
+        if file is None:
+            raise QmoeError("E_MISSING", "not compressed here", file=directory, tensor=target.packed_name)
+        with safe_open(directory / file, framework="np") as shard:
+            packed = PackedTensor(shard.get_tensor(target.packed_name))
+        stack = np.stack([packed.decode(expert) for expert in range(packed.experts)])
+        return packed.nbytes, torch.from_numpy(stack)
+
+
+@dataclass
+class SensitivityCollector:
+    """Collects local losses of candidates while something streams through the layers.
+
+    Attributes:
+        candidates: settings of the formats to choose from. trial: how they are tried.
+        table: target name -> {"role", "weights", "energy", "candidates": [[nbytes, error energy], ...]}: plain JSON
+            types, so that a journal can keep it.
+    """
+
+    candidates: Sequence[Settings] = DATA_FREE
+    trial: Trial = data_free
+    table: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, target: Target, weights: torch.Tensor, statistics: StackStatistics | None = None) -> None:
+        """Tries every candidate on some matrices of a target; call it once for each of them.
+
+        Args:
+            weights: (E', N, K) float32, any of the target's matrices, on any device.
+            statistics: of the same matrices on the same device, or None for the errors of the weights themselves.
+        """
+        new = {"role": target.role, "weights": 0, "energy": 0.0, "candidates": [[0, 0.0] for _ in self.candidates]}
+        row = self.table.setdefault(target.name, new)
+        row["weights"] += weights.numel()
+        row["energy"] += float(output_energy(weights, statistics).sum())
+        for number, settings in enumerate(self.candidates):
+            spec, entry = spec_of(target, settings), row["candidates"][number]
+            if spec is None:
+                entry[0] += 2 * weights.numel()
+                continue
+            nbytes, quantized = self.trial(target, weights, number, spec)
+            entry[0] += nbytes
+            entry[1] += float(predicted_loss(weights, statistics, quantized).sum())
+
+    def items(self, importance: Callable[[str], float] | None = None) -> list[Item]:
+        """The items to allocate: loss = importance of the tensor x relative error energy of its outputs. The importance
+        is the share of all weights that are the tensor's, unless a function of the tensor's name says otherwise."""
+        total = sum(row["weights"] for row in self.table.values())
+        result = []
+        for name, row in self.table.items():
+            scale = row["weights"] / total if importance is None else importance(name)
+            scale = scale / row["energy"] if row["energy"] > 0 else 0.0
+            candidates = tuple(
+                Candidate(nbytes, error * scale, dict(settings))
+                for (nbytes, error), settings in zip(row["candidates"], self.candidates, strict=True)
+            )
+            result.append(Item(name, row["weights"], candidates, row["role"]))
+        return result
+
+
+@contextmanager
+def _targets(directory: Path, roles: Iterable[str]) -> Iterator[tuple[SourceCheckpoint, list[Target]]]:
+    """The open source and its targets of these roles. `E_VALUE` where there are none."""
+    wanted = frozenset(roles)
+    with SourceCheckpoint(directory) as checkpoint:
+        layout = analyze(directory, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
+        targets = [target for target in layout.targets if target.role in wanted]
+        if not targets:
+            raise QmoeError("E_VALUE", "no weights of these roles in this model", file=directory, actual=sorted(wanted))
+        yield checkpoint, targets
+
+
+def weight_errors(
+    directory: str | os.PathLike[str],
+    candidates: Sequence[Settings] = DATA_FREE,
+    *,
+    roles: Iterable[str] = ("expert",),
+    progress: Progress | None = None,
+) -> list[Item]:
+    """Items by the relative errors of the weights alone: no tokens, no forward pass, one matrix in memory at a time.
+
+    A poor judge of what matters to the model: prefer `measure_sensitivity`. Sizes are those of records of one matrix
+    each, so a little too large. Arguments and errors as there.
+    """
+    collector = SensitivityCollector(candidates)
+    with _targets(Path(directory), roles) as (checkpoint, targets):
+        for number, target in enumerate(targets):
+            for weight in target.matrices(checkpoint.read):
+                collector.add(target, weight.unsqueeze(0))
+            if progress is not None:
+                progress(ProgressEvent("sensitivity", number + 1, len(targets), target.name))
+    return collector.items()
+
+
+def measure_sensitivity(
+    directory: str | os.PathLike[str],
+    tokens: np.ndarray,
+    candidates: Sequence[Settings] = DATA_FREE,
+    *,
+    roles: Iterable[str] = ("expert",),
+    window: int = 512,
+    max_tokens: int = 4096,
+    batch_size: int = 4,
+    trial: Trial = data_free,
+    progress: Progress | None = None,
+) -> list[Item]:
+    """The KL divergence that each candidate format causes at each target alone, all other weights being the original's.
+
+    Takes targets x candidates runs of the model over `max_tokens` tokens, the model in float32 and max_tokens x
+    vocabulary x 4 bytes of memory.
+
+    Args:
+        tokens: (n,) calibration token ids, not those that a result is judged on.
+        candidates: settings of recipe rules; {"format": "keep"} is allowed.
+        roles: which targets get items.
+        trial: how candidates are made; the losses are as good as it.
+        progress: counts runs, stage "sensitivity".
+
+    Returns:
+        One item per target in run-time order; sizes are those of the trial, losses in nats per token.
+
+    Raises:
+        QmoeError: `E_VALUE` (no target of these roles, tokens), or as `analyze`, `Rule.make` and `quantize`.
+    """
+    from ..evaluation import _evaluating, _predict, _windows
+    from ..generation import load_model
+
+    directory, items = Path(directory), []
+    with _targets(directory, roles) as (checkpoint, targets):
+        model = load_model(directory, dtype=torch.float32)
+        ids = _windows(tokens, window, max_tokens, model.config.get_text_config(decoder=True).vocab_size)
+        batches = [ids[first : first + batch_size] for first in range(0, len(ids), batch_size)]
+        done, total = 0, len(targets) * len(candidates)
+        with _evaluating(model), torch.inference_mode():
+            expected = [_predict(model, batch)[0] for batch in batches]
+            for target in targets:
+                weights = torch.stack(list(target.matrices(checkpoint.read)))
+                parameter = model.get_submodule(target.module).get_parameter(target.parameter)
+                kept, measured = parameter.data, []
+                for number, settings in enumerate(candidates):
+                    spec = spec_of(target, settings)
+                    if spec is None:
+                        measured.append(Candidate(source_bytes(checkpoint, target), 0.0, dict(settings)))
+                    else:
+                        nbytes, quantized = trial(target, weights, number, spec)
+                        parameter.data = as_parameter(target, quantized, kept)
+                        loss = _divergence(model, batches, expected, _predict)
+                        measured.append(Candidate(nbytes, loss, dict(settings)))
+                    done += 1
+                    if progress is not None:
+                        progress(ProgressEvent("sensitivity", done, total, target.name))
+                parameter.data = kept
+                items.append(Item(target.name, weights.numel(), tuple(measured), target.role))
+    return items
+
+
+def as_parameter(target: Target, stack: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Float32 (E, N, K) as the run-time parameter that it stands for, of `like`'s shape, type and device."""
+    if target.transposed:
+        stack = stack.transpose(1, 2)
+    return (stack if target.kind == "experts" else stack[0]).to(like).contiguous()
+
+
+def _divergence(
+    model: Any, batches: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], predict: Callable[..., Any]
+) -> float:
+    """Mean KL(original || model) over all predicted tokens, in nats."""
+    total, count = 0.0, 0
+    for batch, reference in zip(batches, expected, strict=True):
+        logp = predict(model, batch)[0]
+        total += float(logp.neg_().add_(reference).mul_(reference.exp()).sum(dtype=torch.float64))
+        count += logp.shape[0] * logp.shape[1]
+    return total / count
