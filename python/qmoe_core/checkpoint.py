@@ -325,7 +325,7 @@ class _Job:
         reader = CheckedReader(self.checkpoint)
         matrices, reports = [], []
         for expert, weight in enumerate(target.matrices(reader.read)):
-            matrix, report = quantize(weight, None, spec, tensor=_matrix_name(target, expert))
+            matrix, report = quantize(weight, spec, tensor=_matrix_name(target, expert))
             matrices.append(matrix)
             reports.append(report)
         packed = PackedTensor.pack(matrices)

@@ -23,6 +23,8 @@ class TensorEntry:
         nbytes, crc32c: of the record.
         sources: checkpoint tensors it was made from, each with the CRC32C of its bytes.
         file: the shard that holds it.
+        relative_output_error: for calibrated methods: the same of the matrices' outputs on the calibration tokens, else
+            None.
         calibration: for calibrated methods: the tokens that each matrix saw ("tokens", "min", "median", "max"), and
             what was done about matrices that saw few ("notes"); else None.
     """
@@ -42,6 +44,7 @@ class TensorEntry:
     crc32c: int
     sources: dict[str, int]
     file: str
+    relative_output_error: float | None = None
     calibration: dict[str, Any] | None = None
 
     @property

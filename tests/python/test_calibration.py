@@ -14,7 +14,6 @@ import qmoe_core.quantize as methods
 from qmoe_core.calibration import CalibrationSpec
 from qmoe_core.checkpoint import compress
 from qmoe_core.formats import IntFormat
-from qmoe_core.quantize import rtn
 from qmoe_core.recipe import Recipe
 
 WINDOW, WINDOWS = 16, 5
@@ -29,13 +28,18 @@ def seen(monkeypatch):
     """A calibrated method "probe" that rounds to nearest and notes (weights, statistics) by tensor."""
     calls: dict[str, list] = {}
 
+    def round_all(weights, statistics, spec):
+        return [methods.quantize(w.cpu(), methods.MethodSpec("rtn", spec.format)) for w in weights]
+
+    real = methods.quantize_stack
+
     def quantize_stack(weights, statistics, spec, *, tensor=None):
         calls.setdefault(tensor, []).append((weights.clone(), statistics))
-        return [methods.quantize(w.cpu(), None, methods.MethodSpec("rtn", spec.format)) for w in weights]
+        return real(weights, statistics, spec, tensor=tensor)
 
-    info = methods.MethodInfo(rtn.quantize, IntFormat, frozenset(), needs_statistics=True)
+    info = methods.MethodInfo(IntFormat, frozenset(), quantize_stack=round_all)
     monkeypatch.setitem(methods.METHODS, "probe", info)
-    monkeypatch.setattr(methods, "quantize_stack", quantize_stack, raising=False)
+    monkeypatch.setattr(methods, "quantize_stack", quantize_stack)
     return calls
 
 

@@ -290,7 +290,7 @@ class ExpertsStage:
             return weights
         if statistics is None:
             pairs = [
-                methods.quantize(weight.cpu(), None, result.spec, tensor=f"{target.name}[{expert}]")
+                methods.quantize(weight.cpu(), result.spec, tensor=f"{target.name}[{expert}]")
                 for expert, weight in zip(chunk, weights, strict=True)
             ]
         else:

@@ -244,6 +244,8 @@ def packed_entry(
         "sources": sources,
         **_rounded(total, packed.nbytes),
     }
+    if total.relative_output_error is not None:
+        entry["relative_output_error"] = float(f"{total.relative_output_error:.7g}")
     if tokens:
         entry["calibration"] = {
             "tokens": tokens,
@@ -253,7 +255,7 @@ def packed_entry(
             "notes": [
                 f"expert {expert}: {note}" if target.kind == "experts" else note
                 for expert, report in enumerate(reports)
-                for note in getattr(report, "notes", ())
+                for note in report.notes
             ],
         }
     return {

@@ -192,7 +192,7 @@ class Layer:
         target = result.target
         (weight,) = target.matrices(result.reader.read)
         if statistics is None:
-            matrix, report = methods.quantize(weight, None, result.spec, tensor=target.source_names[0])
+            matrix, report = methods.quantize(weight, result.spec, tensor=target.source_names[0])
         else:
             sums = statistics.of(target)
             result.tokens += sums.tokens.tolist()

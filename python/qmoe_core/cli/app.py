@@ -19,6 +19,7 @@ from .output import EXIT_HELP, ExitCode, Output, UsageError, reporting
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..calibration import CalibrationSpec
     from ..recipe import Recipe
 
 app = typer.Typer(
@@ -51,6 +52,7 @@ class Method(str, Enum):
     finequant = "finequant"
     ternary_minmax = "ternary-minmax"
     ternary_centroid = "ternary-centroid"
+    gptq = "gptq"
 
 
 def _version(wanted: bool) -> None:
@@ -81,7 +83,10 @@ def compress(
         int | None,
         typer.Option(help="int: columns that share a scale: 32, 64, 128, or 0 for a row.", show_default="128"),
     ] = None,
-    method: Annotated[Method | None, typer.Option(help="How values are chosen.", show_default="by format")] = None,
+    method: Annotated[
+        Method | None,
+        typer.Option(help="How values are chosen.", show_default="by format; gptq with --calibration"),
+    ] = None,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points; ternary: one level per row.")] = False,
     scale_dtype: Annotated[
         ScaleType | None, typer.Option(help="int: type of the scales.", show_default="float16")
@@ -89,6 +94,25 @@ def compress(
     recipe: Annotated[
         Path | None, typer.Option(help="A TOML recipe instead of the five options above.", show_default=False)
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT|DATASET|NPY",
+            help="What calibrated methods calibrate on: a UTF-8 text file, a .npy file of token ids, or a Hugging Face "
+            "data set (NAME or NAME:CONFIGURATION).",
+            show_default=False,
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="How many tokens of it to use.", min=2, show_default="131072")
+    ] = None,
+    calibration_window: Annotated[
+        int | None, typer.Option(help="Tokens per disjoint window.", min=2, show_default="512")
+    ] = None,
+    drift: Annotated[
+        bool, typer.Option("--drift", help="Also run the original, to correct for what has drifted: twice the time.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where calibrated methods compute: cpu or cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Compress the experts of a checkpoint into a new directory.
@@ -96,11 +120,14 @@ def compress(
     Interrupted, the same command continues where it stopped and ends with the same bytes. The source is only read.
     """
     with reporting(context, as_json) as out:
+        if method is None and recipe is None and calibration is not None:
+            method = Method.gptq
         chosen = _recipe(format, group, method, symmetric, scale_dtype, recipe)
+        settings = _calibration(calibration, calibration_tokens, calibration_window, drift)
         from .. import compress as run
 
         with out.progress() as progress:
-            report = run(source, output, chosen, progress=progress)
+            report = run(source, output, chosen, calibration=settings, device=device, progress=progress)
         out.show(tables.compression(report))
         out.result(report.to_dict())
 
@@ -129,6 +156,19 @@ def _recipe(
         return Recipe.uniform(format, **settings)
     except QmoeError as error:
         raise UsageError(str(error).removeprefix(f"{error.code}: ").removeprefix("recipe.")) from error
+
+
+def _calibration(source: str | None, tokens: int | None, window: int | None, drift: bool) -> CalibrationSpec | None:
+    """What the options say of calibration, or None."""
+    settings: dict[str, Any] = {"max_tokens": tokens, "window": window, "drift": drift or None}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if source is None:
+        if given:
+            raise UsageError("--calibration-tokens, --calibration-window and --drift need --calibration")
+        return None
+    from .. import CalibrationSpec
+
+    return CalibrationSpec(source, **given)
 
 
 @app.command("eval")

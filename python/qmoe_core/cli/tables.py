@@ -57,12 +57,23 @@ def compression(report: CompressionReport) -> Table:
     ]  # fmt: skip
     if expert_bits is not None:
         rows.append(("bits per expert weight", f"{expert_bits:.3f}"))
+    if report.calibration is not None:
+        settings = report.calibration
+        rows.append(("calibrated on", f"{settings['tokens']:,} tokens in windows of {settings['window']}"))
+        seen = [entry.calibration for entry in report.tensors if entry.role == "expert" and entry.calibration]
+        if seen:
+            low, high = min(entry["min"] for entry in seen), max(entry["max"] for entry in seen)
+            rows.append(("tokens per expert", f"{low:,} to {high:,}"))
+        few = sum(len(entry["notes"]) for entry in seen)
+        if few:
+            rows.append(("rare experts", f"{few} matrices saw few tokens; see qmoe.json, or qmoe inspect --json"))
     if report.seconds:
         limit = decimal(report.rss_limit_bytes)
         grown = decimal(max(0, report.peak_rss_bytes - report.start_rss_bytes))
         rows += [
             ("peak memory", f"{decimal(report.peak_rss_bytes)}, {grown} above the start (promised: at most {limit})"),
             ("time", f"{report.seconds:.1f} s" + (", continuing an interrupted run" if report.resumed else "")),
+            ("files", f"{report.read_mb_per_second:.1f} MB/s read, {report.written_mb_per_second:.1f} MB/s written"),
         ]
     return _grid(rows)
 
