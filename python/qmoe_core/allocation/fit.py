@@ -17,8 +17,8 @@ from ..errors import QmoeError
 from ..families import analyze
 from ..recipe import Recipe, Rule
 from ..source import SourceCheckpoint
-from .budget import directory_overhead
-from .problem import Item, Tables
+from .budget import directory_overhead, source_bytes
+from .problem import Candidate, Item, Tables
 from .solver import Allocation, hull_steps, solve
 
 MAX_POINTS = 200
@@ -125,6 +125,8 @@ def plan_fit(
         if len(targets) != len(items):
             missing = sorted(names - {target.name for target in targets})
             raise QmoeError("E_VALUE", "allocation: items that are no weights of this model", actual=missing[:5])
+        by_name = {target.name: target for target in targets}
+        items = [_kept_exactly(item, source_bytes(checkpoint, by_name[item.name])) for item in items]
         overhead = directory_overhead(
             checkpoint, layout, targets, max_shard_bytes=max_shard_bytes, calibrated=calibrated
         )
@@ -137,3 +139,12 @@ def plan_fit(
     allocation = solve(items, budget - overhead)
     recipe = plan_recipe(items, allocation)
     return FitPlan(recipe, budget, overhead, allocation, tuple(items), frontier(items))
+
+
+def _kept_exactly(item: Item, nbytes: int) -> Item:
+    """The item with `nbytes` as the size of its candidates that keep the tensor as it is."""
+    candidates = (
+        Candidate(nbytes, entry.loss, entry.settings) if entry.settings.get("format") == "keep" else entry
+        for entry in item.candidates
+    )
+    return Item(item.name, item.weights, tuple(candidates), item.role)

@@ -55,9 +55,16 @@ DATA_FREE: tuple[Settings, ...] = (
 )
 
 
-def spec_of(target: Target, settings: Settings) -> MethodSpec | None:
-    """What a recipe rule of these settings would do with `target`; None for "keep". Raises as `Rule.make`."""
-    return Rule.make(**settings, match=target.name, role=target.role).spec
+def _tries(target: Target, candidates: Sequence[Settings]) -> list[tuple[int, Settings, MethodSpec | None]]:
+    """(number, settings, what a rule of these settings would do) of the candidates that a target can have: "keep",
+    where that is None, for linear layers only, since a packed experts module has all its tensors packed.
+    Raises as `Rule.make`."""
+    tries = []
+    for number, settings in enumerate(candidates):
+        spec = Rule.make(**settings, match=target.name, role=target.role).spec
+        if spec is not None or target.kind == "linear":
+            tries.append((number, settings, spec))
+    return tries
 
 
 def output_energy(matrices: torch.Tensor, statistics: StackStatistics | None) -> torch.Tensor:
@@ -124,8 +131,8 @@ class SensitivityCollector:
 
     Attributes:
         candidates: settings of the formats to choose from. trial: how they are tried.
-        table: target name -> {"role", "weights", "energy", "candidates": [[nbytes, error energy], ...]}: plain JSON
-            types, so that a journal can keep it.
+        table: target name -> {"role", "weights", "energy", "candidates": [[number, nbytes, error energy], ...]}: plain
+            JSON types, so that a journal can keep it.
     """
 
     candidates: Sequence[Settings] = DATA_FREE
@@ -139,18 +146,23 @@ class SensitivityCollector:
             weights: (E', N, K) float32, any of the target's matrices, on any device.
             statistics: of the same matrices on the same device, or None for the errors of the weights themselves.
         """
-        new = {"role": target.role, "weights": 0, "energy": 0.0, "candidates": [[0, 0.0] for _ in self.candidates]}
+        tries = _tries(target, self.candidates)
+        new = {
+            "role": target.role,
+            "weights": 0,
+            "energy": 0.0,
+            "candidates": [[number, 0, 0.0] for number, *_ in tries],
+        }
         row = self.table.setdefault(target.name, new)
         row["weights"] += weights.numel()
         row["energy"] += float(output_energy(weights, statistics).sum())
-        for number, settings in enumerate(self.candidates):
-            spec, entry = spec_of(target, settings), row["candidates"][number]
+        for entry, (number, _, spec) in zip(row["candidates"], tries, strict=True):
             if spec is None:
-                entry[0] += 2 * weights.numel()
+                entry[1] += 2 * weights.numel()
                 continue
             nbytes, quantized = self.trial(target, weights, number, spec)
-            entry[0] += nbytes
-            entry[1] += float(predicted_loss(weights, statistics, quantized).sum())
+            entry[1] += nbytes
+            entry[2] += float(predicted_loss(weights, statistics, quantized).sum())
 
     def items(self, importance: Callable[[str], float] | None = None) -> list[Item]:
         """The items to allocate: loss = importance of the tensor x relative error energy of its outputs. The importance
@@ -161,8 +173,8 @@ class SensitivityCollector:
             scale = row["weights"] / total if importance is None else importance(name)
             scale = scale / row["energy"] if row["energy"] > 0 else 0.0
             candidates = tuple(
-                Candidate(nbytes, error * scale, dict(settings))
-                for (nbytes, error), settings in zip(row["candidates"], self.candidates, strict=True)
+                Candidate(nbytes, error * scale, dict(self.candidates[number]))
+                for number, nbytes, error in row["candidates"]
             )
             result.append(Item(name, row["weights"], candidates, row["role"]))
         return result
@@ -221,7 +233,7 @@ def measure_sensitivity(
 
     Args:
         tokens: (n,) calibration token ids, not those that a result is judged on.
-        candidates: settings of recipe rules; {"format": "keep"} is allowed.
+        candidates: settings of recipe rules; {"format": "keep"} is tried for linear layers.
         roles: which targets get items.
         trial: how candidates are made; the losses are as good as it.
         progress: counts runs, stage "sensitivity".
@@ -240,15 +252,14 @@ def measure_sensitivity(
         model = load_model(directory, dtype=torch.float32)
         ids = _windows(tokens, window, max_tokens, model.config.get_text_config(decoder=True).vocab_size)
         batches = [ids[first : first + batch_size] for first in range(0, len(ids), batch_size)]
-        done, total = 0, len(targets) * len(candidates)
+        done, total = 0, sum(len(_tries(target, candidates)) for target in targets)
         with _evaluating(model), torch.inference_mode():
             expected = [_predict(model, batch)[0] for batch in batches]
             for target in targets:
                 weights = torch.stack(list(target.matrices(checkpoint.read)))
                 parameter = model.get_submodule(target.module).get_parameter(target.parameter)
-                kept, measured = parameter.data, []
-                for number, settings in enumerate(candidates):
-                    spec = spec_of(target, settings)
+                kept, measured, tries = parameter.data, [], _tries(target, candidates)
+                for number, settings, spec in tries:
                     if spec is None:
                         measured.append(Candidate(source_bytes(checkpoint, target), 0.0, dict(settings)))
                     else:
