@@ -278,7 +278,7 @@ class ExpertsStage:
                     drift[at].addmm_((y_original - y).T, y)
         if pooled is None:
             pooled, pooled_tokens = hessian.sum(0), int(tokens.sum())
-        return StackStatistics(tokens, hessian, pooled, pooled_tokens, drift)
+        return StackStatistics(tokens.to(self.device), hessian, pooled, pooled_tokens, drift)
 
     def _quantize(
         self, target: Target, chunk: range, weights: torch.Tensor, statistics: StackStatistics | None

@@ -70,5 +70,5 @@ class LinearStatistics:
     def of(self, target: Target) -> StackStatistics:
         """The statistics of one layer, as a stack of one matrix."""
         drift = self.drift[target.name][None] if self.drift else None
-        tokens = torch.tensor([self.tokens[target.name]])
+        tokens = torch.tensor([self.tokens[target.name]], device=self.hessian[target.name].device)
         return StackStatistics(tokens, self.hessian[target.name][None], None, 0, drift)
