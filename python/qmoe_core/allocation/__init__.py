@@ -6,6 +6,7 @@ compress("MODEL", "OUT", plan.recipe)
 """
 
 from .budget import bytes_for_bits, directory_overhead, parse_bytes
+from .choose import fit_recipe
 from .fit import FitPlan, FrontierPoint, frontier, plan_fit, plan_recipe
 from .problem import Candidate, Item
 from .sensitivity import (
@@ -30,6 +31,7 @@ __all__ = [
     "SensitivityCollector",
     "bytes_for_bits",
     "directory_overhead",
+    "fit_recipe",
     "frontier",
     "measure_sensitivity",
     "output_energy",

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import QmoeError
 from ..families import analyze
+from ..quantize import METHODS
 from ..recipe import Recipe, Rule
 from ..source import SourceCheckpoint
 from .budget import directory_overhead, source_bytes
@@ -40,6 +41,8 @@ class FitPlan:
         recipe: what to compress with. budget: bytes of the whole directory; `overhead`: of everything but the records.
         allocation: the choice, its predicted loss and how far the best choice can be from it. items: what it was
             chosen from. frontier: the least loss for other sizes of the records.
+        basis: what the losses are: "measured" (nats per token of KL divergence), "weights" (mean relative error energy
+            of the weights), or "" where the items came from elsewhere.
     """
 
     recipe: Recipe
@@ -48,6 +51,12 @@ class FitPlan:
     allocation: Allocation
     items: tuple[Item, ...]
     frontier: tuple[FrontierPoint, ...]
+    basis: str = ""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the recipe has calibrated methods, and so `compress` needs calibration (and refuses it where not)."""
+        return any(rule.spec is not None and METHODS[rule.spec.method].needs_statistics for rule in self.recipe.rules)
 
     @property
     def predicted_bytes(self) -> int:
@@ -59,6 +68,7 @@ class FitPlan:
         chosen = zip(self.items, self.allocation.choice, strict=True)
         return {
             "budget": self.budget,
+            "basis": self.basis,
             "overhead": self.overhead,
             "predicted_bytes": self.predicted_bytes,
             "allocation": self.allocation.to_dict(),

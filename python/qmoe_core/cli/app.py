@@ -94,6 +94,23 @@ def compress(
     recipe: Annotated[
         Path | None, typer.Option(help="A TOML recipe instead of the five options above.", show_default=False)
     ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Choose formats so that the directory fits into this, e.g. 24GiB.", show_default=False
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="The same, as bits per parameter of the whole directory.", show_default=False)
+    ] = None,
+    allow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROLES",
+            help="--fit, --bits: compress these too: shared_expert,attention,dense.",
+            show_default=False,
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -120,13 +137,33 @@ def compress(
     Interrupted, the same command continues where it stopped and ends with the same bytes. The source is only read.
     """
     with reporting(context, as_json) as out:
-        if method is None and recipe is None and calibration is not None:
+        budgeted = fit is not None or bits is not None
+        if method is None and recipe is None and calibration is not None and not budgeted:
             method = Method.gptq
-        chosen = _recipe(format, group, method, symmetric, scale_dtype, recipe)
         settings = _calibration(calibration, calibration_tokens, calibration_window, drift)
+        if budgeted:
+            if (
+                (fit is None) == (bits is None)
+                or (recipe, format, group, method, scale_dtype) != (None,) * 5
+                or symmetric
+            ):
+                raise UsageError("give either --fit or --bits, and no options that describe a format")
+        elif allow is not None:
+            raise UsageError("--allow needs --fit or --bits")
+        else:
+            chosen = _recipe(format, group, method, symmetric, scale_dtype, recipe)
         from .. import compress as run
 
         with out.progress() as progress:
+            if budgeted:
+                from ..allocation import fit_recipe
+
+                plan = fit_recipe(
+                    source, size=fit, bits=bits, allow=allow.split(",") if allow else (), calibration=settings,
+                    progress=progress,
+                )  # fmt: skip
+                chosen = plan.recipe
+                settings = settings if plan.calibrated else None
             report = run(source, output, chosen, calibration=settings, device=device, progress=progress)
         out.show(tables.compression(report))
         out.result(report.to_dict())
