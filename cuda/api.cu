@@ -33,7 +33,15 @@ Status dequantize(const DeviceMatrix& matrix, void* out, OutputType type, void* 
     return Status::error(Code::kNoKernel, "cuda: no kernel for this format");
 }
 
-constexpr Api kApi{kApiVersion, device_count, device_info, dequantize};
+Status round_block_on(const RoundBlock& block, void* stream) noexcept {
+    return round_block(block, static_cast<cudaStream_t>(stream));
+}
+
+Status choose_grid_on(const ChooseGrid& grid, void* stream) noexcept {
+    return choose_grid(grid, static_cast<cudaStream_t>(stream));
+}
+
+constexpr Api kApi{kApiVersion, device_count, device_info, dequantize, round_block_on, choose_grid_on};
 
 }  // namespace
 }  // namespace qmoe::cuda

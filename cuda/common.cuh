@@ -41,5 +41,7 @@ Status with_output_type(OutputType type, const Launch& launch) noexcept {
 
 Status dequantize_int(const DeviceMatrix& matrix, void* out, OutputType type, cudaStream_t stream) noexcept;
 Status dequantize_ternary(const DeviceMatrix& matrix, void* out, OutputType type, cudaStream_t stream) noexcept;
+Status round_block(const RoundBlock& block, cudaStream_t stream) noexcept;
+Status choose_grid(const ChooseGrid& grid, cudaStream_t stream) noexcept;
 
 }  // namespace qmoe::cuda

@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "bind.h"
@@ -158,7 +160,8 @@ MatrixInput matrix_input(const py::dict& matrix, uint64_t rows, uint64_t cols, H
     return in;
 }
 
-Bytes py_build_record(uint64_t rows, uint64_t cols, const std::vector<py::dict>& matrices) {
+Bytes py_build_record(uint64_t rows, uint64_t cols, const std::vector<py::dict>& matrices, int threads) {
+    if (threads <= 0) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
     std::vector<HeldMatrix> held(matrices.size());
     std::vector<MatrixInput> inputs;
     inputs.reserve(matrices.size());
@@ -167,7 +170,7 @@ Bytes py_build_record(uint64_t rows, uint64_t cols, const std::vector<py::dict>&
     Status status;
     {
         const py::gil_scoped_release release;
-        status = build_record(inputs, out);
+        status = build_record(inputs, out, threads);
     }
     check(status);
     return to_array(std::move(out));
@@ -290,7 +293,9 @@ PYBIND11_MODULE(_C, m) {
           py::arg("scale_dtype") = "float16",
           "Round float32 (N, K) to nearest -> codes uint8 (N, K), scales float32 (N, G), zeros uint8 (N, G) or None.");
     m.def("build_record", &py_build_record, py::arg("rows"), py::arg("cols"), py::arg("matrices"),
-          "Encode a stack of matrices (N, K) into a packed record, uint8 (bytes,).");
+          py::arg("threads") = 0,
+          "Encode a stack of matrices (N, K) into a packed record, uint8 (bytes,); threads 0: all that may be used. The "
+          "bytes do not depend on it.");
     m.def("inspect_record", &inspect_record, py::arg("record"), py::arg("verify") = false,
           "Header, specs and entries of a record; checks structure and CRCs, with verify also decodes everything.");
     m.def("decode_record", &decode_record, py::arg("record"), py::arg("expert"), py::arg("check_crc") = true,

@@ -5,6 +5,7 @@
 #include <new>
 
 #include "bytes.h"
+#include "cpu/pool.h"
 #include "qmoe/checked.h"
 #include "qmoe/crc32c.h"
 
@@ -211,7 +212,7 @@ Status Record::slice_experts(uint64_t first, uint64_t count, std::vector<uint8_t
     }
 }
 
-Status build_record(std::span<const MatrixInput> inputs, std::vector<uint8_t>& out) {
+Status build_record(std::span<const MatrixInput> inputs, std::vector<uint8_t>& out, int threads) {
     if (inputs.empty()) return Status::error(Code::kShape, "record: no experts");
     if (inputs.size() > kMaxExperts)
         return Status::mismatch(Code::kLimit, "record: too many experts", 0, kMaxExperts, inputs.size());
@@ -235,19 +236,32 @@ Status build_record(std::span<const MatrixInput> inputs, std::vector<uint8_t>& o
         }
         std::vector<SpecBytes> specs(classes.size());
         for (size_t c = 0; c < classes.size(); ++c)
-            QMOE_TRY(find_format(classes[c].front()->format)->make_spec(classes[c], specs[c]));
+            QMOE_TRY(find_format(classes[c].front()->format)->make_spec(classes[c], specs[c], threads));
 
+        // Every matrix into bytes of its own, on any thread; then all of them, in order, into the record.
         std::vector<RecordEntry> entries(inputs.size());
-        const auto pad = [&out] { out.resize(ceil_div(out.size(), kRecordAlign) * kRecordAlign); };
-        out.assign(tables_end(specs.size(), inputs.size()), 0);
-        pad();
+        std::vector<std::vector<uint8_t>> encoded(inputs.size());
+        std::vector<Status> statuses(inputs.size());
+        parallel_for(inputs.size(), threads, [&](uint64_t e) {
+            try {
+                statuses[e] = find_format(inputs[e].format)->encode(inputs[e], specs[class_of[e]], encoded[e]);
+                if (!statuses[e].ok()) return;
+                encoded[e].resize(ceil_div(encoded[e].size(), kRecordAlign) * kRecordAlign);
+                entries[e] = {0, encoded[e].size(), class_of[e], crc32c(encoded[e])};
+            } catch (const std::bad_alloc&) {
+                statuses[e] = Status::error(Code::kNoSpace, "record: out of memory");
+            }
+        });
+        uint64_t size = ceil_div(tables_end(specs.size(), inputs.size()), kRecordAlign) * kRecordAlign;
         for (size_t e = 0; e < inputs.size(); ++e) {
-            const size_t begin = out.size();
-            QMOE_TRY(find_format(inputs[e].format)->encode(inputs[e], specs[class_of[e]], out));
-            pad();
-            const uint64_t size = out.size() - begin;
-            entries[e] = {begin, size, class_of[e], crc32c({out.data() + begin, static_cast<size_t>(size)})};
+            QMOE_TRY(statuses[e]);
+            entries[e].offset = size;
+            size += entries[e].bytes;
         }
+        out.assign(size, 0);
+        parallel_for(inputs.size(), threads, [&](uint64_t e) {
+            std::memcpy(out.data() + entries[e].offset, encoded[e].data(), encoded[e].size());
+        });
         finish(out, rows, cols, specs, entries);
         return {};
     } catch (const std::bad_alloc&) {

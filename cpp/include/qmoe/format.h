@@ -48,7 +48,7 @@ struct Format {
     uint16_t id;
     const char* name;
     // Chooses one spec that serves all `inputs` (a table shared by the experts of a layer, say).
-    Status (*make_spec)(std::span<const MatrixInput* const> inputs, SpecBytes& spec);
+    Status (*make_spec)(std::span<const MatrixInput* const> inputs, SpecBytes& spec, int threads);
     // Appends the encoded matrix, without padding.
     Status (*encode)(const MatrixInput& input, const SpecBytes& spec, std::vector<uint8_t>& out);
     // Structural check: after it, decode and the kernels stay in bounds whatever the payload holds. With `values`, also

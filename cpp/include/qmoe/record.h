@@ -58,7 +58,8 @@ class Record {
     uint64_t rows_ = 0, cols_ = 0;
 };
 
-// Encodes a stack of matrices of equal shape. Matrices of one format with equal parameters share one spec.
-Status build_record(std::span<const MatrixInput> inputs, std::vector<uint8_t>& out);
+// Encodes a stack of matrices of equal shape, on up to `threads` threads: the bytes are the same for any number of them.
+// Matrices of one format with equal parameters share one spec.
+Status build_record(std::span<const MatrixInput> inputs, std::vector<uint8_t>& out, int threads = 1);
 
 }  // namespace qmoe

@@ -39,7 +39,7 @@ Status check_spec(const uint8_t* spec) noexcept {
     return {};
 }
 
-Status make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& spec) {
+Status make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& spec, int) {
     const MatrixInput& first = *inputs.front();
     spec = {};
     store<uint16_t>(spec.data(), kIntId);

@@ -131,7 +131,7 @@ Status decode_rows(const MatrixView& view, uint64_t first, uint64_t count, float
 }  // namespace
 
 // Encoder: ternary_encode.cpp.
-Status ternary_make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& spec);
+Status ternary_make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& spec, int threads);
 Status ternary_encode(const MatrixInput& in, const SpecBytes& spec, std::vector<uint8_t>& out);
 
 extern constinit const Format format_ternary{kTernaryId, "ternary", ternary_make_spec, ternary_encode,

@@ -3,8 +3,10 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <new>
 #include <vector>
 
+#include "cpu/pool.h"
 #include "formats/ternary.h"
 
 namespace qmoe {
@@ -50,19 +52,36 @@ struct Census {
 
 // How many symbols of each class the inputs hold. Counted on whole rows, since the geometry is chosen later: segments
 // cut between symbols, and what their last one is filled up with are zero symbols, which always have slots.
-Status take_census(std::span<const MatrixInput* const> inputs, Census& census) {
-    for (const MatrixInput* in : inputs) {
-        if (in->trits.size() != in->rows * in->cols)
-            return Status::mismatch(Code::kShape, "ternary: number of trits", 0, in->rows * in->cols, in->trits.size());
-        std::vector<int8_t> padded(ceil_div(in->cols, kTrits) * kTrits + 2);
-        for (uint64_t r = 0; r < in->rows; ++r) {
-            if (!pad_row(in->trits.data() + r * in->cols, in->cols, padded))
-                return Status::mismatch(Code::kValue, "ternary: a trit is not -1, 0 or 1; row", 0, 0, r);
-            for (uint64_t k = 0; k < in->cols; k += kTrits)
-                ++census.count[kSymbolTable[kSymbolOfPacked[pack_trits(padded.data() + k)]].cls];
+Status count_symbols(const MatrixInput& in, Census& census) {
+    if (in.trits.size() != in.rows * in.cols)
+        return Status::mismatch(Code::kShape, "ternary: number of trits", 0, in.rows * in.cols, in.trits.size());
+    std::vector<int8_t> padded(ceil_div(in.cols, kTrits) * kTrits + 2);
+    for (uint64_t r = 0; r < in.rows; ++r) {
+        if (!pad_row(in.trits.data() + r * in.cols, in.cols, padded))
+            return Status::mismatch(Code::kValue, "ternary: a trit is not -1, 0 or 1; row", 0, 0, r);
+        for (uint64_t k = 0; k < in.cols; k += kTrits)
+            ++census.count[kSymbolTable[kSymbolOfPacked[pack_trits(padded.data() + k)]].cls];
+    }
+    census.symbols = in.rows * ceil_div(in.cols, kTrits);
+    census.weights = in.rows * in.cols;
+    return {};
+}
+
+Status take_census(std::span<const MatrixInput* const> inputs, Census& census, int threads) {
+    std::vector<Census> parts(inputs.size());
+    std::vector<Status> statuses(inputs.size());
+    parallel_for(inputs.size(), threads, [&](uint64_t i) {
+        try {
+            statuses[i] = count_symbols(*inputs[i], parts[i]);
+        } catch (const std::bad_alloc&) {
+            statuses[i] = Status::error(Code::kNoSpace, "ternary: out of memory");
         }
-        census.symbols += in->rows * ceil_div(in->cols, kTrits);
-        census.weights += in->rows * in->cols;
+    });
+    for (size_t i = 0; i < inputs.size(); ++i) {
+        QMOE_TRY(statuses[i]);
+        for (uint32_t c = 0; c < kClasses; ++c) census.count[c] += parts[i].count[c];
+        census.symbols += parts[i].symbols;
+        census.weights += parts[i].weights;
     }
     return {};
 }
@@ -334,7 +353,7 @@ class BlockEncoder {
 
 }  // namespace
 
-Status ternary_make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& spec) {
+Status ternary_make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& spec, int threads) {
     const MatrixInput& first = *inputs.front();
     spec = {};
     if (first.rows == 0 || (first.levels.size() != first.rows && first.levels.size() != 2 * first.rows))
@@ -344,7 +363,7 @@ Status ternary_make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& 
     spec[kLevelsAt] = static_cast<uint8_t>(per_row);
     for (uint32_t which = 0; which < per_row; ++which) QMOE_TRY(choose_levels(inputs, per_row, which, spec));
     Census census;
-    QMOE_TRY(take_census(inputs, census));
+    QMOE_TRY(take_census(inputs, census, threads));
     const Slots slots = choose_slots(census);
     for (uint32_t c = 0; c < kClasses; ++c) store<uint16_t>(spec.data() + kClassFreqAt + 2 * c, slots.cls[c]);
     store<uint16_t>(spec.data() + kEscapeFreqAt, slots.escape);

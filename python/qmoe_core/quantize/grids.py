@@ -9,6 +9,7 @@ import torch
 
 from ..errors import QmoeError
 from ..formats import IntFormat, TernaryFormat
+from . import feedback_cuda
 
 _TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # The smallest scale: below it a float16 is subnormal and loses digits.
@@ -51,10 +52,16 @@ class IntGrid:
     def begin_block(self, target: torch.Tensor, precision: torch.Tensor, columns: slice) -> None:
         if self.per_row:
             return
+        on_gpu = feedback_cuda.usable(target)
         for first in range(columns.start, columns.stop, self.width):
             part = slice(first - columns.start, min(first + self.width, columns.stop) - columns.start)
             group = first // self.width
-            self._choose(target[:, :, part], precision[:, part], slice(group, group + 1))
+            if on_gpu:
+                feedback_cuda.choose_grid(self, target[:, :, part], precision[:, part], group)
+            else:
+                self._choose(target[:, :, part], precision[:, part], slice(group, group + 1))
+        if on_gpu:
+            self._check_overflow(self.scale[:, :, columns.start // self.width : (columns.stop - 1) // self.width + 1])
 
     def _choose(self, target: torch.Tensor, precision: torch.Tensor, group: slice) -> None:
         """The scale and zero of one group with the least weighted error: `target` (E, N, B), `precision` (E, B).
@@ -96,9 +103,13 @@ class IntGrid:
         """Positive scales as the format will store them. Raises `E_VALUE` where they overflow its type."""
         kind = self.format.scale_dtype
         rounded = scale.clamp(min=_TINY[kind]).to(_TORCH[kind]).float()
-        if bool(torch.isinf(rounded).any()):
-            raise QmoeError("E_VALUE", f"a scale overflows {kind}; use scale_dtype bfloat16 or float32")
+        self._check_overflow(rounded)
         return rounded
+
+    def _check_overflow(self, scale: torch.Tensor) -> None:
+        if bool(torch.isinf(scale).any()):
+            kind = self.format.scale_dtype
+            raise QmoeError("E_VALUE", f"a scale overflows {kind}; use scale_dtype bfloat16 or float32")
 
     def round(self, target: torch.Tensor, precision: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
         group = column // self.width

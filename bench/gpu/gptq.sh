@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Calibrated quantization on a machine with a GPU: builds, tests (also under compute-sanitizer), measures.
+#   bench/gpu/gptq.sh OUT [--quick]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=${1:?usage: bench/gpu/gptq.sh OUT [--quick]}
+shift
+site=$(mktemp -d)
+export PYTHONPATH=$site PYTHONUNBUFFERED=1
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) python3 -m pip install -q --no-build-isolation --no-deps --no-index --target "$site" .
+timeout 120 python3 -m pytest -q tests/gpu/test_feedback.py -p no:cacheprovider
+for tool in memcheck racecheck; do
+    # The caching allocator would hide writes outside a tensor.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+        python3 -m pytest -q tests/gpu/test_feedback.py -p no:cacheprovider -k "(twin and (shape1 or shape2)) or chosen" 2>&1 |
+        tee "$out/sanitizer-$tool.log" | tail -n 3
+done
+python3 bench/gpu/gptq_throughput.py --output "$out/gptq-gpu.json" "$@"
