@@ -76,6 +76,11 @@ class Target:
         """All checkpoint tensors that go into this weight."""
         return [name for _, names in self.sources for name in names]
 
+    @property
+    def sliceable(self) -> bool:
+        """Whether some of the matrices can be read without the others."""
+        return self.converter is None or self._by_expert()
+
     def matrices(self, read: Reader, first: int = 0, last: int | None = None) -> Iterator[torch.Tensor]:
         """Yields matrices `first` to `last` (all E by default) as float32 (N, K), reading as little at a time as the
         layout allows: one expert's tensors, or one slice of a fused tensor; only where the conversion mixes experts,

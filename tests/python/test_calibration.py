@@ -263,6 +263,31 @@ def test_drift_is_how_far_the_compressed_model_has_moved(family, sources, tokens
     close(seen[f"{name}.weight"][0][1].drift[0], (original - x).T @ x)
 
 
+def test_rows_matter_by_what_their_errors_do_to_the_output(sources, tokens, seen, tmp_path):
+    """Against finite differences: the mean squared change of an expert's output per change of each row's output."""
+    for family in ("qwen3_moe", "gpt_oss"):
+        model, directory = sources(family)
+        seen.clear()
+        recipe = Recipe.uniform("int8", 32, "probe")
+        compress(directory, tmp_path / family, recipe, calibration=spec_of(tokens))
+        name = "model.layers.0.mlp.experts"
+        x, index, _ = reference(model, torch.from_numpy(tokens).view(WINDOWS, WINDOW))[name]
+        module = copy.deepcopy(model.get_submodule(name)).double()
+        importance = seen[f"{name}.gate_up_proj"][0][1].row_importance
+        assert seen[f"{name}.down_proj"][0][1].row_importance is None
+        transposed = (lambda w: w) if module.is_transposed else (lambda w: w.T)
+        for expert in range(2):
+            mine = x[(index == expert).any(1)]
+            bias = module.gate_up_proj_bias[expert] if module.has_bias else 0.0
+            states, down = mine @ transposed(module.gate_up_proj[expert]) + bias, transposed(module.down_proj[expert])
+            for row in (0, 7, 24, 41):
+                step = torch.zeros(states.shape[1], dtype=torch.float64)
+                step[row] = 1e-6
+                change = (module._apply_gate(states + step) - module._apply_gate(states)) @ down / 1e-6
+                expected = float(change.detach().square().sum(1).mean())
+                assert float(importance[expert, row]) == pytest.approx(expected, rel=1e-3)
+
+
 def hidden(module, expert: int, x: torch.Tensor) -> torch.Tensor:
     weight = module.gate_up_proj[expert].double()
     states = x @ (weight if module.is_transposed else weight.T)
@@ -365,6 +390,7 @@ def refusal(*arguments, **named) -> QmoeError:
     ("code", "words", "changes"),
     [
         ("E_VALUE", "too few", {"window": 128}),
+        ("E_VALUE", "context", {"window": 129}),
         ("E_VALUE", "too few", {"max_tokens": 8}),
         ("E_VALUE", "1-D", {"source": np.zeros((2, 64), dtype=np.int64)}),
         ("E_VALUE", "1-D", {"source": np.zeros(64)}),

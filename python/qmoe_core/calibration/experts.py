@@ -12,7 +12,7 @@ Gating and biases are the module's own, as in `runtime.experts`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..quantize.base import StackStatistics
 from ..source import CheckedReader
 from .buffers import Budget, RowBuffer
 
+SAMPLE = 1024  # tokens of an expert that tell how much its rows matter
 ROWS = 16384  # rows that one product takes at a time; fixed, since the order of summation depends on it
 
 
@@ -144,6 +145,8 @@ class ExpertsStage:
         (experts, n1, k1), (_, n2, k2) = first.shape, down.shape
         each = 4 * (2 * max(k1 * k1, k2 * k2) + 2 * n1 * k1 + 2 * n2 * k2)
         self.chunk = max(1, min(experts, chunk_bytes // each))
+        if not (first.sliceable and down.sliceable):
+            self.chunk = experts  # reading some of them means reading all of them
 
     def run(self, tap: ExpertsTap, original: ExpertsTap | None) -> None:
         """Fills `tap.outputs`, and those of `original`, the same module in the uncompressed model, if given."""
@@ -172,15 +175,15 @@ class ExpertsStage:
         return torch.stack([w.to(self.device) for w in target.matrices(read, chunk.start, chunk.stop)])
 
     def _chunk(self, chunk: range, tap: ExpertsTap, original: ExpertsTap | None, pooled: torch.Tensor | None) -> None:
-        up = self._weights(self.first, chunk)
+        up, down = self._weights(self.first, chunk), self._weights(self.down, chunk)
         statistics = None
         if self._calibrated(self.first):
             statistics = self._statistics(
                 chunk, self.first.shape[2], tap, original, lambda e, x: x, lambda e, x: x, pooled, tap.rows
             )
+            statistics = replace(statistics, row_importance=self._importance(chunk, tap, up, down))
         up_used = self._quantize(self.first, chunk, up, statistics)
         del statistics
-        down = self._weights(self.down, chunk)
         statistics = None
         if self._calibrated(self.down):
             statistics = self._statistics(
@@ -207,8 +210,10 @@ class ExpertsStage:
 
     def _hidden(self, expert: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """What goes into down: x (M, H), gate and up (N, H) -> (M, I)."""
+        return self._gated(x @ weight.T + self._bias(self.first.parameter, expert))
+
+    def _gated(self, states: torch.Tensor) -> torch.Tensor:
         module: Any = self.module
-        states = x @ weight.T + self._bias(self.first.parameter, expert)
         return module._apply_gate(states) if module.has_gate else module.act_fn(states)
 
     def _outputs(self, chunk: range, tap: ExpertsTap, up: torch.Tensor, down: torch.Tensor) -> None:
@@ -279,6 +284,27 @@ class ExpertsStage:
         if pooled is None:
             pooled, pooled_tokens = hessian.sum(0), int(tokens.sum())
         return StackStatistics(tokens.to(self.device), hessian, pooled, pooled_tokens, drift)
+
+    def _importance(self, chunk: range, tap: ExpertsTap, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        """How much an error in each output of gate and up matters to the expert's output: (experts of the chunk, N)
+        float32, the mean over a sample of its tokens of (d hidden / d output)^2 x the squared norm of the column of
+        down that takes it. Ones for an expert without tokens."""
+        assert tap.inputs is not None
+        importance = torch.ones(len(chunk), up.shape[1], device=self.device)
+        for at, expert in enumerate(chunk):
+            rows, gate = tap.routed(expert)
+            if len(rows) == 0:
+                continue
+            places = torch.arange(0, len(rows), -(-len(rows) // SAMPLE))
+            x = tap.inputs.gather(rows[places]).to(self.device)
+            with torch.enable_grad():
+                states = (x @ up[at].T + self._bias(self.first.parameter, expert)).requires_grad_()
+                hidden = self._gated(states)
+                (slope,) = torch.autograd.grad(hidden, states, down[at].norm(dim=0).expand_as(hidden))
+            if self.gate_weighted:
+                slope = slope * gate[places, None].to(self.device)
+            importance[at] = slope.square().mean(0)
+        return importance
 
     def _quantize(
         self, target: Target, chunk: range, weights: torch.Tensor, statistics: StackStatistics | None

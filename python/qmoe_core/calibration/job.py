@@ -79,17 +79,24 @@ def prepare(checkpoint: SourceCheckpoint, plan: Plan, spec: CalibrationSpec | No
             file=checkpoint.directory,
             actual=config.get("model_type"),
         )
-    tokens = load_tokens(spec, checkpoint.directory, _vocabulary(checkpoint.directory))
+    text = _text_config(checkpoint.directory)
+    longest = getattr(text, "max_position_embeddings", None)
+    if isinstance(longest, int) and spec.window > longest:
+        raise QmoeError(
+            "E_VALUE", "a calibration window is longer than the model's context", expected=longest, actual=spec.window
+        )
+    tokens = load_tokens(spec, checkpoint.directory, int(text.vocab_size))
     around = 4 * sum(t.elements for name, t in checkpoint.tensors.items() if "embed" in name)
     memory = spec.buffer_bytes + 4 * spec.chunk_bytes + around
     return Calibration(spec, tokens, device, tokens.describe(spec, device), memory)
 
 
-def _vocabulary(directory: Path) -> int:
+def _text_config(directory: Path) -> Any:
+    """The part of config.json that describes the decoder."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    return int(config.get_text_config(decoder=True).vocab_size)
+    return config.get_text_config(decoder=True)
 
 
 def packed_items(plan: Plan) -> list[PackedItem]:

@@ -38,7 +38,7 @@ def check_device(device: str) -> str:
         raise QmoeError("E_NO_KERNEL", "unknown device", expected=["cpu", "cuda"], actual=device) from error
     if kind not in ("cpu", "cuda"):
         raise QmoeError("E_NO_KERNEL", "calibration does not run on this device", expected=["cpu", "cuda"], actual=kind)
-    if kind == "cuda" and not torch.cuda.is_available():
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise QmoeError(
             "E_NO_KERNEL", "no CUDA device is available", expected="a CUDA device", actual=torch.__version__
         )
