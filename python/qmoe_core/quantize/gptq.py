@@ -67,6 +67,7 @@ def quantize_stack(
     energies = output_error(weight, shared.hessian).tolist()
     squares = residual.square().sum((1, 2), dtype=torch.float64).tolist()
     originals = weight.square().sum((1, 2), dtype=torch.float64).tolist()
+    zeros = _zeros(grid, codes)
     if order is not None:
         codes = torch.empty_like(codes).scatter_(2, order.unsqueeze(1).expand_as(codes), codes)
     matrices = _int_matrices(grid, codes, order) if isinstance(grid, IntGrid) else _ternary_matrices(grid, codes)
@@ -77,7 +78,7 @@ def quantize_stack(
                 weights=weight[0].numel(),
                 error_sum=squares[expert],
                 weight_sum=originals[expert],
-                zeros=_zeros(matrix),
+                zeros=zeros[expert],
                 formats={spec.format.name: 1},
                 output_error=errors[expert],
                 output_energy=energies[expert],
@@ -228,12 +229,11 @@ def _ternary_matrices(grid: TernaryGrid, codes: torch.Tensor) -> list[TernaryMat
     ]
 
 
-def _zeros(matrix: Matrix) -> int:
-    if isinstance(matrix, TernaryMatrix):
-        levels = matrix.levels if matrix.levels.shape[1] == 2 else np.concatenate([-matrix.levels, matrix.levels], 1)
-        low, high = levels[:, 0], levels[:, 1]
-        zero_level = ((matrix.trits > 0) & (high == 0)[:, None]) | ((matrix.trits < 0) & (low == 0)[:, None])
-        return int((matrix.trits == 0).sum() + zero_level.sum())
-    if matrix.zeros is None and getattr(matrix.format, "half_step", False):
-        return 0
-    return int(matrix.dequantize().size - np.count_nonzero(matrix.dequantize()))
+def _zeros(grid: IntGrid | TernaryGrid, codes: torch.Tensor) -> list[int]:
+    """How many weights of each matrix became exactly zero, counted where the codes (E, N, K) are."""
+    if isinstance(grid, IntGrid):
+        zero = codes.view(torch.uint8) == grid.zero[:, :, grid.group_of]
+    else:
+        zero = (codes == 0) | (codes > 0) & (grid.high == 0).unsqueeze(2) | (codes < 0) & (grid.low == 0).unsqueeze(2)
+    counts: list[int] = zero.sum((1, 2)).tolist()
+    return counts
