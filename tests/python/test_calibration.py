@@ -372,9 +372,9 @@ def test_killed_at_any_moment_the_same_call_continues_to_the_same_bytes(sources,
             assert hashes(tmp_path / "out") == expected, f"{action} {point}"
             assert not (tmp_path / "out" / ".qmoe-journal").exists()
             shutil.rmtree(tmp_path / "out")
-            point = 2 * point + 2
+            point = 3 * point + 2
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    assert resumes >= 6
+    assert resumes >= 5
 
 
 GPTQ = Recipe.uniform("int4", 32, "gptq")

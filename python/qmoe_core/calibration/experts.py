@@ -13,90 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import quantize as methods
-from ..errors import QmoeError
 from ..families import Reader, Target
 from ..quantize import Matrix, MethodSpec, TensorReport
 from ..quantize.base import StackStatistics
 from ..source import CheckedReader
-from .buffers import Budget, RowBuffer
+from .tap import ExpertsTap
 
 SAMPLE = 1024  # tokens of an expert that tell how much its rows matter
 ROWS = 16384  # rows that one product takes at a time; fixed, since the order of summation depends on it
-
-
-class ExpertsTap:
-    """Stands in for the forward of an experts module: records its inputs, or hands back outputs computed before.
-
-    Attributes:
-        inputs: (T, H) what the experts were given; index: (T, k) int64, weight: (T, k) float32; outputs: (T, H).
-        position: the row that the next call begins with; whoever runs the layer keeps it right.
-        mode: "record"; "replay" to hand back `outputs`; "skip" to return zeros and note nothing.
-    """
-
-    def __init__(self, name: str, rows: int, budget: Budget, spill: Path) -> None:
-        self.name, self.rows, self.position = name, rows, 0
-        self.mode = "skip"
-        self.inputs: RowBuffer | None = None
-        self.outputs: RowBuffer | None = None
-        self.index: torch.Tensor | None = None
-        self.weight: torch.Tensor | None = None
-        self._budget, self._spill = budget, spill
-        self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def __call__(self, *arguments: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
-        hidden, index, weight = (*arguments, *named.values())
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        if self.mode == "skip":
-            return torch.zeros_like(hidden)
-        if self.mode == "replay":
-            assert self.outputs is not None
-            rows = self.outputs.read(self.position, self.position + len(flat))
-            return rows.to(hidden.device, hidden.dtype).clone().view_as(hidden)
-        if self.inputs is None:
-            self.inputs = RowBuffer(self.rows, flat.shape[1], self._budget, self._spill.with_suffix(".inputs"))
-            self.index = torch.full((self.rows, index.shape[-1]), -1, dtype=torch.int64)
-            self.weight = torch.zeros(self.rows, index.shape[-1])
-        assert self.index is not None and self.weight is not None
-        if len(flat) != len(index) or self.position + len(flat) > self.rows:
-            raise QmoeError(
-                "E_LAYOUT",
-                "calibration expects experts to be called once per layer with all tokens",
-                tensor=self.name,
-                expected=tuple(index.shape),
-                actual=tuple(hidden.shape),
-            )
-        rows_of = slice(self.position, self.position + len(flat))
-        self.inputs.write(self.position, flat)
-        self.index[rows_of].copy_(index)
-        self.weight[rows_of].copy_(weight)
-        return torch.zeros_like(hidden)
-
-    def make_outputs(self) -> None:
-        assert self.inputs is not None
-        self.outputs = RowBuffer(self.rows, self.inputs.width, self._budget, self._spill.with_suffix(".outputs"))
-
-    def routed(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows, weights): the tokens of one expert in ascending order, and their routing weights."""
-        assert self.index is not None and self.weight is not None
-        if self._sorted is None:
-            ids, order = self.index.reshape(-1).sort(stable=True)
-            self._sorted = ids.contiguous(), order
-        ids, order = self._sorted
-        first, last = torch.searchsorted(ids, torch.tensor([expert, expert + 1])).tolist()
-        places = order[first:last]
-        return places // self.index.shape[1], self.weight.reshape(-1)[places]
-
-    def close(self) -> None:
-        for buffer in (self.inputs, self.outputs):
-            if buffer is not None:
-                buffer.close()
 
 
 def add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -151,9 +81,7 @@ class ExpertsStage:
     def run(self, tap: ExpertsTap, original: ExpertsTap | None) -> None:
         """Fills `tap.outputs`, and those of `original`, the same module in the uncompressed model, if given."""
         if tap.inputs is None:  # never called with these tokens: only data-free methods and pooled zeros remain
-            tap.inputs = RowBuffer(tap.rows, self.first.shape[2], tap._budget, tap._spill.with_suffix(".inputs"))
-            tap.index = torch.full((tap.rows, 1), -1, dtype=torch.int64)
-            tap.weight = torch.zeros(tap.rows, 1)
+            tap.make_inputs(self.first.shape[2], 1)
         tap.make_outputs()
         if original is not None:
             original.make_outputs()

@@ -16,9 +16,10 @@ from ..families import FUSED_PARAMETERS, Target
 from ..quantize import MethodSpec
 from ..source import CheckedReader
 from .buffers import States
-from .experts import ExpertsStage, ExpertsTap, StackResult
+from .experts import ExpertsStage, StackResult
 from .linears import LinearStatistics
 from .skeleton import replaced_forwards
+from .tap import ExpertsTap
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline

@@ -1,0 +1,82 @@
+"""What stands in for an experts module while its layer runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..errors import QmoeError
+from .buffers import Budget, RowBuffer
+
+
+class ExpertsTap:
+    """Stands in for the forward of an experts module: records its inputs, or hands back outputs computed before.
+
+    Attributes:
+        inputs: (T, H) what the experts were given; index: (T, k) int64, weight: (T, k) float32; outputs: (T, H).
+        position: the row that the next call begins with; whoever runs the layer keeps it right.
+        mode: "record"; "replay" to hand back `outputs`; "skip" to return zeros and note nothing.
+    """
+
+    def __init__(self, name: str, rows: int, budget: Budget, spill: Path) -> None:
+        self.name, self.rows, self.position = name, rows, 0
+        self.mode = "skip"
+        self.inputs: RowBuffer | None = None
+        self.outputs: RowBuffer | None = None
+        self.index: torch.Tensor | None = None
+        self.weight: torch.Tensor | None = None
+        self._budget, self._spill = budget, spill
+        self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, *arguments: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        hidden, index, weight = (*arguments, *named.values())
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if self.mode == "skip":
+            return torch.zeros_like(hidden)
+        if self.mode == "replay":
+            assert self.outputs is not None
+            rows = self.outputs.read(self.position, self.position + len(flat))
+            return rows.to(hidden.device, hidden.dtype).clone().view_as(hidden)
+        if self.inputs is None:
+            self.make_inputs(flat.shape[1], index.shape[-1])
+        assert self.inputs is not None and self.index is not None and self.weight is not None
+        if len(flat) != len(index) or self.position + len(flat) > self.rows:
+            raise QmoeError(
+                "E_LAYOUT",
+                "calibration expects experts to be called once per layer with all tokens",
+                tensor=self.name,
+                expected=tuple(index.shape),
+                actual=tuple(hidden.shape),
+            )
+        rows_of = slice(self.position, self.position + len(flat))
+        self.inputs.write(self.position, flat)
+        self.index[rows_of].copy_(index)
+        self.weight[rows_of].copy_(weight)
+        return torch.zeros_like(hidden)
+
+    def make_inputs(self, width: int, choices: int) -> None:
+        """Room for inputs of `width` columns and `choices` experts per token, no token of which is routed yet."""
+        self.inputs = RowBuffer(self.rows, width, self._budget, self._spill.with_suffix(".inputs"))
+        self.index = torch.full((self.rows, choices), -1, dtype=torch.int64)
+        self.weight = torch.zeros(self.rows, choices)
+
+    def make_outputs(self) -> None:
+        assert self.inputs is not None
+        self.outputs = RowBuffer(self.rows, self.inputs.width, self._budget, self._spill.with_suffix(".outputs"))
+
+    def routed(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, weights): the tokens of one expert in ascending order, and their routing weights."""
+        assert self.index is not None and self.weight is not None
+        if self._sorted is None:
+            ids, order = self.index.reshape(-1).sort(stable=True)
+            self._sorted = ids.contiguous(), order
+        ids, order = self._sorted
+        first, last = torch.searchsorted(ids, torch.tensor([expert, expert + 1])).tolist()
+        places = order[first:last]
+        return places // self.index.shape[1], self.weight.reshape(-1)[places]
+
+    def close(self) -> None:
+        for buffer in (self.inputs, self.outputs):
+            if buffer is not None:
+                buffer.close()
