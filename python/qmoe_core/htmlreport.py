@@ -10,6 +10,7 @@ import datetime
 import io
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -53,13 +54,15 @@ class FormatRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page. `model`: what was compressed; `text`: what it was judged on; `rows`: original first."""
+    """Everything on the page. `model`: what was compressed; `text`: what it was judged on; `rows`: original first;
+    `frontier`: (bytes of the records, least predicted loss), as `allocation.frontier` gives them, or nothing."""
 
     title: str
     model: str
     text: str
     prompt: str
     rows: tuple[FormatRow, ...]
+    frontier: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ def write_report(output: str | os.PathLike[str], report: Report) -> ReportFiles:
         "size": ("Size on disk", _plot_size(report)),
         "error": ("Error of the weights", _plot_error(report)),
     }
+    if report.frontier:
+        plots["frontier"] = ("What a budget buys", plot_frontier(report.frontier))
     paths, embedded = [], {}
     for name, (heading, figure) in plots.items():
         buffer = io.BytesIO()
@@ -293,6 +298,19 @@ def _plot_error(report: Report) -> Figure:
     ax.set_xlabel("layer and tensor")
     ax.set_ylabel("relative error ||W - Q|| / ||W||")
     _title(ax, "Error of the expert weights, tensor by tensor")
+    return figure
+
+
+def plot_frontier(points: Sequence[tuple[int, float]]) -> Figure:
+    """The least predicted loss for every size of the records: (bytes, loss) from small to large."""
+    figure, (ax,) = _figure(7.4, 4.4)
+    shown = [(nbytes / 1e6, loss) for nbytes, loss in points if loss > 0]  # what a logarithmic axis can show
+    ax.plot([x for x, _ in shown], [y for _, y in shown], color=COLOURS[1], linewidth=1.8)
+    if shown:
+        _plain_log(ax)
+    ax.set_xlabel("MB of packed weights, all metadata included")
+    ax.set_ylabel("predicted loss (lower is better)")
+    _title(ax, "The best mix of formats for each size")
     return figure
 
 

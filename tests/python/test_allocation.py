@@ -173,3 +173,11 @@ def test_recipe_names_tensors_that_differ_and_survives_toml(tmp_path) -> None:
     assert sorted(formats) == ["int4-g32"] * 3 + ["ternary"] * 4
     assert formats[-1] == "int4-g32"
     assert len(recipe.rules) == 4  # one for experts, one for attention, two for the experts that differ
+
+
+def test_frontier_is_drawn() -> None:
+    from qmoe_core.htmlreport import plot_frontier
+
+    figure = plot_frontier([(10, 2.0), (20, 0.5), (1_000_000, 0.0)])
+    (line,) = figure.axes[0].lines
+    assert list(line.get_ydata()) == [2.0, 0.5]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from packed_fixtures import tiny_model
+from typer.testing import CliRunner
 
 from qmoe_core.allocation import (
     CompressedTrials,
@@ -22,6 +23,7 @@ from qmoe_core.allocation import (
     weight_errors,
 )
 from qmoe_core.checkpoint import compress
+from qmoe_core.cli.app import app
 from qmoe_core.errors import QmoeError
 from qmoe_core.evaluation import evaluate
 from qmoe_core.families import analyze
@@ -178,3 +180,30 @@ def test_collector_adds_up_chunks_and_weighs_tensors(source):
         assert b.loss == pytest.approx(2 * a.loss, rel=1e-5)
     assert json.loads(json.dumps(whole.table)) == whole.table
     assert 0 < one.candidates[3].loss < one.candidates[0].loss < 1
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("qwen")
+    tiny_model("qwen3_moe").save_pretrained(directory)
+    return directory
+
+
+def test_command_line_keeps_the_budget(qwen, tmp_path):
+    def run(*options: str) -> tuple[int, dict]:
+        result = CliRunner().invoke(app, ["compress", str(qwen), "-o", str(tmp_path / "out"), "--json", *options])
+        return result.exit_code, json.loads(result.stdout)
+
+    code, failed = run("--fit", "1kB")
+    assert code == 3 and "smallest size" in json.dumps(failed)
+    code, report = run("--fit", "200kB", "--allow", "attention")
+    assert code == 0 and report["bytes_on_disk"] <= 200_000
+    assert {entry["role"] for entry in report["tensors"]} >= {"expert"}
+
+
+@pytest.mark.parametrize(
+    "options", [("--fit", "2MB", "--bits", "3"), ("--allow", "attention"), ("--bits", "3", "-f", "int4")]
+)
+def test_contradicting_options_are_wrong_usage(qwen, tmp_path, options):
+    result = CliRunner().invoke(app, ["compress", str(qwen), "-o", str(tmp_path / "out"), *options])
+    assert result.exit_code == 2
