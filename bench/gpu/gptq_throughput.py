@@ -64,7 +64,7 @@ def timed(run: Callable[[], Any], repeats: int) -> tuple[list[float], Any]:
 
 
 def limits() -> dict[str, float]:
-    """What this device reaches: float32 and bfloat16 matrix products (FLOP/s), a copy (bytes read and written per s)."""
+    """What this device reaches: float32 and bfloat16 matrix products, and a copy (bytes read and written)."""
 
     def rate(amount: float, run: Callable[[], Any]) -> float:
         return amount / stats.median(timed(run, 5)[0])
@@ -149,6 +149,34 @@ def whole(weight: torch.Tensor, x: torch.Tensor, spec: MethodSpec, chunk: int) -
             future.result()
 
 
+def measure(weight: torch.Tensor, x: torch.Tensor, name: str, chunk: int, repeats: int, sweeps: int) -> dict[str, Any]:
+    """One row of the results: a stack (E, N, K) with its activations, to one format."""
+    spec = MethodSpec("gptq", FORMATS[name], {"sweeps": sweeps})
+    seconds, _ = timed(lambda: whole(weight, x, spec, chunk), repeats)
+    rates = [weight.numel() / second for second in seconds]
+    torch.cuda.empty_cache()
+    parts = stages(weight[:chunk], x[:chunk], spec, repeats)
+    torch.cuda.empty_cache()
+    row = {
+        "shape": list(weight.shape[1:]),
+        "experts": len(weight),
+        "chunk": chunk,
+        "tokens": TOKENS,
+        "format": name,
+        "weights_per_second": stats.median(rates),
+        "least": min(rates),
+        "most": max(rates),
+        "stages": parts,
+    }
+    print(f"{weight.shape[1]}x{weight.shape[2]} {name}: {stats.median(rates) / 1e6:.0f} M weights/s, all of it")
+    for stage, part in parts.items():
+        print(
+            f"    {stage:16} {1e3 * part['seconds']:8.1f} ms {part['weights_per_second'] / 1e6:8.0f} M weights/s"
+            f" {part['flops_per_second'] / 1e12:7.1f} TFLOP/s"
+        )
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path)
@@ -162,33 +190,8 @@ def main() -> None:
     rows = []
     for shape in SHAPES:
         chunk = 64 if shape[1] < 1024 else 16
-        experts = 2 * chunk if arguments.quick or chunk == 64 else 64
-        weight, x = sample(experts, *shape)
-        for name, format in FORMATS.items():
-            spec = MethodSpec("gptq", format, {"sweeps": arguments.sweeps})
-            seconds, _ = timed(lambda spec=spec: whole(weight, x, spec, chunk), repeats)
-            rates = [weight.numel() / second for second in seconds]
-            parts = stages(weight[:chunk], x[:chunk], spec, repeats)
-            torch.cuda.empty_cache()
-            rows.append(
-                {
-                    "shape": list(shape),
-                    "experts": experts,
-                    "chunk": chunk,
-                    "tokens": TOKENS,
-                    "format": name,
-                    "weights_per_second": stats.median(rates),
-                    "least": min(rates),
-                    "most": max(rates),
-                    "stages": parts,
-                }
-            )
-            print(f"{shape[0]}x{shape[1]} {name}: {stats.median(rates) / 1e6:.0f} M weights/s, all of it")
-            for stage, row in parts.items():
-                print(
-                    f"    {stage:16} {1e3 * row['seconds']:8.1f} ms {row['weights_per_second'] / 1e6:8.0f} M weights/s"
-                    f" {row['flops_per_second'] / 1e12:7.1f} TFLOP/s"
-                )
+        weight, x = sample(2 * chunk if arguments.quick or chunk == 64 else 64, *shape)
+        rows += [measure(weight, x, name, chunk, repeats, arguments.sweeps) for name in FORMATS]
         del weight, x
         torch.cuda.empty_cache()
     if arguments.output:

@@ -1,5 +1,5 @@
-"""Calibrated rounding on the GPU: the kernels against their slow twins in torch, bit for bit where sums go the same way,
-and whole stacks against float64."""
+"""Calibrated rounding on the GPU: the kernels against their slow twins in torch, bit for bit where sums go the same
+way, and whole stacks against float64."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def int_grid(shape: tuple[int, int, int], bits: int, group: int, zero_point: boo
     grid = IntGrid(IntFormat(bits, group, zero_point), shape, torch.device("cuda"), 24)
     generator = torch.Generator(device="cuda").manual_seed(1)
     grid.scale = torch.rand(grid.scale.shape, device="cuda", generator=generator) * 0.3 + 0.05
-    grid.zero = torch.randint(0, grid.top + 1, grid.zero.shape, device="cuda", generator=generator) + 0.5 * (group == 32)
+    half = 0.5 if group == 32 else 0.0
+    grid.zero = torch.randint(0, grid.top + 1, grid.zero.shape, device="cuda", generator=generator) + half
     if not zero_point:
         grid.scale *= -1
     return grid
@@ -84,9 +85,7 @@ def test_rounding_equals_the_twin_bit_for_bit(
         inner.copy_(given["residual"])
         monkeypatch.setattr(feedback_cuda, "usable", lambda weight: not twin)
         target = given["target"].clone()
-        feedback._round_block(
-            given["weight"], target, coefficients, given["precision"], grid, columns, code, inner
-        )
+        feedback._round_block(given["weight"], target, coefficients, given["precision"], grid, columns, code, inner)
         return codes, residual
 
     codes, residual = run(twin=False)
@@ -120,7 +119,8 @@ def stack(shape: tuple[int, int, int]) -> tuple[torch.Tensor, StackStatistics]:
     experts, _, columns = shape
     generator = torch.Generator(device="cuda").manual_seed(3)
     mixing = torch.randn(columns, columns, device="cuda", generator=generator) / columns**0.5
-    x = torch.randn(experts, 3 * columns, columns, device="cuda", generator=generator) @ (mixing + torch.eye(columns).cuda())
+    mixing += torch.eye(columns, device="cuda")
+    x = torch.randn(experts, 3 * columns, columns, device="cuda", generator=generator) @ mixing
     weight = torch.randn(shape, device="cuda", generator=generator)
     return weight, StackStatistics(torch.full((experts,), 3 * columns), torch.bmm(x.transpose(1, 2), x))
 

@@ -27,7 +27,7 @@ def _library() -> bool:
 
 
 def usable(weight: torch.Tensor) -> bool:
-    """Whether the kernels can run on the device that holds `weight`; elsewhere the sweeps in torch do the same, slowly."""
+    """Whether the kernels run on the device that holds `weight`; elsewhere torch does the same, slowly."""
     return weight.is_cuda and torch.version.cuda is not None and _library()
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..errors import QmoeError
-from ..formats import IntFormat, IntMatrix, TernaryFormat, TernaryMatrix
+from ..formats import IntFormat, IntMatrix, TernaryMatrix
 from .base import Matrix, MethodSpec, StackStatistics, TensorReport, number_option
 from .feedback import Factors, descend, factorize, output_error, retarget, round_with_feedback
 from .grids import IntGrid, TernaryGrid
