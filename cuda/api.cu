@@ -41,7 +41,12 @@ Status choose_grid_on(const ChooseGrid& grid, void* stream) noexcept {
     return choose_grid(grid, static_cast<cudaStream_t>(stream));
 }
 
-constexpr Api kApi{kApiVersion, device_count, device_info, dequantize, round_block_on, choose_grid_on};
+Status ternary_sums_on(const TernarySums& sums, void* stream) noexcept {
+    return ternary_sums(sums, static_cast<cudaStream_t>(stream));
+}
+
+constexpr Api kApi{kApiVersion, device_count, device_info, dequantize, round_block_on, choose_grid_on,
+                  ternary_sums_on};
 
 }  // namespace
 }  // namespace qmoe::cuda

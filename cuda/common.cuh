@@ -43,5 +43,6 @@ Status dequantize_int(const DeviceMatrix& matrix, void* out, OutputType type, cu
 Status dequantize_ternary(const DeviceMatrix& matrix, void* out, OutputType type, cudaStream_t stream) noexcept;
 Status round_block(const RoundBlock& block, cudaStream_t stream) noexcept;
 Status choose_grid(const ChooseGrid& grid, cudaStream_t stream) noexcept;
+Status ternary_sums(const TernarySums& sums, cudaStream_t stream) noexcept;
 
 }  // namespace qmoe::cuda

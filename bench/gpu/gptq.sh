@@ -13,7 +13,7 @@ timeout 120 python3 -m pytest -q tests/gpu/test_feedback.py -p no:cacheprovider
 for tool in memcheck racecheck; do
     # The caching allocator would hide writes outside a tensor.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-        python3 -m pytest -q tests/gpu/test_feedback.py -p no:cacheprovider -k "(twin and (shape1 or shape2)) or chosen" 2>&1 |
+        python3 -m pytest -q tests/gpu/test_feedback.py -p no:cacheprovider -k "(twin and (shape1 or shape2)) or chosen or sums" 2>&1 |
         tee "$out/sanitizer-$tool.log" | tail -n 3
 done
 python3 bench/gpu/gptq_throughput.py --output "$out/gptq-gpu.json" "$@"

@@ -133,6 +133,22 @@ void cuda_choose_grid(const py::dict& target, const py::dict& grid, uintptr_t st
     check(required_library().choose_grid(a, reinterpret_cast<void*>(stream)));
 }
 
+void cuda_ternary_sums(const py::dict& fields, uintptr_t stream) {
+    cuda::TernarySums a{};
+    a.experts = number<uint32_t>(fields, "experts");
+    a.rows = number<uint32_t>(fields, "rows");
+    a.columns = number<uint32_t>(fields, "columns");
+    a.weight = device_pointer<float>(fields, "weight");
+    a.precision = device_pointer<float>(fields, "precision");
+    a.low = device_pointer<float>(fields, "low");
+    a.high = device_pointer<float>(fields, "high");
+    a.price = device_pointer<float>(fields, "price");
+    a.bits = device_pointer<float>(fields, "bits");
+    a.sums = device_pointer<float>(fields, "sums");
+    a.counts = device_pointer<uint32_t>(fields, "counts");
+    check(required_library().ternary_sums(a, reinterpret_cast<void*>(stream)));
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -145,6 +161,8 @@ void bind_cuda(py::module_& m) {
           "are raw.");
     m.def("cuda_round_block", &cuda_round_block, py::arg("block"), py::arg("grid"), py::arg("stream"),
           "Round one block of columns with feedback on the device; fields and raw pointers as in qmoe/cuda.h.");
+    m.def("cuda_ternary_sums", &cuda_ternary_sums, py::arg("fields"), py::arg("stream"),
+          "Sums per row and counts per matrix of ternary codes on the device; fields as in qmoe/cuda.h.");
     m.def("cuda_choose_grid", &cuda_choose_grid, py::arg("target"), py::arg("grid"), py::arg("stream"),
           "Choose the int grid of one group of columns on the device; fields and raw pointers as in qmoe/cuda.h.");
 }

@@ -8,6 +8,7 @@
 //
 // Products and sums are rounded one by one, in the order of the columns, as the twin does: equal inputs give equal bits.
 #include "common.cuh"
+#include "gptq/ternary_rounding.cuh"
 
 namespace qmoe::cuda {
 namespace {
@@ -22,12 +23,12 @@ constexpr uint32_t shared_bytes(uint32_t strips) {
     return (strip_offset(strips) + (strips - 1) * kStrip * kThreads) * 4;
 }
 
-struct IntRounding {
+struct IntRounder {
     const float *scales, *zeros;
     float scale = 1, zero = 0, top;
     uint32_t first, width, group = UINT32_MAX;
 
-    __device__ IntRounding(const RoundBlock& a, uint64_t row)
+    __device__ IntRounder(const RoundBlock& a, uint64_t row)
         : scales(a.scale + row * a.groups),
           zeros(a.zero + row * a.groups),
           top(static_cast<float>(a.top)),
@@ -45,26 +46,15 @@ struct IntRounding {
     }
 };
 
-struct TernaryRounding {
-    float low, high, cost_low, cost_zero, cost_high;
+struct TernaryRounder {
+    TernaryRounding round;
 
-    __device__ TernaryRounding(const RoundBlock& a, uint64_t row) : low(a.low[row]), high(a.high[row]) {
-        const float price = a.price[row];
-        const float* bits = a.bits + row / a.rows * 3;
-        cost_low = __fmul_rn(price, bits[0]);
-        cost_zero = __fmul_rn(price, bits[1]);
-        cost_high = __fmul_rn(price, bits[2]);
-    }
-    __device__ static float error(float precision, float distance, float cost) {
-        return __fadd_rn(__fmul_rn(precision, __fmul_rn(distance, distance)), cost);
-    }
-    __device__ float operator()(float target, uint32_t, float precision, uint8_t& code) {
-        const float at_zero = error(precision, target, cost_zero);
-        const float at_high = error(precision, __fsub_rn(target, high), cost_high);
-        const float at_low = error(precision, __fsub_rn(target, low), cost_low);
-        const bool up = at_high < at_zero, down = at_low < fminf(at_high, at_zero);
-        code = static_cast<uint8_t>(down ? -1 : up ? 1 : 0);
-        return down ? low : up ? high : 0.0f;
+    __device__ TernaryRounder(const RoundBlock& a, uint64_t row)
+        : round(a.low, a.high, a.price, a.bits + row / a.rows * 3, row) {}
+    __device__ float operator()(float target, uint32_t, float precision, uint8_t& code) const {
+        const TernaryRounding::Result result = round(target, precision);
+        code = static_cast<uint8_t>(result.code);
+        return result.value;
     }
 };
 
@@ -82,7 +72,7 @@ __device__ inline void load_strip(const float* p, uint32_t count, bool vectors, 
     }
 }
 
-template <class Rounding>
+template <class Rounder>
 __global__ void __launch_bounds__(kThreads) round_block_kernel(const __grid_constant__ RoundBlock a, bool vectors) {
     extern __shared__ float4 shared[];
     const uint32_t strips = (a.columns + kStrip - 1) / kStrip, expert = blockIdx.y, thread = threadIdx.x;
@@ -106,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) round_block_kernel(const __grid_cons
     uint8_t* const codes = a.codes + at;
     const float* const target = a.target + (uint64_t{expert} * a.rows + row) * a.columns;
     const float* const precision = a.precision + expert * a.precision_stride;
-    Rounding round(a, uint64_t{expert} * a.rows + row);
+    Rounder round(a, uint64_t{expert} * a.rows + row);
 
     for (uint32_t strip = 0; strip < strips; ++strip) {
         const uint32_t first = strip * kStrip, count = min(kStrip, a.columns - first);
@@ -162,10 +152,10 @@ __global__ void __launch_bounds__(kThreads) round_block_kernel(const __grid_cons
     }
 }
 
-template <class Rounding>
+template <class Rounder>
 Status launch(const RoundBlock& a, cudaStream_t stream) noexcept {
     const uint32_t strips = (a.columns + kStrip - 1) / kStrip, bytes = shared_bytes(strips);
-    if (const cudaError_t error = cudaFuncSetAttribute(round_block_kernel<Rounding>,
+    if (const cudaError_t error = cudaFuncSetAttribute(round_block_kernel<Rounder>,
                                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                        static_cast<int>(shared_bytes(kMaxRoundColumns / kStrip)));
         error != cudaSuccess)
@@ -174,7 +164,7 @@ Status launch(const RoundBlock& a, cudaStream_t stream) noexcept {
     const bool vectors = aligned(a.weight) && aligned(a.residual) && aligned(a.codes) && aligned(a.target) &&
                          a.row_stride % 16 == 0 && a.expert_stride % 16 == 0 && a.columns % 4 == 0;
     const dim3 grid((a.rows + kThreads - 1) / kThreads, a.experts);
-    round_block_kernel<Rounding><<<grid, kThreads, bytes, stream>>>(a, vectors);
+    round_block_kernel<Rounder><<<grid, kThreads, bytes, stream>>>(a, vectors);
     return launch_status();
 }
 
@@ -185,12 +175,12 @@ Status round_block(const RoundBlock& a, cudaStream_t stream) noexcept {
     if (a.columns > kMaxRoundColumns)
         return Status::mismatch(Code::kShape, "round_block: columns", 0, kMaxRoundColumns, a.columns);
     if (a.experts > 65535) return Status::mismatch(Code::kLimit, "round_block: experts", 0, 65535, a.experts);
-    if (a.ternary) return launch<TernaryRounding>(a, stream);
+    if (a.ternary) return launch<TernaryRounder>(a, stream);
     if (a.width == 0 || a.top == 0 || a.top > 255) return Status::error(Code::kValue, "round_block: group or top code");
     if ((a.first + a.columns - 1) / a.width >= a.groups)
         return Status::mismatch(Code::kShape, "round_block: groups", 0, (a.first + a.columns - 1) / a.width + 1,
                                 a.groups);
-    return launch<IntRounding>(a, stream);
+    return launch<IntRounder>(a, stream);
 }
 
 }  // namespace qmoe::cuda

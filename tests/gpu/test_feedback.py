@@ -115,6 +115,21 @@ def test_chosen_grids_are_as_good_as_the_twins(bits: int, zero_point: bool, shap
     assert ((kernel.scale == twin.scale) & (kernel.zero == twin.zero)).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 33, 131), (2, 70, 512)])
+def test_ternary_sums_equal_float64(shape: tuple[int, int, int]) -> None:
+    given, grid = inputs(shape, shape[2]), ternary_grid(shape)
+    weight, precision = given["weight"], given["precision"]
+    sums, counts = feedback_cuda.ternary_sums(grid, weight, precision)
+    codes, _ = grid.round(weight, precision.unsqueeze(1), 0)
+    for at, sign in ((0, -1), (2, 1)):
+        chosen = (codes == sign) * precision.double().unsqueeze(1)
+        assert torch.allclose(sums[:, :, at].double(), (chosen * weight).sum(2), rtol=1e-5, atol=1e-5)
+        assert torch.allclose(sums[:, :, at + 1].double(), chosen.sum(2), rtol=1e-5)
+    assert torch.equal(counts.long(), torch.stack([(codes == value).sum((1, 2)) for value in (-1, 0, 1)], dim=1))
+    again, _ = feedback_cuda.ternary_sums(grid, weight, precision)
+    assert torch.equal(again, sums)
+
+
 def stack(shape: tuple[int, int, int]) -> tuple[torch.Tensor, StackStatistics]:
     experts, _, columns = shape
     generator = torch.Generator(device="cuda").manual_seed(3)

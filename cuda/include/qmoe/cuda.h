@@ -71,6 +71,15 @@ struct ChooseGrid {
     bool zero_point, half_step;
 };
 
+// Ternary codes of whole matrices without feedback, and what levels and bits are fitted from.
+struct TernarySums {
+    uint32_t experts, rows, columns;
+    const float *weight, *precision;             // (E, N, K), (E, K)
+    const float *low, *high, *price, *bits;      // as in RoundBlock
+    float* sums;       // (E, N, 4), written: low's sum of precision * weight and of precision, then high's
+    uint32_t* counts;  // (E, 3), added to: how many codes are -1, 0, 1
+};
+
 // The function table that libqmoe_cuda exports as qmoe_cuda_api().
 struct Api {
     uint32_t version;
@@ -80,6 +89,7 @@ struct Api {
     Status (*dequantize)(const DeviceMatrix& matrix, void* out, OutputType type, void* stream) noexcept;
     Status (*round_block)(const RoundBlock& block, void* stream) noexcept;
     Status (*choose_grid)(const ChooseGrid& grid, void* stream) noexcept;
+    Status (*ternary_sums)(const TernarySums& sums, void* stream) noexcept;
 };
 
 }  // namespace qmoe::cuda

@@ -1,6 +1,6 @@
 """The inner loops of `feedback` and of `grids` on a GPU, by libqmoe_cuda.
 
-Nothing here allocates on the device or waits for it, and every call can be captured in a CUDA graph.
+Nothing here waits for the device, and every call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..errors import QmoeError
 
 if TYPE_CHECKING:
     from .feedback import Grid
-    from .grids import IntGrid
+    from .grids import IntGrid, TernaryGrid
 
 MAX_COLUMNS = 128  # of one block or group
 _SCALE_TYPES = {"float16": 1, "bfloat16": 2, "float32": 3}
@@ -143,6 +143,33 @@ def choose_grid(grid: IntGrid, target: torch.Tensor, precision: torch.Tensor, gr
     }
     with torch.cuda.device(target.device):
         _C.cuda_choose_grid(of, into, torch.cuda.current_stream().cuda_stream)
+
+
+def ternary_sums(grid: TernaryGrid, weight: torch.Tensor, precision: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes of weights (E, N, K) float32 without feedback, summed up in one pass; precision (E, K) float32.
+
+    Returns:
+        (E, N, 4) float32: of the codes -1 the sum of precision * weight and of precision, then of the codes 1; and
+        (E, 3) int32: how many codes are -1, 0 and 1.
+
+    Raises:
+        QmoeError: as `round_block`.
+    """
+    experts, rows, columns = weight.shape
+    levels = {"low": grid.low, "high": grid.high, "price": grid.price}
+    tensors = {"weight": weight, "precision": precision, "bits": grid.bits, **levels}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    shapes = {"weight": (experts, rows, columns), "precision": (experts, columns), "bits": (experts, 3)}
+    for name, tensor in tensors.items():
+        _check(name, tensor, torch.float32, shapes.get(name, (experts, rows)), contiguous=True)
+    sums = weight.new_empty((experts, rows, 4))
+    counts = torch.zeros((experts, 3), dtype=torch.int32, device=weight.device)
+    tensors |= {"sums": sums, "counts": counts}
+    fields = {"experts": experts, "rows": rows, "columns": columns}
+    fields |= {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    with torch.cuda.device(weight.device):
+        _C.cuda_ternary_sums(fields, torch.cuda.current_stream().cuda_stream)
+    return sums, counts
 
 
 def _check(

@@ -178,16 +178,26 @@ class TernaryGrid:
         self.high = 1.3 * weight.abs().mean(2)
         self.low = -self.high
         importance = precision.unsqueeze(1)
+        on_gpu = feedback_cuda.usable(weight)
         for _ in range(rounds):
-            codes, _ = self.round(weight, precision.unsqueeze(1), 0)
-            plus, minus = importance * (codes > 0), importance * (codes < 0)
+            if on_gpu:
+                sums, counts = feedback_cuda.ternary_sums(self, weight, precision)
+                low_sum, low_weight, high_sum, high_weight = sums.unbind(2)
+            else:
+                codes, _ = self.round(weight, precision.unsqueeze(1), 0)
+                plus, minus = importance * (codes > 0), importance * (codes < 0)
+                high_sum, high_weight = (plus * weight).sum(2), plus.sum(2)
+                low_sum, low_weight = (minus * weight).sum(2), minus.sum(2)
             self._set_levels(
-                (plus * weight).sum(2) / plus.sum(2).clamp(min=1e-30),
-                (minus * weight).sum(2) / minus.sum(2).clamp(min=1e-30),
-                plus.sum(2),
-                minus.sum(2),
+                high_sum / high_weight.clamp(min=1e-30),
+                low_sum / low_weight.clamp(min=1e-30),
+                high_weight,
+                low_weight,
             )
-            self.count(codes)
+            if on_gpu:
+                self._set_bits(counts.float() / weight[0].numel())
+            else:
+                self.count(codes)
 
     def begin_block(self, target: torch.Tensor, precision: torch.Tensor, columns: slice) -> None:
         pass
@@ -249,6 +259,10 @@ class TernaryGrid:
         self.high, self.low = high, low
 
     def count(self, codes: torch.Tensor) -> None:
-        """Sets `bits` by the frequencies of the codes; none is taken to be rarer than 1 in 10,000."""
-        share = torch.stack([(codes == value).float().mean((1, 2)) for value in (-1, 0, 1)], dim=1).clamp(min=1e-4)
+        """Sets `bits` by the frequencies of the codes (E, N, K)."""
+        self._set_bits(torch.stack([(codes == value).float().mean((1, 2)) for value in (-1, 0, 1)], dim=1))
+
+    def _set_bits(self, share: torch.Tensor) -> None:
+        """By shares (E, 3) of the codes -1, 0, 1; none is taken to be rarer than 1 in 10,000."""
+        share = share.clamp(min=1e-4)
         self.bits = -torch.log2(share / share.sum(1, keepdim=True))
