@@ -90,7 +90,8 @@ class RowBuffer:
         if budget.take(self.nbytes):
             self._memory = torch.zeros(rows, width)
         else:
-            spill.unlink(missing_ok=True)  # a new file reads as zeros
+            with io_errors(spill):
+                spill.unlink(missing_ok=True)  # a new file reads as zeros
             self._file = _File(spill, self.nbytes)
 
     def write(self, first: int, values: torch.Tensor) -> None:
