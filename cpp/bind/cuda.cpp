@@ -93,6 +93,7 @@ void cuda_round_block(const py::dict& block, const py::dict& grid, uintptr_t str
     a.coefficients = device_pointer<float>(block, "coefficients");
     a.coefficient_expert_stride = number<uint64_t>(block, "coefficient_expert_stride");
     a.coefficient_row_stride = number<uint64_t>(block, "coefficient_row_stride");
+    a.coefficient_column_stride = number<uint64_t>(block, "coefficient_column_stride");
     a.precision = device_pointer<float>(block, "precision");
     a.precision_stride = number<uint64_t>(block, "precision_stride");
     a.ternary = grid.contains("price");

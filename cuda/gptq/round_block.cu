@@ -79,12 +79,19 @@ __global__ void __launch_bounds__(kThreads) round_block_kernel(const __grid_cons
     float* const triangle = reinterpret_cast<float*>(shared);
     float* const changes = triangle + strip_offset(strips) + thread;
     const float* const coefficients = a.coefficients + expert * a.coefficient_expert_stride;
-    for (uint32_t strip = 0; strip < strips; ++strip)
-        for (uint32_t i = thread; i < (strip + 1) * kStrip * kStrip; i += kThreads) {
-            const uint32_t j = i / kStrip, k = strip * kStrip + i % kStrip;
-            triangle[strip_offset(strip) + i] =
-                j < k && k < a.columns ? coefficients[j * a.coefficient_row_stride + k] : 0.0f;
+    // Neighbouring threads read neighbouring addresses: factors come with rows or with columns contiguous.
+    const bool by_row = a.coefficient_column_stride == 1;
+    for (uint32_t strip = 0; strip < strips; ++strip) {
+        const uint32_t above = (strip + 1) * kStrip;
+        for (uint32_t i = thread; i < above * kStrip; i += kThreads) {
+            const uint32_t j = by_row ? i / kStrip : i % above, within = by_row ? i % kStrip : i / above;
+            const uint32_t k = strip * kStrip + within;
+            triangle[strip_offset(strip) + j * kStrip + within] =
+                j < k && k < a.columns
+                    ? coefficients[j * a.coefficient_row_stride + k * a.coefficient_column_stride]
+                    : 0.0f;
         }
+    }
     __syncthreads();
 
     // From here on a thread touches its own row and its own changes only.

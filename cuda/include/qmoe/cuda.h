@@ -46,7 +46,7 @@ struct RoundBlock {
     uint8_t* codes;       // written: uint8 codes, or int8 trits
     const float* target;  // (E, N, columns)
     const float* coefficients;  // what column k takes of a change of column j < k: row j, column k
-    uint64_t coefficient_expert_stride, coefficient_row_stride;
+    uint64_t coefficient_expert_stride, coefficient_row_stride, coefficient_column_stride;
     const float* precision;  // (E, columns): weight of a squared error; ternary only
     uint64_t precision_stride;
     bool ternary;

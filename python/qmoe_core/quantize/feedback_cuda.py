@@ -46,7 +46,8 @@ def round_block(
     Args:
         weight, residual: (E, N, K) float32 contiguous. codes: (E, N, K) int8 contiguous. Of `residual` and `codes` the
             block's columns are rewritten.
-        target: (E, N, B) float32 contiguous, B <= 128. coefficients: (E, B, B) float32. precision: (E, B) float32.
+        target: (E, N, B) float32 contiguous, B <= 128. coefficients: (E, B, B) float32, any strides.
+        precision: (E, B) float32.
 
     Raises:
         QmoeError: `E_DTYPE`, `E_SHAPE` (also for strides that the kernel does not read), `E_NO_KERNEL` without
@@ -61,8 +62,9 @@ def round_block(
     for name, tensor in (("weight", weight), ("residual", residual), ("codes", codes)):
         _check(name, tensor, torch.int8 if tensor is codes else torch.float32, (experts, rows, total), contiguous=True)
     _check("target", target, torch.float32, (experts, rows, width), contiguous=True)
-    _check("coefficients", coefficients, torch.float32, (experts, width, width))
-    _check("precision", precision, torch.float32, (experts, width))
+    _check("coefficients", coefficients, torch.float32, (experts, width, width), any_strides=True)
+    _check("precision", precision, torch.float32, (experts, width), any_strides=True)
+    precision = precision.contiguous()  # the diagonal of a matrix is not
     block = {
         "experts": experts,
         "rows": rows,
@@ -76,6 +78,7 @@ def round_block(
         "coefficients": coefficients.data_ptr(),
         "coefficient_expert_stride": coefficients.stride(0),
         "coefficient_row_stride": coefficients.stride(1),
+        "coefficient_column_stride": coefficients.stride(2),
         "precision": precision.data_ptr(),
         "precision_stride": precision.stride(0),
     }
@@ -118,7 +121,8 @@ def choose_grid(grid: IntGrid, target: torch.Tensor, precision: torch.Tensor, gr
     _check("target", target, torch.float32, (experts, rows, width))
     if target.stride(0) != rows * target.stride(1) and experts > 1:
         raise QmoeError("E_SHAPE", "target: rows are not evenly spaced", actual=target.stride())
-    _check("precision", precision, torch.float32, (experts, width))
+    _check("precision", precision, torch.float32, (experts, width), any_strides=True)
+    precision = precision.contiguous()
     _check("scale", grid.scale, torch.float32, (experts, rows, groups), contiguous=True)
     _check("zero", grid.zero, torch.float32, (experts, rows, groups), contiguous=True)
     of = {
@@ -173,7 +177,12 @@ def ternary_sums(grid: TernaryGrid, weight: torch.Tensor, precision: torch.Tenso
 
 
 def _check(
-    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], contiguous: bool = False
+    name: str,
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    contiguous: bool = False,
+    any_strides: bool = False,
 ) -> None:
     if not tensor.is_cuda:
         raise QmoeError("E_NO_KERNEL", f"cuda: {name} is not on a CUDA device", actual=str(tensor.device))
@@ -181,5 +190,7 @@ def _check(
         raise QmoeError("E_DTYPE", f"cuda: {name}", expected=str(dtype), actual=str(tensor.dtype))
     if tuple(tensor.shape) != shape:
         raise QmoeError("E_SHAPE", f"cuda: {name}", expected=shape, actual=tuple(tensor.shape))
+    if any_strides:
+        return
     if (contiguous and not tensor.is_contiguous()) or (shape[-1] > 1 and tensor.stride(-1) != 1):
         raise QmoeError("E_SHAPE", f"cuda: {name} has strides that the kernel does not read", actual=tensor.stride())
