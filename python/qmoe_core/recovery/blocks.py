@@ -1,13 +1,14 @@
 """Matching the original's decoder layers one by one, with one layer of each model in memory.
 
 A layer gets what the recovered layers before it produce and is tuned to return what the original's layer returns for
-the original's inputs, so that later layers also correct for the errors of earlier ones (as in AQLM's block tuning, arXiv
-2401.06118). Only tensors inside the layers are tuned.
+the original's inputs, so that later layers also correct for the errors of earlier ones (compare AQLM's block tuning,
+arXiv 2401.06118). Only tensors inside the layers are tuned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..runtime.packed import PackedShape
 from ..source import SourceCheckpoint
 from .modules import make_tunable
 from .spec import RecoverySpec
-from .training import State, Trainer, arithmetic, load_state, save_state
+from .training import Trainer, arithmetic, load_state, save_state
 from .tunables import PlainTensor, Tunables, Values
 from .writing import record_of
 
@@ -72,15 +73,10 @@ class Blocks:
         before, after, losses, tuned = [], [], [], dict[str, int]()
         for index in range(self.count):
             scale = self._advance_teacher(index, arguments[index])
-            layer, tunables = self._load(index)
+            tunables = self._load(index)
             path = self.scratch / f"layer-{index:05d}.state"
             state = load_state(path)
-
-            def loss_of(
-                numbers: np.ndarray, call: Any = tunables.call, a: Arguments = arguments[index], s: float = scale
-            ):
-                return self._loss(numbers, call, a, s)
-
+            loss_of = partial(self._loss, call=tunables.call, arguments=arguments[index], scale=scale)
             trainer = Trainer(tunables, spec, state)
             if state is None:
                 before.append(self._measure(loss_of))
@@ -168,7 +164,7 @@ class Blocks:
                 result = _hidden(tunables.call(self._batch(self.actual, numbers), **arguments))
             self.actual.write(int(numbers[0]) * self.spec.window, result.float().flatten(0, -2))
 
-    def _load(self, index: int) -> tuple[nn.Module, Tunables]:
+    def _load(self, index: int) -> Tunables:
         """The compressed layer with tunable modules."""
         path, layer = self.student.layer_path(index), self.student.layers[index]
         inside = [target for target in self.targets if target.name.startswith(f"{path}.")]
@@ -190,7 +186,7 @@ class Blocks:
             for t in self.plain
             if t.runtime.startswith(f"{path}.")
         ]
-        return layer, Tunables(layer, plain, self.spec)
+        return Tunables(layer, plain, self.spec)
 
     def _release(self, index: int) -> None:
         """Frees the compressed layer: it is not needed again."""

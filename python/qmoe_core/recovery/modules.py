@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -36,13 +37,21 @@ class TunableExperts(PackedExperts):
         )
 
     def _project(self, projection: str, states: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        weights = self.stacks[projection]().unbind(0)
+        weights = self.stacks[projection]()
         bounds = offsets.tolist()
-        parts = [states[bounds[e] : bounds[e + 1]] for e in range(self.num_experts)]
-        outs = [F.linear(part, weight.to(part.dtype)) for part, weight in zip(parts, weights, strict=True)]
-        rows = self.shapes[projection].rows
-        ends = (bounds[0], len(states) - bounds[-1])  # rows of ids outside [0, E)
-        out = torch.cat([outs[0].new_zeros(ends[0], rows), *outs, outs[0].new_zeros(ends[1], rows)])
+        most = max(b - a for a, b in itertools.pairwise(bounds))
+        # One batched product starts far fewer kernels than one per expert; padding must not cost more than it saves.
+        if states.is_cuda and bounds[-1] - bounds[0] == len(states) and most * self.num_experts <= 2 * len(states):
+            slots = ids * most + torch.arange(len(ids), device=ids.device) - offsets[ids]
+            padded = states.new_zeros(self.num_experts * most, states.shape[-1]).index_copy(0, slots, states)
+            out = padded.view(self.num_experts, most, -1) @ weights.to(states.dtype).transpose(1, 2)
+            out = out.flatten(0, 1).index_select(0, slots)
+        else:
+            parts = [states[a:b] for a, b in itertools.pairwise(bounds)]
+            outs = [F.linear(part, w.to(part.dtype)) for part, w in zip(parts, weights.unbind(0), strict=True)]
+            ends = (bounds[0], len(states) - bounds[-1])  # rows of ids outside [0, E)
+            rows = self.shapes[projection].rows
+            out = torch.cat([outs[0].new_zeros(ends[0], rows), *outs, outs[0].new_zeros(ends[1], rows)])
         if self.has_bias:
             bias = getattr(self, f"{projection}_bias")
             out = out + bias.index_select(0, ids.clamp(0, self.num_experts - 1)).to(out.dtype)
