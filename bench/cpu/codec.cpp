@@ -22,8 +22,8 @@ void rtn_and_pack(benchmark::State& state) {
     std::vector<uint8_t> codes(rows * cols), zeros(rows * cols / 128), out;
     std::vector<float> scales(zeros.size());
     for (auto _ : state) {
-        if (!quantize_rtn(weights.data(), rows, cols, bits, 128, ScaleType::kFloat16, codes.data(), scales.data(),
-                          zeros)
+        if (!quantize_rtn(weights.data(), rows, cols, bits, 128, ScaleType::kFloat16, false, codes.data(),
+                          scales.data(), zeros)
                  .ok())
             state.SkipWithError("quantize_rtn");
         MatrixInput in;

@@ -102,7 +102,7 @@ uint32_t checked_group(int64_t group) {
 }
 
 py::tuple rtn_int(const py::object& weight_object, uint32_t bits, int64_t group_argument, bool zero_point,
-                  const std::string& dtype) {
+                  const std::string& dtype, bool half_step) {
     const auto weight = matrix_argument<float>(weight_object, "weight");
     const uint32_t group = checked_group(group_argument);
     const ScaleType type = scale_type(dtype);
@@ -118,7 +118,7 @@ py::tuple rtn_int(const py::object& weight_object, uint32_t bits, int64_t group_
         const std::span<uint8_t> zeros_out(zeros.mutable_data(), static_cast<size_t>(zeros.size()));
         const float* const in = weight.data();
         const py::gil_scoped_release release;
-        status = quantize_rtn(in, rows, cols, bits, group, type, codes_out, scales_out, zeros_out);
+        status = quantize_rtn(in, rows, cols, bits, group, type, half_step, codes_out, scales_out, zeros_out);
     }
     check(status);
     return py::make_tuple(codes, scales, zero_point ? py::object(zeros) : py::object(py::none()));
@@ -151,6 +151,7 @@ MatrixInput matrix_input(const py::dict& matrix, uint64_t rows, uint64_t cols, H
         in.scales = span_of(held.scales = matrix_argument<float>(field(matrix, "scales"), "scales"));
         if (const py::object zeros = field(matrix, "zeros"); !zeros.is_none())
             in.zeros = span_of(held.zeros = matrix_argument<uint8_t>(zeros, "zeros"));
+        in.half_step = matrix.contains("half_step") && matrix["half_step"].cast<bool>();
     } else if (format == "ternary") {
         in.trits = span_of(held.trits = matrix_argument<int8_t>(field(matrix, "trits"), "trits"));
         in.levels = span_of(held.levels = matrix_argument<float>(field(matrix, "levels"), "levels"));
@@ -183,6 +184,7 @@ py::dict describe_spec(std::span<const uint8_t, kSpecBytes> spec, const Format& 
         out["bits"] = spec[2];
         out["scale_dtype"] = scale_name(spec[3]);
         out["zero_point"] = (spec[4] & 1) != 0;
+        out["half_step"] = (spec[4] & 2) != 0;
         out["group"] = spec[8] | spec[9] << 8 | spec[10] << 16 | spec[11] << 24;
     } else {
         out["levels"] = spec[2] == 1 ? "symmetric" : "pair";
@@ -290,12 +292,12 @@ PYBIND11_MODULE(_C, m) {
     using namespace qmoe::bind;
     m.doc() = "The C++ core of qmoe_core. Raw: use qmoe_core.formats and qmoe_core.runtime.";
     m.def("rtn_int", &rtn_int, py::arg("weight"), py::arg("bits"), py::arg("group"), py::arg("zero_point") = true,
-          py::arg("scale_dtype") = "float16",
+          py::arg("scale_dtype") = "float16", py::arg("half_step") = false,
           "Round float32 (N, K) to nearest -> codes uint8 (N, K), scales float32 (N, G), zeros uint8 (N, G) or None.");
-    m.def("build_record", &py_build_record, py::arg("rows"), py::arg("cols"), py::arg("matrices"),
-          py::arg("threads") = 0,
-          "Encode a stack of matrices (N, K) into a packed record, uint8 (bytes,); threads 0: all that may be used. The "
-          "bytes do not depend on it.");
+    m.def(
+        "build_record", &py_build_record, py::arg("rows"), py::arg("cols"), py::arg("matrices"), py::arg("threads") = 0,
+        "Encode a stack of matrices (N, K) into a packed record, uint8 (bytes,); threads 0: all that may be used. The "
+        "bytes do not depend on it.");
     m.def("inspect_record", &inspect_record, py::arg("record"), py::arg("verify") = false,
           "Header, specs and entries of a record; checks structure and CRCs, with verify also decodes everything.");
     m.def("decode_record", &decode_record, py::arg("record"), py::arg("expert"), py::arg("check_crc") = true,

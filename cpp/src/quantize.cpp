@@ -62,14 +62,16 @@ Range find_range(const float* w, uint64_t n) noexcept {
 }  // namespace
 
 Status quantize_rtn(const float* weight, uint64_t rows, uint64_t cols, uint32_t bits, uint32_t group,
-                    ScaleType scale_type, uint8_t* codes, float* scales, std::span<uint8_t> zeros) noexcept {
+                    ScaleType scale_type, bool half_step, uint8_t* codes, float* scales,
+                    std::span<uint8_t> zeros) noexcept {
     if (bits != 2 && bits != 3 && bits != 4 && bits != 8)
         return Status::error(Code::kUnknown, "rtn: bits must be 2, 3, 4 or 8");
     if (rows == 0 || cols == 0) return Status::error(Code::kShape, "rtn: empty matrix");
     const uint64_t width = group == 0 ? cols : group, groups = ceil_div(cols, width);
     if (!zeros.empty() && zeros.size() != rows * groups)
         return Status::mismatch(Code::kShape, "rtn: number of zero points", 0, rows * groups, zeros.size());
-    const float top = static_cast<float>((1u << bits) - 1), middle = static_cast<float>(1u << (bits - 1));
+    const float top = static_cast<float>((1u << bits) - 1), half = half_step ? 0.5f : 0.0f,
+                middle = static_cast<float>(1u << (bits - 1)) - half;
     for (uint64_t r = 0; r < rows; ++r)
         for (uint64_t g = 0; g < groups; ++g) {
             const uint64_t begin = g * width, n = std::min(width, cols - begin);
@@ -81,6 +83,7 @@ Status quantize_rtn(const float* weight, uint64_t rows, uint64_t cols, uint32_t 
             float scale;
             if (zeros.empty()) {
                 scale = (range.high > -range.low ? -range.high : -range.low) / middle;
+                if (half_step) scale = std::abs(scale);  // both sides of the grid are equally long
             } else {
                 scale = (range.high - range.low) / top;
             }
@@ -88,11 +91,17 @@ Status quantize_rtn(const float* weight, uint64_t rows, uint64_t cols, uint32_t 
             if (!std::isfinite(scale))
                 return Status::mismatch(Code::kValue, "rtn: a scale overflows its type; row", (r * cols + begin) * 4, 0,
                                         r);
-            // All weights zero, or so small that the scale vanished: any positive scale encodes exact zeros.
-            if (scale == 0.0f) scale = 1.0f;
-            const float zero = zeros.empty() ? middle : std::clamp(round_even(-range.low / scale), 0.0f, top);
-            scales[r * groups + g] = scale;
-            if (!zeros.empty()) zeros[r * groups + g] = static_cast<uint8_t>(zero);
+            // All weights zero, or so small that the scale vanished: any positive scale encodes exact zeros where a
+            // code is worth zero, and elsewhere only the scale 0 does.
+            const bool vanished = scale == 0.0f;
+            if (vanished) scale = 1.0f;
+            float zero = middle;
+            if (!zeros.empty()) {
+                const float stored = std::clamp(round_even(-range.low / scale - half), 0.0f, top);
+                zeros[r * groups + g] = static_cast<uint8_t>(stored);
+                zero = stored + half;
+            }
+            scales[r * groups + g] = vanished && half_step ? 0.0f : scale;
             uint8_t* const c = codes + r * cols + begin;
             for (uint64_t i = 0; i < n; ++i) {
                 float q = round_even(w[i] / scale + zero);

@@ -54,7 +54,7 @@ void finish(std::vector<uint8_t>& out, uint64_t rows, uint64_t cols, std::span<c
 // Matrices that may share a spec: same format, same parameters.
 bool same_parameters(const MatrixInput& a, const MatrixInput& b) noexcept {
     return a.format == b.format && a.bits == b.bits && a.group == b.group && a.scale_dtype == b.scale_dtype &&
-           a.zeros.empty() == b.zeros.empty() && a.levels.size() == b.levels.size();
+           a.zeros.empty() == b.zeros.empty() && a.half_step == b.half_step && a.levels.size() == b.levels.size();
 }
 
 Status open_checked(std::span<const uint8_t> bytes, bool check_crc, std::vector<RecordEntry>& entries, uint64_t& rows,

@@ -18,14 +18,20 @@ __global__ void dequantize_int_kernel(IntLayout layout, const uint8_t* __restric
     for (uint64_t i = blockIdx.x * uint64_t{blockDim.x} + threadIdx.x; i < total;
          i += uint64_t{gridDim.x} * blockDim.x) {
         const uint64_t row = i / blocks, first = i % blocks * kIntBlock;
-        const uint64_t g = first / layout.group;  // groups are whole blocks, or the whole row
-        const float scale = device_scale(
-            data + layout.scales_at + (row * layout.groups + g) * scale_bytes(layout.scale_type), layout.scale_type);
-        const float zero = static_cast<float>(layout.zero(data, row, g));
         const uint8_t* block = data + i * layout.block_bytes;
-        for (uint32_t j = 0; j < kIntBlock && first + j < layout.cols; ++j)
+        float scale = 0, zero = 0;
+        for (uint32_t j = 0; j < kIntBlock && first + j < layout.cols; ++j) {
+            // Groups are half a block, whole blocks, or the whole row.
+            if (j == 0 || (j == kIntHalf && layout.group == kIntHalf)) {
+                const uint64_t g = (first + j) / layout.group;
+                scale =
+                    device_scale(data + layout.scales_at + (row * layout.groups + g) * scale_bytes(layout.scale_type),
+                                 layout.scale_type);
+                zero = layout.zero(data, row, g);
+            }
             out[row * layout.cols + first + j] =
                 from_float<T>((static_cast<float>(int_code(block, layout.bits, j)) - zero) * scale);
+        }
     }
 }
 

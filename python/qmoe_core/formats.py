@@ -17,7 +17,7 @@ from . import _C
 from .errors import QmoeError
 
 INT_BITS = (2, 3, 4, 8)
-INT_GROUPS = (0, 32, 64, 128)
+INT_GROUPS = (0, 16, 32, 64, 128)
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -27,9 +27,12 @@ class IntFormat:
 
     Args:
         bits: 2, 3, 4 or 8.
-        group: columns that share a scale: 32, 64, 128, or 0 for the whole row.
+        group: columns that share a scale: 16, 32, 64, 128, or 0 for the whole row.
         zero_point: store a zero point per group; otherwise zero = 2**(bits-1).
         scale_dtype: "float16", "bfloat16" or "float32".
+        half_step: zeros lie halfway between two codes: zero = stored + 1/2, or 2**(bits-1) - 1/2 where none are stored,
+            which makes the levels +-1/2, +-3/2, ... scales: as many above zero as below, none at zero. Made for 2 bits
+            and methods that choose scales by error; "rtn", which spans the largest weight, mostly loses by it.
 
     Raises:
         QmoeError: E_VALUE for anything else.
@@ -39,6 +42,7 @@ class IntFormat:
     group: int = 128
     zero_point: bool = True
     scale_dtype: str = "float16"
+    half_step: bool = False
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -50,10 +54,15 @@ class IntFormat:
                 raise QmoeError("E_VALUE", f"int format: {name} is not supported", expected=allowed, actual=value)
 
     @property
+    def zero_offset(self) -> float:
+        """What is added to a stored zero point, or to 2**(bits-1) where none are stored: 0, 1/2 or -1/2."""
+        return 0.0 if not self.half_step else 0.5 if self.zero_point else -0.5
+
+    @property
     def name(self) -> str:
-        """For example "int4-g128", "int8-row", "int3-g64-sym"."""
+        """For example "int4-g128", "int8-row", "int3-g64-sym", "int2-g16-half", "int2-g64-sym-half"."""
         group = f"g{self.group}" if self.group else "row"
-        return f"int{self.bits}-{group}{'' if self.zero_point else '-sym'}"
+        return f"int{self.bits}-{group}{'' if self.zero_point else '-sym'}{'-half' if self.half_step else ''}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,8 @@ Format = IntFormat | TernaryFormat
 
 
 def parse_format(text: str, **options: Any) -> Format:
-    """Read a format from its family name ("int4", "ternary") with options, or from a full name ("int4-g128-sym").
+    """Read a format from its family name ("int4", "ternary") with options, or from a full name ("int4-g128-sym",
+    "int2-g64-half").
 
     Options given as keywords are the fields of the format and win over the name.
 
@@ -104,6 +114,8 @@ def parse_format(text: str, **options: Any) -> Format:
                 fields["group"] = 0
             elif part == "sym":
                 fields["zero_point"] = False
+            elif part == "half":
+                fields["half_step"] = True
             elif part.startswith("g"):
                 fields["group"] = int(part[1:])
             else:
@@ -112,14 +124,14 @@ def parse_format(text: str, **options: Any) -> Format:
     except QmoeError:
         raise
     except (ValueError, TypeError) as error:
-        known = "int2, int3, int4, int8 (with -g32, -g64, -g128, -row, -sym) and ternary (with -sym)"
+        known = "int2, int3, int4, int8 (with -g16, -g32, -g64, -g128, -row, -sym, -half) and ternary (with -sym)"
         raise QmoeError("E_UNKNOWN", f"unknown format {text!r} {options or ''}; known are {known}") from error
 
 
 @dataclass
 class IntMatrix:
     """One matrix in `int`: codes uint8 (N, K), scales float32 (N, G) representable in scale_dtype, zeros uint8 (N, G)
-    or None."""
+    as stored (a half-step format adds its half where they are used), or None."""
 
     format: IntFormat
     codes: NDArray[np.uint8]
@@ -135,9 +147,9 @@ class IntMatrix:
         columns = self.codes.shape[1]
         width = self.format.group or columns
         spread = np.arange(columns) // width
-        zero = (
-            np.float32(2 ** (self.format.bits - 1)) if self.zeros is None else self.zeros.astype(np.float32)[:, spread]
-        )
+        middle = np.float32(2 ** (self.format.bits - 1))
+        stored = middle if self.zeros is None else self.zeros.astype(np.float32)[:, spread]
+        zero = stored + np.float32(self.format.zero_offset)
         return self.scales[:, spread] * (self.codes.astype(np.float32) - zero)
 
     def _fields(self) -> dict[str, Any]:
@@ -149,6 +161,7 @@ class IntMatrix:
             "bits": f.bits,
             "group": f.group,
             "scale_dtype": f.scale_dtype,
+            "half_step": f.half_step,
             "codes": self.codes,
             "scales": self.scales,
             "zeros": self.zeros,

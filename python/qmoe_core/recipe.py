@@ -11,8 +11,9 @@ run-time name (for example "model.layers.3.mlp.experts.down_proj"). What no rule
 
     [[rule]]
     format = "int4"                 # int8, int4, int3, int2, ternary, keep
-    group = 128                     # 32, 64, 128, or 0 for the whole row
+    group = 128                     # 16, 32, 64, 128, or 0 for the whole row
     zero_point = true
+    half_step = false               # true: zero halfway between two codes, for int2 by "gptq"
     method = "rtn"                  # see quantize.METHODS; the default suits the format
 
     [[rule]]
@@ -74,6 +75,7 @@ class Rule:
         group: int | None = None,
         zero_point: bool | None = None,
         scale_dtype: str | None = None,
+        half_step: bool | None = None,
         levels: str | None = None,
         options: Mapping[str, Any] | None = None,
         key: str = "rule",
@@ -95,7 +97,13 @@ class Rule:
                 )
         if not isinstance(match, str) or not match:
             raise QmoeError("E_VALUE", f"{key}.match: not a glob", actual=match)
-        settings = {"group": group, "zero_point": zero_point, "scale_dtype": scale_dtype, "levels": levels}
+        settings = {
+            "group": group,
+            "zero_point": zero_point,
+            "scale_dtype": scale_dtype,
+            "half_step": half_step,
+            "levels": levels,
+        }
         given = {name: value for name, value in settings.items() if value is not None}
         if format == "keep":
             for name in (*given, *(["method"] if method else []), *(["options"] if options else [])):
@@ -144,6 +152,7 @@ class Rule:
                 "group": format.group,
                 "zero_point": format.zero_point,
                 "scale_dtype": format.scale_dtype,
+                "half_step": format.half_step,
             }
         else:
             result |= {"format": "ternary", "levels": format.levels}
@@ -171,7 +180,7 @@ def _parse(format: str, given: dict[str, Any], method: str | None, key: str) -> 
 
 _RULE_TYPES: dict[str, tuple[type, ...]] = {
     "match": (str,), "role": (str, list), "format": (str,), "method": (str,), "group": (int,), "zero_point": (bool,),
-    "scale_dtype": (str,), "levels": (str,), "options": (dict,),
+    "scale_dtype": (str,), "half_step": (bool,), "levels": (str,), "options": (dict,),
 }  # fmt: skip
 
 
@@ -190,12 +199,13 @@ class Recipe:
         *,
         zero_point: bool | None = None,
         scale_dtype: str | None = None,
+        half_step: bool | None = None,
         levels: str | None = None,
         role: str | Sequence[str] = "expert",
         options: Mapping[str, Any] | None = None,
     ) -> Recipe:
         """All weights of the given roles in one format. None takes the format's default (group 128, zero point, float16
-        scales; pair levels). Raises as `Rule.make`."""
+        scales, whole steps; pair levels). Raises as `Rule.make`."""
         return cls(
             (
                 Rule.make(
@@ -205,6 +215,7 @@ class Recipe:
                     group=group,
                     zero_point=zero_point,
                     scale_dtype=scale_dtype,
+                    half_step=half_step,
                     levels=levels,
                     options=options,
                     key="recipe",

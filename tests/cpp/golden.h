@@ -48,6 +48,22 @@ inline std::vector<GoldenCase> golden_cases() {
                : e == 1 ? ternary_matrix(random, 33, 70, 2, 800)
                         : int_matrix(random, 33, 70, 2, 0, false, ScaleType::kFloat32);
     });
+    constexpr IntOptions kLater[] = {{"g16-f16", 16, true, ScaleType::kFloat16},
+                                     {"g16-sym-bf16", 16, false, ScaleType::kBfloat16}};
+    constexpr IntOptions kHalfSteps[] = {{"g16-half-f16", 16, true, ScaleType::kFloat16},
+                                         {"g64-sym-half-bf16", 64, false, ScaleType::kBfloat16},
+                                         {"g128-half-f32", 128, true, ScaleType::kFloat32},
+                                         {"row-sym-half-f16", 0, false, ScaleType::kFloat16}};
+    for (const uint8_t bits : std::initializer_list<uint8_t>{2, 3, 4, 8}) {
+        for (const IntOptions& o : kLater)
+            add("int" + std::to_string(bits) + "-" + o.name,
+                [&](Random& random, int) { return int_matrix(random, 5, 150, bits, o.group, o.zeros, o.type); });
+        for (const IntOptions& o : kHalfSteps)
+            add("int" + std::to_string(bits) + "-" + o.name,
+                [&](Random& random, int) { return int_matrix(random, 5, 150, bits, o.group, o.zeros, o.type, true); });
+    }
+    add("int-whole-and-half-steps",
+        [](Random& random, int e) { return int_matrix(random, 4, 50, 2, 16, true, ScaleType::kFloat16, e == 1); });
     return cases;
 }
 

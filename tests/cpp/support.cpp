@@ -33,6 +33,7 @@ MatrixInput Matrix::input() const {
         in.codes = codes;
         in.scales = scales;
         in.zeros = zeros;
+        in.half_step = half_step;
     }
     return in;
 }
@@ -50,21 +51,24 @@ std::vector<float> Matrix::values() const {
                 value = t == 0 ? 0.0f : t > 0 ? high : per_row == 1 ? -high : levels[r * 2];
             } else {
                 const uint64_t g = r * groups + k / width;
-                const int zero = zeros.empty() ? 1 << (bits - 1) : zeros[g];
-                value = scales[g] * static_cast<float>(codes[r * cols + k] - zero);
+                // In halves of a step, so that all is integers up to the scale.
+                const int middle = (1 << bits) - (half_step ? 1 : 0);
+                const int zero = zeros.empty() ? middle : 2 * zeros[g] + (half_step ? 1 : 0);
+                value = scales[g] * (0.5f * static_cast<float>(2 * codes[r * cols + k] - zero));
             }
         }
     return out;
 }
 
 Matrix int_matrix(Random& random, uint64_t rows, uint64_t cols, uint8_t bits, uint32_t group, bool zeros,
-                  ScaleType type) {
+                  ScaleType type, bool half_step) {
     Matrix m;
     m.rows = rows;
     m.cols = cols;
     m.bits = bits;
     m.group = group;
     m.scale_type = type;
+    m.half_step = half_step;
     const uint64_t width = group == 0 ? cols : group, groups = (cols + width - 1) / width;
     for (uint64_t i = 0; i < rows * cols; ++i) m.codes.push_back(static_cast<uint8_t>(random.below(1u << bits)));
     for (uint64_t i = 0; i < rows * groups; ++i) {
@@ -92,9 +96,10 @@ Matrix random_matrix(Random& random, uint64_t rows, uint64_t cols) {
         return ternary_matrix(random, rows, cols, static_cast<uint32_t>(1 + random.below(2)),
                               random.pick({0u, 340u, 614u, 819u, 906u, 973u, 1020u, 1024u}));
     const auto bits = random.pick({uint8_t{2}, uint8_t{3}, uint8_t{4}, uint8_t{8}});
-    const auto group = random.pick({0u, 32u, 64u, 128u});
+    const auto group = random.pick({0u, 16u, 32u, 64u, 128u});
     const auto type = random.pick({ScaleType::kFloat16, ScaleType::kBfloat16, ScaleType::kFloat32});
-    return int_matrix(random, rows, cols, bits, group, random.below(2) == 0, type);
+    const bool zeros = random.below(2) == 0, half_step = random.below(2) == 0;
+    return int_matrix(random, rows, cols, bits, group, zeros, type, half_step);
 }
 
 Buffer build(const std::vector<Matrix>& matrices) {

@@ -47,6 +47,7 @@ struct Matrix {
     uint8_t bits = 4;
     uint32_t group = 32;
     ScaleType scale_type = ScaleType::kFloat16;
+    bool half_step = false;
     Buffer codes, zeros;
     std::vector<float> scales, levels;
     std::vector<int8_t> trits;
@@ -57,7 +58,7 @@ struct Matrix {
 
 // Scales and levels are multiples of 1/16 below 8 that every scale type represents exactly.
 Matrix int_matrix(Random& random, uint64_t rows, uint64_t cols, uint8_t bits, uint32_t group, bool zeros,
-                  ScaleType type);
+                  ScaleType type, bool half_step = false);
 // Trits are zero `zeros_of_1024` times in 1024.
 Matrix ternary_matrix(Random& random, uint64_t rows, uint64_t cols, uint32_t levels, uint32_t zeros_of_1024);
 // Any format and any parameters.

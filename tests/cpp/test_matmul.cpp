@@ -147,6 +147,35 @@ TEST_SUITE("matmul") {
         }
     }
 
+    TEST_CASE("every int format over columns around the halves of blocks, one token and many") {
+        Random random(60);
+        for (const uint8_t bits : std::initializer_list<uint8_t>{2, 3, 4, 8})
+            for (const uint32_t group : {0u, 16u, 32u, 64u})
+                for (const bool zeros : {false, true})
+                    for (const bool half_step : {false, true})
+                        for (const uint64_t cols : {1u, 15u, 16u, 17u, 31u, 32u, 33u, 48u, 49u, 65u, 96u, 111u})
+                            for (const uint64_t tokens : {1u, 3u}) {
+                                CAPTURE(bits);
+                                CAPTURE(group);
+                                CAPTURE(zeros);
+                                CAPTURE(half_step);
+                                CAPTURE(cols);
+                                Problem p;
+                                p.rows = 5;
+                                p.cols = cols;
+                                p.tokens = tokens;
+                                p.matrices.push_back(test::int_matrix(random, p.rows, cols, bits, group, zeros,
+                                                                      ScaleType::kFloat32, half_step));
+                                p.offsets = {0, static_cast<int64_t>(tokens)};
+                                p.bytes = test::build(p.matrices);
+                                REQUIRE(Record::open(p.bytes, p.record).ok());
+                                p.x.resize(tokens * cols * 4);
+                                for (size_t i = 0; i < tokens * cols; ++i)
+                                    put_value(p.x, p.type, i, (static_cast<float>(random.below(257)) - 128.0f) / 64.0f);
+                                check(p, run(p, 1));
+                            }
+    }
+
     TEST_CASE("no tokens at all") {
         Problem p = random_problem(5);
         p.tokens = 0;

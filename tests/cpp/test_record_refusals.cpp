@@ -87,11 +87,14 @@ TEST_SUITE("record refusals") {
             CHECK(patched<uint8_t>(bytes, kSpec + 2, bits) == Code::kUnknown);
         for (const uint8_t type : std::initializer_list<uint8_t>{0, 4, 255})
             CHECK(patched<uint8_t>(bytes, kSpec + 3, type) == Code::kUnknown);
-        for (const uint8_t flags : std::initializer_list<uint8_t>{2, 3, 128})
+        for (const uint8_t flags : std::initializer_list<uint8_t>{4, 5, 7, 128, 255})
             CHECK(patched<uint8_t>(bytes, kSpec + 4, flags) == Code::kUnknown);
-        for (const uint32_t group : {1u, 16u, 33u, 256u, 0x80000000u})
+        for (const uint32_t group : {1u, 8u, 15u, 17u, 33u, 48u, 256u, 0x80000000u})
             CHECK(patched<uint32_t>(bytes, kSpec + 8, group) == Code::kUnknown);
         for (size_t at = kSpec + 12; at < kEntries; ++at) CHECK(patched<uint8_t>(bytes, at, 1) == Code::kUnknown);
+        // Known values that the data does not fit: zeros where padding belongs, and too few scales.
+        CHECK(patched<uint8_t>(bytes, kSpec + 4, 2) == Code::kCorrupt);
+        CHECK(patched<uint32_t>(bytes, kSpec + 8, 16) == Code::kShape);
     }
     TEST_CASE("E_UNKNOWN: ternary levels, segments, rows per lane, slots and reserved bytes") {
         const Buffer bytes = test::small_ternary_record();
@@ -294,7 +297,9 @@ TEST_SUITE("record refusals") {
         CHECK(changed([](Matrix& m) { m.zeros.pop_back(); }) == Code::kShape);
         CHECK(changed([](Matrix& m) { m.rows = 0; }) == Code::kShape);
         CHECK(changed([](Matrix& m) { m.bits = 5; }) == Code::kUnknown);
-        CHECK(changed([](Matrix& m) { m.group = 16; }) == Code::kUnknown);
+        CHECK(changed([](Matrix& m) { m.group = 8; }) == Code::kUnknown);
+        CHECK(changed([](Matrix& m) { m.group = 48; }) == Code::kUnknown);
+        CHECK(changed([](Matrix& m) { m.group = 16; }) == Code::kShape);  // scales of groups of 32
         CHECK(changed([](Matrix& m) { m.cols = kMaxDim + 1; }) == Code::kLimit);
 
         Matrix ternary = test::ternary_matrix(random, 4, 40, 2, 500);

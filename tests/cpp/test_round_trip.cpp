@@ -36,14 +36,16 @@ constexpr uint64_t kShapes[][2] = {{1, 1},   {1, 2},    {2, 5},   {3, 6},   {5, 
 }  // namespace
 
 TEST_SUITE("round trip") {
-    TEST_CASE("int: every combination of bits, group, zero points and scale type over ragged shapes") {
+    TEST_CASE("int: every combination of bits, group, zero points, half steps and scale type over ragged shapes") {
         Random random(10);
         for (const auto& [rows, cols] : kShapes)
             for (const uint8_t bits : std::initializer_list<uint8_t>{2, 3, 4, 8})
-                for (const uint32_t group : {0u, 32u, 64u, 128u})
+                for (const uint32_t group : {0u, 16u, 32u, 64u, 128u})
                     for (const bool zeros : {false, true})
-                        for (const auto type : {ScaleType::kFloat16, ScaleType::kBfloat16, ScaleType::kFloat32})
-                            check_round_trip({test::int_matrix(random, rows, cols, bits, group, zeros, type)});
+                        for (const bool half_step : {false, true})
+                            for (const auto type : {ScaleType::kFloat16, ScaleType::kBfloat16, ScaleType::kFloat32})
+                                check_round_trip(
+                                    {test::int_matrix(random, rows, cols, bits, group, zeros, type, half_step)});
     }
 
     TEST_CASE("ternary: both kinds of levels and all densities over ragged shapes") {

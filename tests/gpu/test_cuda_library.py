@@ -18,11 +18,12 @@ GUARD = 64
 
 
 def int_record(
-    bits: int, group: int, zero_point: bool, rows: int, cols: int, scale_dtype: str = "float16"
+    bits: int, group: int, zero_point: bool, rows: int, cols: int, scale_dtype: str = "float16", half_step: bool = False
 ) -> PackedTensor:
     weight = np.random.default_rng(rows * cols).standard_normal((rows, cols)).astype(np.float32)
-    codes, scales, zeros = _C.rtn_int(weight, bits, group, zero_point, scale_dtype)
-    return PackedTensor.pack([IntMatrix(IntFormat(bits, group, zero_point, scale_dtype), codes, scales, zeros)] * 2)
+    codes, scales, zeros = _C.rtn_int(weight, bits, group, zero_point, scale_dtype, half_step)
+    format = IntFormat(bits, group, zero_point, scale_dtype, half_step)
+    return PackedTensor.pack([IntMatrix(format, codes, scales, zeros)] * 2)
 
 
 def ternary_record(zeros: float, levels: int, rows: int, cols: int) -> PackedTensor:
@@ -68,11 +69,12 @@ def assert_equals_cpu(packed: PackedTensor, dtype: torch.dtype = torch.float32) 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("group", [0, 32, 128])
+@pytest.mark.parametrize("group", [0, 16, 32, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("zero_point", [True, False])
-def test_int_equals_cpu(bits: int, group: int, zero_point: bool, shape: tuple[int, int]) -> None:
-    assert_equals_cpu(int_record(bits, group, zero_point, *shape))
+@pytest.mark.parametrize("half_step", [False, True])
+def test_int_equals_cpu(bits: int, group: int, zero_point: bool, half_step: bool, shape: tuple[int, int]) -> None:
+    assert_equals_cpu(int_record(bits, group, zero_point, *shape, half_step=half_step))
 
 
 @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])

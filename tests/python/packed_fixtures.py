@@ -84,12 +84,12 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def pack(weight: torch.Tensor, bits: int = 4, group: int = 32) -> PackedTensor:
+def pack(weight: torch.Tensor, bits: int = 4, group: int = 32, half_step: bool = False) -> PackedTensor:
     """Round (E, N, K) float weights to nearest and pack them."""
-    fmt = IntFormat(bits, group)
+    fmt = IntFormat(bits, group, half_step=half_step)
     matrices = []
     for matrix in weight.detach().float().numpy():
-        codes, scales, zeros = _C.rtn_int(np.ascontiguousarray(matrix), bits, group, True, fmt.scale_dtype)
+        codes, scales, zeros = _C.rtn_int(np.ascontiguousarray(matrix), bits, group, True, fmt.scale_dtype, half_step)
         matrices.append(IntMatrix(fmt, codes, scales, zeros))
     return PackedTensor.pack(matrices)
 

@@ -15,10 +15,12 @@ from qmoe_core.runtime import ops
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def record(experts: int, rows: int, cols: int, bits: int = 4, group: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+def record(
+    experts: int, rows: int, cols: int, bits: int = 4, group: int = 32, half_step: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed bytes and the decoded weights (E, N, K) in float64."""
     generator = torch.Generator().manual_seed(experts * 1000003 + rows * 1009 + cols)
-    packed = pack(torch.randn(experts, rows, cols, generator=generator), bits=bits, group=group)
+    packed = pack(torch.randn(experts, rows, cols, generator=generator), bits=bits, group=group, half_step=half_step)
     return torch.from_numpy(packed.data), unpack(packed).double()
 
 
@@ -41,10 +43,11 @@ def poisoned():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("bits", "group"), [(8, 128), (4, 128), (4, 0), (3, 64), (2, 32)])
+@pytest.mark.parametrize(("bits", "group"), [(8, 128), (4, 128), (4, 0), (3, 64), (2, 32), (2, 16)])
+@pytest.mark.parametrize("half_step", [False, True])
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (7, 33), (40, 96), (65, 130), (16, 257)])
-def test_grouped_linear_matches_float64(poisoned, dtype, bits, group, rows, cols):
-    packed, weight = record(4, rows, cols, bits, group)
+def test_grouped_linear_matches_float64(poisoned, dtype, bits, group, half_step, rows, cols):
+    packed, weight = record(4, rows, cols, bits, group, half_step)
     offsets = [2, 3, 3, 12, 20]  # rows before, an expert without rows, one row, several rows, rows after
     x = torch.randn(23, cols, generator=torch.Generator().manual_seed(1)).to(dtype)
     out = ops.grouped_linear(x, packed, torch.tensor(offsets), rows)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmoe_core.errors import QmoeError
-from qmoe_core.formats import IntFormat, PackedTensor, TernaryFormat
+from qmoe_core.formats import SCALE_DTYPES, IntFormat, IntMatrix, PackedTensor, TernaryFormat
 from qmoe_core.quantize import METHODS, MethodSpec, default_method, quantize, quantize_stack
 from qmoe_core.quantize.granularity import GROUPS
 
@@ -40,29 +40,37 @@ def reference_int(weight: np.ndarray, format: IntFormat) -> tuple[np.ndarray, np
     result, steps = np.empty_like(weight), np.empty_like(weight)
     group = format.group or weight.shape[1]
     levels = 2**format.bits - 1
+    half = 0.5 if format.half_step else 0.0
     for first in range(0, weight.shape[1], group):
         part = weight[:, first : first + group]
         if format.zero_point:
             low, high = np.minimum(part.min(1), 0), np.maximum(part.max(1), 0)
             scale = np.where(high > low, (high - low) / levels, 1.0)[:, None]
-            zero = np.round(-low[:, None] / scale)
+            zero = np.round(-low[:, None] / scale - half) + half
             codes = np.clip(np.round(part / scale + zero), 0, levels)
             result[:, first : first + group] = scale * (codes - zero)
+        elif format.half_step:
+            scale = np.abs(part).max(1)[:, None] / (levels / 2)
+            scale = np.where(scale > 0, scale, 1.0)
+            result[:, first : first + group] = scale * (
+                np.clip(np.round(part / scale + levels / 2), 0, levels) - levels / 2
+            )
         else:
-            half = 2 ** (format.bits - 1)  # the largest weight takes the longer side of the grid, code 0
+            longer = 2 ** (format.bits - 1)  # the largest weight takes the longer side of the grid, code 0
             largest = np.take_along_axis(part, np.abs(part).argmax(1)[:, None], 1)
-            scale = np.where(largest != 0, -largest / half, 1.0)
-            result[:, first : first + group] = scale * np.clip(np.round(part / scale), -half, half - 1)
+            scale = np.where(largest != 0, -largest / longer, 1.0)
+            result[:, first : first + group] = scale * np.clip(np.round(part / scale), -longer, longer - 1)
         steps[:, first : first + group] = np.abs(scale)
     return result, steps
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group", [0, 32, 64, 128])
+@pytest.mark.parametrize("group", [0, 16, 32, 64, 128])
 @pytest.mark.parametrize("zero_point", [True, False])
-def test_rtn_is_as_good_as_the_float64_reference(shape, bits, group, zero_point):
-    format = IntFormat(bits, group, zero_point)
+@pytest.mark.parametrize("half_step", [True, False])
+def test_rtn_is_as_good_as_the_float64_reference(shape, bits, group, zero_point, half_step):
+    format = IntFormat(bits, group, zero_point, half_step=half_step)
     weight = weights(*shape)
     matrix, report = quantize(weight, MethodSpec("rtn", format))
     array = weight.numpy().astype(np.float64)
@@ -76,6 +84,53 @@ def test_rtn_is_as_good_as_the_float64_reference(shape, bits, group, zero_point)
     assert np.linalg.norm(error) <= np.linalg.norm(best) * 1.05 + np.linalg.norm(moved)
     assert report.relative_error == pytest.approx(np.linalg.norm(error) / np.linalg.norm(array), rel=1e-6)
     assert report.formats == {format.name: 1} and report.weights == weight.numel()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("zero_point", [True, False])
+def test_half_steps_have_as_many_levels_above_zero_as_below_and_none_at_zero(bits, zero_point):
+    even = torch.arange(2**bits) - (2**bits - 1) / 2  # -1.5, -0.5, 0.5, 1.5: exactly the levels of the grid
+    matrix, report = quantize(even.repeat(4, 1), MethodSpec("rtn", IntFormat(bits, 0, zero_point, half_step=True)))
+    assert (matrix.codes == np.arange(2**bits)).all() and (matrix.scales == 1).all()
+    assert report.relative_error == 0.0 and report.zeros == 0
+    assert (matrix.zeros == 2 ** (bits - 1) - 1).all() if zero_point else matrix.zeros is None
+
+
+@pytest.mark.parametrize(("half_step", "least"), [(False, 0.149), (True, 0.119)])
+def test_half_steps_suit_two_bits(half_step, least):
+    """The mean square error of Gaussian weights of variance 1 on the grid of the best scale, as FORMAT.md says."""
+    weight = np.random.default_rng(0).standard_normal((1, 400_000)).astype(np.float32)
+    format = IntFormat(2, 0, False, "float32", half_step)
+    zero = 2 + format.zero_offset
+    errors = []
+    for scale in np.arange(0.8, 1.3, 0.02, dtype=np.float32):
+        codes = np.clip(np.round(weight / scale + zero), 0, 3).astype(np.uint8)
+        matrix = IntMatrix(format, codes, np.full((1, 1), scale, np.float32))
+        errors.append(np.square(weight - matrix.dequantize()).mean())
+    assert min(errors) == pytest.approx(least, rel=0.01)
+
+
+@pytest.mark.parametrize("side", [1, -1])
+@pytest.mark.parametrize("zero_point", [True, False])
+def test_half_steps_reach_weights_that_all_lie_on_one_side(side, zero_point):
+    weight = side * (weights(8, 64).abs() + 0.01)
+    format = IntFormat(4, 16, zero_point, "float32", half_step=True)
+    matrix, _ = quantize(weight, MethodSpec("rtn", format))
+    step = matrix.scales.repeat(16, axis=1)
+    assert (np.abs(weight.numpy() - matrix.dequantize()) <= 0.5001 * step).all()
+
+
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("zero_point", [True, False])
+@pytest.mark.parametrize("size", [0.0, 1e-44])
+def test_groups_that_vanish_become_exact_zeros_in_half_steps_too(scale_dtype, zero_point, size):
+    weight = weights(2, 64)
+    weight[:, 16:32] = size
+    matrix, _ = quantize(weight, MethodSpec("rtn", IntFormat(2, 16, zero_point, scale_dtype, half_step=True)))
+    assert (np.abs(matrix.dequantize()[:, 16:32]) <= 2 * size).all() and (matrix.dequantize()[:, :16] != 0).all()
+    packed = PackedTensor.pack([matrix])
+    packed.verify()
+    np.testing.assert_array_equal(packed.decode(0), matrix.dequantize())
 
 
 def test_moqe_is_symmetric_rtn_per_row():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qmoe_core.errors import QmoeError
-from qmoe_core.formats import IntFormat, TernaryFormat
+from qmoe_core.formats import INT_BITS, INT_GROUPS, IntFormat, TernaryFormat, parse_format
 from qmoe_core.recipe import Recipe, Rule
 from qmoe_core.roles import COMPRESSIBLE, ROLES
 
@@ -22,6 +22,7 @@ format = "int8"
 group = 64
 zero_point = false
 scale_dtype = "bfloat16"
+half_step = true
 
 [[rule]]
 format = "ternary"
@@ -46,7 +47,7 @@ def test_the_first_matching_rule_decides(tmp_path):
     recipe = Recipe.from_toml(write(tmp_path, TOML))
     assert recipe.choose("model.layers.0.mlp.experts.down_proj", "expert") is None
     rule, spec = recipe.choose("model.layers.1.mlp.experts.down_proj", "expert")
-    assert (rule, spec.method, spec.format) == (1, "rtn", IntFormat(8, 64, False, "bfloat16"))
+    assert (rule, spec.method, spec.format) == (1, "rtn", IntFormat(8, 64, False, "bfloat16", True))
     rule, spec = recipe.choose("model.layers.1.mlp.experts.gate_up_proj", "expert")
     assert (rule, spec.format, spec.options) == (2, TernaryFormat("symmetric"), {"threshold": 0.9})
     rule, spec = recipe.choose("model.layers.0.self_attn.q_proj.weight", "attention")
@@ -73,6 +74,8 @@ def test_uniform_defaults():
         Recipe.uniform(),
         Recipe.uniform("ternary", levels="symmetric", options={"threshold": 1}),
         Recipe.uniform("int3", method="moqe"),
+        Recipe.uniform("int2", 16, half_step=True),
+        Recipe.uniform("int2-g64-sym-half"),
     ],
 )
 def test_dictionaries_and_toml_read_back(tmp_path, recipe):
@@ -102,6 +105,9 @@ def test_a_long_recipe_and_strange_globs_read_back(tmp_path):
         ("[[rule]]\nformat='int4'\ngroup='128'", "E_VALUE", r"rule\[0\].group"),
         ("[[rule]]\nformat='int4'\ngroup=true", "E_VALUE", r"rule\[0\].group"),
         ("[[rule]]\nformat='int4'\nzero_point=1", "E_VALUE", r"rule\[0\].zero_point"),
+        ("[[rule]]\nformat='int4'\nhalf_step=1", "E_VALUE", r"rule\[0\].half_step"),
+        ("[[rule]]\nformat='ternary'\nhalf_step=true", "E_VALUE", r"rule\[0\].half_step"),
+        ("[[rule]]\nformat='keep'\nhalf_step=false", "E_VALUE", r"rule\[0\].half_step"),
         ("[[rule]]\nformat='int4'\nlevels='pair'", "E_VALUE", r"rule\[0\].levels"),
         ("[[rule]]\nformat='ternary'\ngroup=64", "E_VALUE", r"rule\[0\].group"),
         ("[[rule]]\nformat='ternary'\nlevels='three'", "E_VALUE", "levels"),
@@ -126,6 +132,16 @@ def test_mistakes_are_named(tmp_path, text, code, key):
         Recipe.from_toml(path)
     assert error.value.code == code
     assert error.value.file == str(path)
+
+
+@pytest.mark.parametrize("bits", INT_BITS)
+@pytest.mark.parametrize("group", INT_GROUPS)
+@pytest.mark.parametrize("zero_point", [True, False])
+@pytest.mark.parametrize("half_step", [True, False])
+def test_the_name_of_an_int_format_is_read_back(bits, group, zero_point, half_step):
+    format = IntFormat(bits, group, zero_point, half_step=half_step)
+    assert parse_format(format.name) == format
+    assert Recipe.uniform(format.name).rules[0].spec.format == format
 
 
 @pytest.mark.parametrize("role", [role for role in ROLES if role not in COMPRESSIBLE])

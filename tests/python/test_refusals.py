@@ -310,6 +310,8 @@ def test_record_unknown_format_flag_and_parameter() -> None:
     assert patched(int_record(), "<H", 6, 1) == "E_UNKNOWN"
     assert patched(int_record(), "<H", HEADER, 99) == "E_UNKNOWN"
     assert patched(int_record(), "<B", HEADER + 2, 5) == "E_UNKNOWN"
+    assert patched(int_record(), "<B", HEADER + 4, 4) == "E_UNKNOWN"
+    assert patched(int_record(), "<I", HEADER + 8, 8) == "E_UNKNOWN"
     assert patched(ternary_record(), "<B", HEADER + 3, 3) == "E_UNKNOWN"
 
 

@@ -24,11 +24,12 @@ struct MatrixInput {
     uint64_t rows = 0, cols = 0;  // N, K
     // int
     uint8_t bits = 0;                // 2, 3, 4, 8
-    uint32_t group = 0;              // columns per scale: 32, 64, 128, or 0 = the whole row
+    uint32_t group = 0;              // columns per scale: 16, 32, 64, 128, or 0 = the whole row
     uint8_t scale_dtype = 0;         // ScaleType
     std::span<const uint8_t> codes;  // (N, K)
     std::span<const float> scales;   // (N, G), exactly representable in scale_dtype
     std::span<const uint8_t> zeros;  // (N, G), or empty: symmetric, zero = 2^(bits-1)
+    bool half_step = false;          // zeros are half a step up, zero + 1/2; without them zero = 2^(bits-1) - 1/2
     // ternary
     std::span<const int8_t> trits;  // (N, K), each -1, 0 or 1
     std::span<const float> levels;  // (N, 1) [high] or (N, 2) [low, high], exactly representable in bfloat16

@@ -15,9 +15,15 @@ namespace qmoe {
 //
 // With zero points: the grid spans [min(0, min w), max(0, max w)], zero = round(-min / scale). Symmetric: zero =
 // 2^(bits-1) and the weight of largest magnitude sits on the grid's longer side (code 0), so the scale is negative
-// where that weight is positive. Codes are round(w / scale + zero) with the rounded scale, ties to even. E_VALUE: a
-// weight is NaN or infinite, or a scale overflows.
+// where that weight is positive. Codes are round(w / scale + zero) with the rounded scale, ties to even.
+//
+// With `half_step` every zero lies halfway between two codes. With zero points: as above, stored zero = round(-min /
+// scale - 1/2), zero = stored + 1/2. Symmetric: zero = 2^(bits-1) - 1/2, scale = 2 max |w| / (2^bits - 1). No code is
+// then worth exactly 0: a group that rounds to nothing but zeros gets a scale of 0.
+//
+// E_VALUE: a weight is NaN or infinite, or a scale overflows.
 Status quantize_rtn(const float* weight, uint64_t rows, uint64_t cols, uint32_t bits, uint32_t group,
-                    ScaleType scale_type, uint8_t* codes, float* scales, std::span<uint8_t> zeros) noexcept;
+                    ScaleType scale_type, bool half_step, uint8_t* codes, float* scales,
+                    std::span<uint8_t> zeros) noexcept;
 
 }  // namespace qmoe

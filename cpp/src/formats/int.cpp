@@ -12,7 +12,8 @@
 //   3 bits:  the two low bits as in 2 bits (8 bytes), then bit 2 of code i as bit i of 4 bytes
 //   8 bits:  byte j of 32:  code j
 //
-// Spec: u16 id | u8 bits | u8 scale type | u8 flags (1 = zeros stored) | 3 x 0 | u32 group (0 = whole row) | 0 ...
+// Spec: u16 id | u8 bits | u8 scale type | u8 flags (1 = zeros stored, 2 = half steps) | 3 x 0 | u32 group (0 = whole
+// row) | 0 ...
 #include "formats/int.h"
 
 #include <algorithm>
@@ -22,7 +23,7 @@ namespace qmoe {
 namespace {
 
 bool known_group(uint32_t group) noexcept {
-    return group == 0 || group == 32 || group == 64 || group == 128;
+    return group == 0 || group == kIntHalf || group == 32 || group == 64 || group == 128;
 }
 bool known_bits(uint32_t bits) noexcept {
     return bits == 2 || bits == 3 || bits == 4 || bits == 8;
@@ -31,11 +32,11 @@ bool known_bits(uint32_t bits) noexcept {
 Status check_spec(const uint8_t* spec) noexcept {
     if (!known_bits(spec[2])) return Status::error(Code::kUnknown, "int: bits must be 2, 3, 4 or 8", 2);
     if (spec[3] < 1 || spec[3] > 3) return Status::error(Code::kUnknown, "int: unknown scale type", 3);
-    if (spec[4] > 1) return Status::error(Code::kUnknown, "int: unknown flag", 4);
+    if (spec[4] > (kIntZeros | kIntHalfStep)) return Status::error(Code::kUnknown, "int: unknown flag", 4);
     if (!all_zero(spec + 5, 3) || !all_zero(spec + 12, kSpecBytes - 12))
         return Status::error(Code::kUnknown, "int: reserved spec bytes are not zero", 5);
     if (!known_group(load<uint32_t>(spec + 8)))
-        return Status::error(Code::kUnknown, "int: group must be 0 (row), 32, 64 or 128", 8);
+        return Status::error(Code::kUnknown, "int: group must be 0 (row), 16, 32, 64 or 128", 8);
     return {};
 }
 
@@ -45,7 +46,7 @@ Status make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& spec, in
     store<uint16_t>(spec.data(), kIntId);
     spec[2] = first.bits;
     spec[3] = first.scale_dtype;
-    spec[4] = first.zeros.empty() ? 0 : 1;
+    spec[4] = static_cast<uint8_t>((first.zeros.empty() ? 0 : kIntZeros) | (first.half_step ? kIntHalfStep : 0));
     store<uint32_t>(spec.data() + 8, first.group);
     return check_spec(spec.data());
 }
@@ -161,11 +162,11 @@ Status decode_rows(const MatrixView& view, uint64_t first, uint64_t count, float
         const uint8_t* row = data + r * layout.row_bytes;
         for (uint64_t g = 0; g < layout.groups; ++g) {
             const float scale = layout.scale(data, r, g);
-            const int32_t zero = static_cast<int32_t>(layout.zero(data, r, g));
+            const float zero = layout.zero(data, r, g);
             const uint64_t end = std::min<uint64_t>((g + 1) * layout.group, layout.cols);
             for (uint64_t k = g * layout.group; k < end; ++k) {
                 const uint32_t code = int_code(row + k / kIntBlock * layout.block_bytes, layout.bits, k % kIntBlock);
-                *out++ = scale * static_cast<float>(static_cast<int32_t>(code) - zero);
+                *out++ = scale * (static_cast<float>(code) - zero);
             }
         }
     }

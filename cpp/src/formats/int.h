@@ -12,6 +12,10 @@ namespace qmoe {
 
 inline constexpr uint16_t kIntId = 1;
 inline constexpr uint32_t kIntBlock = 32;  // codes per packed block
+inline constexpr uint32_t kIntHalf = 16;   // the smallest group: half a block, all others are whole blocks or the row
+
+// Flags of the spec.
+inline constexpr uint8_t kIntZeros = 1, kIntHalfStep = 2;
 
 QMOE_INLINE uint32_t scale_bytes(ScaleType type) noexcept {
     return type == ScaleType::kFloat32 ? 4 : 2;
@@ -31,12 +35,14 @@ struct IntLayout {
     uint32_t bits = 0, group = 0;  // group in columns, the row length where the spec says "whole row"
     ScaleType scale_type = ScaleType::kFloat16;
     bool has_zeros = false;
+    float offset = 0.0f;  // added to zeros as stored, or to 2^(bits-1) where none are
     uint64_t rows = 0, cols = 0, groups = 0;
     uint64_t block_bytes = 0, row_bytes = 0, zero_row_bytes = 0;
     uint64_t scales_at = 0, zeros_at = 0, bytes = 0;
 
     IntLayout(const uint8_t* spec, uint64_t n, uint64_t k) noexcept
-        : bits(spec[2]), scale_type(static_cast<ScaleType>(spec[3])), has_zeros(spec[4] & 1), rows(n), cols(k) {
+        : bits(spec[2]), scale_type(static_cast<ScaleType>(spec[3])), has_zeros(spec[4] & kIntZeros), rows(n), cols(k) {
+        if (spec[4] & kIntHalfStep) offset = has_zeros ? 0.5f : -0.5f;
         const uint32_t stored_group = load<uint32_t>(spec + 8);
         group = stored_group == 0 ? static_cast<uint32_t>(k) : stored_group;
         groups = ceil_div(k, group);
@@ -51,13 +57,14 @@ struct IntLayout {
     QMOE_INLINE float scale(const uint8_t* data, uint64_t row, uint64_t g) const noexcept {
         return load_scale(data + scales_at + (row * groups + g) * scale_bytes(scale_type), scale_type);
     }
-    QMOE_INLINE uint32_t zero(const uint8_t* data, uint64_t row, uint64_t g) const noexcept {
-        if (!has_zeros) return 1u << (bits - 1);
+    // Whole, or with half steps half integers: code - zero is exact either way.
+    QMOE_INLINE float zero(const uint8_t* data, uint64_t row, uint64_t g) const noexcept {
+        if (!has_zeros) return static_cast<float>(1u << (bits - 1)) + offset;
         const uint8_t* p = data + zeros_at + row * zero_row_bytes;
         const uint64_t bit = g * bits;
         uint32_t window = p[bit / 8];
         if (bit / 8 + 1 < zero_row_bytes) window |= static_cast<uint32_t>(p[bit / 8 + 1]) << 8;
-        return (window >> (bit % 8)) & ((1u << bits) - 1);
+        return static_cast<float>((window >> (bit % 8)) & ((1u << bits) - 1)) + offset;
     }
 };
 
