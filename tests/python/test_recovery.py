@@ -41,6 +41,8 @@ FORMATS = [
     *(IntFormat(bits, group, zero, dtype) for bits in (2, 3, 4, 8) for group, zero, dtype in (
         (32, True, "float16"), (0, False, "bfloat16"), (64, True, "float32"),
     )),
+    *(IntFormat(2, group, zero, half_step=True) for group in (16, 64) for zero in (True, False)),
+    IntFormat(4, 16),
     TernaryFormat("pair"),
     TernaryFormat("symmetric"),
 ]  # fmt: skip

@@ -94,11 +94,9 @@ class _Part(nn.Module):
             if format.zero_point:
                 zeros = np.stack([m.zeros for m in matrices if isinstance(m, IntMatrix) and m.zeros is not None])
                 zero = torch.from_numpy(zeros.astype(np.float32))
-                if getattr(format, "half_step", False):
-                    zero += 0.5
             else:
                 zero = torch.tensor([2.0 ** (format.bits - 1)])
-            self.register_buffer("zero", zero)
+            self.register_buffer("zero", zero + format.zero_offset)
         else:
             self.stored = torch.bfloat16
             self.register_buffer(
