@@ -61,6 +61,7 @@ class ExpertsStage:
         device: str,
         chunk_bytes: int,
         gate_weighted: bool,
+        energy: float,
         tell: Callable[[int, int], None],
     ) -> None:
         """
@@ -68,10 +69,11 @@ class ExpertsStage:
             module: the experts module, on meta but for biases and children, which are on `device`.
             first, down: its stacks. results: by target name, for those that are to be quantized.
             read: reads source tensors.
+            energy: mean squared norm of the layer's output per token, without these experts.
             tell: called with experts done and in total.
         """
         self.module, self.first, self.down, self.results, self.read = module, first, down, results, read
-        self.device, self.gate_weighted, self.tell = device, gate_weighted, tell
+        self.device, self.gate_weighted, self.energy, self.tell = device, gate_weighted, max(energy, 1e-30), tell
         (experts, n1, k1), (_, n2, k2) = first.shape, down.shape
         each = 4 * (2 * max(k1 * k1, k2 * k2) + 2 * n1 * k1 + 2 * n2 * k2)
         self.chunk = max(1, min(experts, chunk_bytes // each))
@@ -104,12 +106,13 @@ class ExpertsStage:
 
     def _chunk(self, chunk: range, tap: ExpertsTap, original: ExpertsTap | None, pooled: torch.Tensor | None) -> None:
         up, down = self._weights(self.first, chunk), self._weights(self.down, chunk)
+        share = self._share(chunk, tap)
         statistics = None
         if self._calibrated(self.first):
             statistics = self._statistics(
                 chunk, self.first.shape[2], tap, original, lambda e, x: x, lambda e, x: x, pooled, tap.rows
             )
-            statistics = replace(statistics, row_importance=self._importance(chunk, tap, up, down))
+            statistics = replace(statistics, row_importance=share * self._importance(chunk, tap, up, down))
         up_used = self._quantize(self.first, chunk, up, statistics)
         del statistics
         statistics = None
@@ -124,6 +127,7 @@ class ExpertsStage:
                 None,
                 0,
             )
+            statistics = replace(statistics, row_importance=share.expand(-1, down.shape[1]))
         down_used = self._quantize(self.down, chunk, down, statistics)
         del statistics
         self._outputs(chunk, tap, up_used, down_used)
@@ -212,6 +216,13 @@ class ExpertsStage:
         if pooled is None:
             pooled, pooled_tokens = hessian.sum(0), int(tokens.sum())
         return StackStatistics(tokens.to(self.device), hessian, pooled, pooled_tokens, drift)
+
+    def _share(self, chunk: range, tap: ExpertsTap) -> torch.Tensor:
+        """(experts of the chunk, 1) float32: what a squared error of 1 per token in an expert's output adds to the
+        layer's, relative to the energy of the layer's own output. So an error counts for the more, the more tokens
+        the expert has and the less else there is in the residual stream: the first layers' experts above all."""
+        tokens = torch.tensor([len(tap.routed(expert)[0]) for expert in chunk], device=self.device)
+        return (tokens / (tap.rows * self.energy)).float().unsqueeze(1)
 
     def _importance(self, chunk: range, tap: ExpertsTap, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         """How much an error in each output of gate and up matters to the expert's output: (experts of the chunk, N)

@@ -113,9 +113,10 @@ class Layer:
                             tensor=self.path, expected=tuple(hidden.shape))  # fmt: skip
         return out.float()
 
-    def _pass(self, statistics: LinearStatistics | None = None, write: bool = False) -> None:
-        """Runs the layer on all windows, the original one (if there is one) before the compressed one."""
-        pipeline = self.p
+    def _pass(self, statistics: LinearStatistics | None = None, write: bool = False) -> float:
+        """Runs the layer on all windows, the original one (if there is one) before the compressed one. Returns the mean
+        squared norm of the compressed one's output per token."""
+        pipeline, energy = self.p, 0.0
         for first, last in pipeline.batches():
             for taps in self.taps.values():
                 for tap in taps:
@@ -133,8 +134,10 @@ class Layer:
                 if statistics is not None:
                     stack.enter_context(statistics.compressed(self.module, self.path))
                 out = self._call(self.module, states, first, last)
+            energy += float(out.square().sum(dtype=torch.float64))
             if write:
                 states.write(first, out)
+        return energy / pipeline.ids.numel()
 
     def _stages(self) -> list[str | list[Target]]:
         """What to do in which order: the path of an experts module, or calibrated linear layers that are called one
@@ -211,7 +214,7 @@ class Layer:
         taps = self.taps[module]
         for tap in taps:
             tap.mode = "record"
-        self._pass()
+        energy = self._pass()
         by_parameter = {target.parameter: target for target in self.targets if target.module == module}
         first = by_parameter.get("gate_up_proj") or by_parameter["up_proj"]
         experts_bytes = sum(
@@ -229,6 +232,7 @@ class Layer:
             device=self.p.device,
             chunk_bytes=self.p.spec.chunk_bytes,
             gate_weighted=self.p.spec.gate_weighted,
+            energy=energy,
             tell=lambda done, total: self._tell(share * done / total, f"{module} ({done} of {total} experts)"),
         )
         stage.run(taps[0], taps[1] if len(taps) > 1 else None)

@@ -1,12 +1,12 @@
 """What every quantization method gets and gives (methods know nothing of models).
 
-    data-free    quantize(weight, spec) -> (matrix, TensorReport)
-    calibrated   quantize_stack(weights, statistics, spec) -> [(matrix, TensorReport), ...]
+data-free    quantize(weight, spec) -> (matrix, TensorReport)
+calibrated   quantize_stack(weights, statistics, spec) -> [(matrix, TensorReport), ...]
 
-    weight       torch.float32 (N, K) = (out_features, in_features), finite; weights: (E, N, K)
-    statistics   `StackStatistics` of the inputs of these matrices
-    spec         `MethodSpec`: the format to produce and the method's own options
-    matrix       `IntMatrix` or `TernaryMatrix`
+weight       torch.float32 (N, K) = (out_features, in_features), finite; weights: (E, N, K)
+statistics   `StackStatistics` of the inputs of these matrices
+spec         `MethodSpec`: the format to produce and the method's own options
+matrix       `IntMatrix` or `TernaryMatrix`
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class StackStatistics:
         pooled: (K, K) float32: the same sum over `pooled_tokens` tokens of the whole layer, what matrices that saw few
             or no tokens lean on; None where there is no such sum.
         drift: (E, K, K) float32: the sum of (x_original - x) x^T over the same tokens, or None.
-        row_importance: (E, N) float32: how much an error in each row's output matters, in any unit, or None where all
-            rows matter alike.
+        row_importance: (E, N) float32: what a squared error of 1 per token in each output is worth, for example as a
+            share of the energy of the layer's output; None where all rows matter alike.
     """
 
     tokens: torch.Tensor

@@ -1,14 +1,15 @@
 """Rounding with feedback: the one sweep that GPTQ and coordinate descent share.
 
-Quantizing W (N, K) for inputs x with second moments H = sum of x x^T means to find Q on a grid with a small output error
-tr((W - Q) H (W - Q)^T). Rows do not interact; columns do, and both classical ways of using that are the same sweep over
-the columns with another coefficient matrix A: with residuals R = W - Q, column j is rounded at
+Quantizing W (N, K) for inputs x with second moments H = sum of x x^T means to find Q on a grid with a small output
+error tr((W - Q) H (W - Q)^T). Rows do not interact; columns do, and both classical ways of using that are the same
+sweep over the columns with another coefficient matrix A: with residuals R = W - Q, column j is rounded at
 
     t_j = w_j + sum over i != j of r_i A_ij          (r_i of this sweep for i < j, of the sweep before for i > j)
 
-GPTQ (Frantar et al., arXiv 2210.17323) in the form of LDLQ (Chee et al., arXiv 2307.13304): H = U D U^T with U unit upper
-triangular, A = U. A column sees only the errors of those before it, and the error is the sum of d_j (t_j - q_j)^2: one
-Cholesky factorization of the flipped matrix instead of GPTQ's factorization, inversion and second factorization.
+GPTQ (Frantar et al., arXiv 2210.17323) in the form of LDLQ (Chee et al., arXiv 2307.13304): H = U D U^T with U unit
+upper triangular, A = U. A column sees only the errors of those before it, and the error is the sum of d_j (t_j -
+q_j)^2: one Cholesky factorization of the flipped matrix instead of GPTQ's factorization, inversion and second
+factorization.
 
 Coordinate descent: A_ij = H_ij / H_jj. Then t_j is the minimum of the error along w_j with everything else fixed, and
 rounding it changes the error by H_jj ((t_j - q_j)^2 - (t_j - old q_j)^2): each sweep can only lower it.
@@ -92,7 +93,7 @@ def factorize(hessian: torch.Tensor, damping: float) -> Factors:
     """
     if not bool(torch.isfinite(hessian).all()):
         raise QmoeError("E_VALUE", "the calibration statistics have NaN or infinite values")
-    count, columns, _ = hessian.shape
+    columns = hessian.shape[2]
     damped = hessian.clone()
     diagonal = damped.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
@@ -127,27 +128,21 @@ def retarget(weight: torch.Tensor, drift: torch.Tensor, factors: Factors) -> tor
     return weight + moved.transpose(1, 2)
 
 
-def round_with_feedback(
-    weight: torch.Tensor, factors: Factors, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
+def round_with_feedback(weight: torch.Tensor, factors: Factors, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """GPTQ's pass: (codes int8 (E, N, K), residual W - Q float32 (E, N, K)) of float32 weights (E, N, K)."""
     codes = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
     residual = torch.zeros_like(weight)
     for columns in _blocks(weight.shape[2], grid.block):
         target = weight[:, :, columns].clone()
         if columns.start:
-            target += torch.bmm(
-                residual[:, :, : columns.start], factors.unit_upper[:, : columns.start, columns]
-            )
+            target += torch.bmm(residual[:, :, : columns.start], factors.unit_upper[:, : columns.start, columns])
         precision = factors.diagonal[:, columns]
         grid.begin_block(target, precision, columns)
         _round_block(weight, target, factors.unit_upper[:, columns, columns], precision, grid, columns, codes, residual)
     return codes, residual
 
 
-def descend(
-    weight: torch.Tensor, factors: Factors, grid: Grid, codes: torch.Tensor, residual: torch.Tensor
-) -> None:
+def descend(weight: torch.Tensor, factors: Factors, grid: Grid, codes: torch.Tensor, residual: torch.Tensor) -> None:
     """One sweep of coordinate descent, in place on what `round_with_feedback` returned: per block first the grid
     (`Grid.refine_block`), then the codes."""
     curvature = factors.hessian.diagonal(dim1=1, dim2=2)

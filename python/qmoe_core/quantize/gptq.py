@@ -9,9 +9,9 @@ For every matrix W (N, K) with inputs x of second moments H (see `feedback` for 
 4.  `sweeps` rounds of: scales or levels by least squares under H, given the codes; then codes by coordinate descent,
     given the scales.
 
-Ternary codes are chosen by error + price * bits: a zero costs fewer bits than a sign. The price is `rate` times the mean
-of precision * w^2 of the matrix, so that one number means about the same for every matrix, and is shared out among its
-rows by what they matter to the layer's output, where the statistics say so.
+Ternary codes are chosen by error + price * bits: a zero costs fewer bits than a sign. One price for a whole model, in
+terms of what an error does to its layer's output, spends the bits where they help most: more in the first layers, in
+experts that see many tokens, and in rows that the next matrix takes up with large weights.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 
 from ..errors import QmoeError
 from ..formats import IntFormat, IntMatrix, TernaryMatrix
+from . import feedback_cuda
 from .base import Matrix, MethodSpec, StackStatistics, TensorReport, number_option
 from .feedback import Factors, descend, factorize, output_error, retarget, round_with_feedback
 from .grids import IntGrid, TernaryGrid
@@ -39,7 +40,8 @@ def quantize_stack(
         steps (24): widths of a group's grid that are tried.
         prior (0.25): how much the layer's pooled statistics weigh, in tokens per column.
         order ("natural"): "activation" takes the groups with the largest inputs first, and so the columns of a group.
-        rate (0.05): ternary: the price of a bit.
+        rate (0.05): ternary: what a bit per weight is worth, in percent of the energy that `row_importance` refers to
+            (the pipeline's: that of the layer's output), without it of the matrix's own output.
 
     Raises:
         QmoeError: `E_VALUE` (options, statistics that are not finite), `E_SHAPE`, `E_DTYPE`.
@@ -91,8 +93,8 @@ def quantize_stack(
 
 def lean_on_pooled(statistics: StackStatistics, prior: float) -> tuple[StackStatistics, list[str]]:
     """Second moments per token, shrunk towards the layer's: (H + k P) / (n + k), where n is the number of tokens, P the
-    pooled second moments per token, brought to the matrix's own mean energy where it saw any token, and k `prior` tokens
-    per column. Without a single token in the whole layer every weight counts alike, which is rounding to nearest.
+    pooled second moments per token, brought to the matrix's own mean energy where it saw any token, and k `prior`
+    tokens per column. Without a single token in the whole layer every weight counts alike: rounding to nearest.
 
     Returns the statistics and, per matrix, a note for the report, or "" where it saw at least as many tokens as it has
     columns.
@@ -156,9 +158,7 @@ def _order(hessian: torch.Tensor, spec: MethodSpec) -> torch.Tensor | None:
     if order == "natural":
         return None
     if order != "activation":
-        raise QmoeError(
-            "E_VALUE", "option 'order' of method 'gptq'", expected=["natural", "activation"], actual=order
-        )
+        raise QmoeError("E_VALUE", "option 'order' of method 'gptq'", expected=["natural", "activation"], actual=order)
     energy = hessian.diagonal(dim1=1, dim2=2)
     experts, columns = energy.shape
     group = spec.format.group if isinstance(spec.format, IntFormat) else 0
@@ -186,16 +186,18 @@ def _permuted(
     )
 
 
-def _grid(weight: torch.Tensor, statistics: StackStatistics, factors: Factors, spec: MethodSpec) -> IntGrid | TernaryGrid:
+def _grid(
+    weight: torch.Tensor, statistics: StackStatistics, factors: Factors, spec: MethodSpec
+) -> IntGrid | TernaryGrid:
     if isinstance(spec.format, IntFormat):
         steps = int(number_option(spec, "steps", 24, 2, 1000))
         return IntGrid(spec.format, (weight.shape[0], weight.shape[1], weight.shape[2]), weight.device, steps)
     rate = number_option(spec, "rate", 0.05, 0.0, 100.0)
-    price = rate * (factors.diagonal.unsqueeze(1) * weight.square()).mean((1, 2)).view(-1, 1).expand(weight.shape[:2])
-    if statistics.row_importance is not None:
-        importance = statistics.row_importance
-        mean = importance.mean(1, keepdim=True).clamp(min=1e-30)
-        price = price / (importance / mean).clamp(min=1e-3)
+    importance = statistics.row_importance
+    if importance is None:
+        energy = output_error(weight, factors.hessian).float().clamp(min=1e-30)
+        importance = (1 / energy).unsqueeze(1).expand(weight.shape[:2])
+    price = rate / 100 / weight[0].numel() / importance.clamp(min=1e-30)
     return TernaryGrid(spec.format, price)
 
 
@@ -206,7 +208,7 @@ def _int_matrices(grid: IntGrid, codes: torch.Tensor, order: torch.Tensor | None
         first = order[:, torch.arange(0, columns, grid.width, device=order.device)]
         group = (first // grid.width).unsqueeze(1).expand_as(scale)
         scale, zero = torch.empty_like(scale).scatter_(2, group, scale), torch.empty_like(zero).scatter_(2, group, zero)
-    host_codes = codes.cpu().view(torch.uint8).numpy()
+    host_codes = feedback_cuda.to_host(codes).view(torch.uint8).numpy()
     host_scale, host_zero = scale.cpu().numpy(), zero.cpu().numpy()
     format = grid.format
     return [
@@ -222,7 +224,7 @@ def _int_matrices(grid: IntGrid, codes: torch.Tensor, order: torch.Tensor | None
 
 def _ternary_matrices(grid: TernaryGrid, codes: torch.Tensor) -> list[TernaryMatrix]:
     levels = [grid.high] if grid.format.levels == "symmetric" else [grid.low, grid.high]
-    host_levels, host_codes = torch.stack(levels, dim=2).cpu().numpy(), codes.cpu().numpy()
+    host_levels, host_codes = torch.stack(levels, dim=2).cpu().numpy(), feedback_cuda.to_host(codes).numpy()
     return [
         TernaryMatrix(grid.format, np.ascontiguousarray(host_codes[e]), np.ascontiguousarray(host_levels[e]))
         for e in range(len(host_codes))
