@@ -13,7 +13,7 @@ import typer
 
 from .. import __version__
 from ..errors import QmoeError
-from . import tables
+from . import recover, tables
 from .output import EXIT_HELP, ExitCode, Output, UsageError, reporting
 
 if TYPE_CHECKING:
@@ -366,3 +366,6 @@ def quickstart(
         out.show(tables.comparison(result.rows))
         out.show(tables.files(result))
         out.result(result.to_dict())
+
+
+app.command("recover")(recover.command)

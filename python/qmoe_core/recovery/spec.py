@@ -11,15 +11,15 @@ from ..errors import QmoeError
 # Class -> learning rate. Steps are relative: one of 0.001 moves a scale by 0.1 %, and an element of any other tensor by
 # 0.001 of that tensor's root mean square, so that one number suits tensors of any size.
 LEARNING_RATES = {
-    "scales": 3e-3,  # scales of int, levels of ternary
-    "norms": 3e-3,
-    "router": 3e-3,
-    "attention": 3e-3,
-    "shared_expert": 3e-3,
-    "dense": 3e-3,
-    "embedding": 1e-3,
-    "lm_head": 1e-3,
-    "other": 3e-3,  # what has no other role: gates of shared experts, biases
+    "scales": 1e-2,  # scales of int, levels of ternary
+    "norms": 1e-2,
+    "router": 1e-2,
+    "attention": 1e-2,
+    "shared_expert": 1e-2,
+    "dense": 1e-2,
+    "embedding": 3e-3,
+    "lm_head": 3e-3,
+    "other": 1e-2,  # what has no other role: gates of shared experts, biases
 }
 # Classes of plain tensors by their role in qmoe.json (roles.py).
 ROLE_CLASSES = {"norm": "norms", "expert": "other"}  # "expert": a plain tensor there is a bias
