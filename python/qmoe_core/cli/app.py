@@ -81,18 +81,25 @@ def compress(
     ] = None,
     group: Annotated[
         int | None,
-        typer.Option(help="int: columns that share a scale: 32, 64, 128, or 0 for a row.", show_default="128"),
+        typer.Option(help="int: columns that share a scale: 16, 32, 64, 128, or 0 for a row.", show_default="128"),
     ] = None,
     method: Annotated[
         Method | None,
         typer.Option(help="How values are chosen.", show_default="by format; gptq with --calibration"),
     ] = None,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points; ternary: one level per row.")] = False,
+    half_step: Annotated[
+        bool, typer.Option("--half-step", help="int: zero halfway between two codes; for int2 by gptq.")
+    ] = False,
     scale_dtype: Annotated[
         ScaleType | None, typer.Option(help="int: type of the scales.", show_default="float16")
     ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A setting of the method, e.g. rate=0.1.", show_default=False),
+    ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="A TOML recipe instead of the five options above.", show_default=False)
+        Path | None, typer.Option(help="A TOML recipe instead of the seven options above.", show_default=False)
     ] = None,
     fit: Annotated[
         str | None,
@@ -129,6 +136,9 @@ def compress(
     drift: Annotated[
         bool, typer.Option("--drift", help="Also run the original, to correct for what has drifted: twice the time.")
     ] = False,
+    gate_weighted: Annotated[
+        bool, typer.Option("--gate-weighted", help="Tokens count by their routing weights; better for ternary.")
+    ] = False,
     device: Annotated[str, typer.Option(help="Where calibrated methods compute: cpu or cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -140,18 +150,20 @@ def compress(
         budgeted = fit is not None or bits is not None
         if method is None and recipe is None and calibration is not None and not budgeted:
             method = Method.gptq
-        settings = _calibration(calibration, calibration_tokens, calibration_window, drift)
+        settings = _calibration(calibration, calibration_tokens, calibration_window, drift, gate_weighted)
         if budgeted:
             if (
                 (fit is None) == (bits is None)
                 or (recipe, format, group, method, scale_dtype) != (None,) * 5
                 or symmetric
+                or half_step
+                or option
             ):
                 raise UsageError("give either --fit or --bits, and no options that describe a format")
         elif allow is not None:
             raise UsageError("--allow needs --fit or --bits")
         else:
-            chosen = _recipe(format, group, method, symmetric, scale_dtype, recipe)
+            chosen = _recipe(format, group, method, symmetric, half_step, scale_dtype, option or [], recipe)
         from .. import compress as run
 
         with out.progress() as progress:
@@ -174,11 +186,14 @@ def _recipe(
     group: int | None,
     method: Method | None,
     symmetric: bool,
+    half_step: bool,
     scale_dtype: ScaleType | None,
+    options: list[str],
     recipe: Path | None,
 ) -> Recipe:
     """The recipe that the options describe. Options that make no sense are wrong usage, not refused input."""
-    if recipe is not None and (symmetric or any(value is not None for value in (format, group, method, scale_dtype))):
+    given = (format, group, method, scale_dtype, symmetric or None, half_step or None, options or None)
+    if recipe is not None and any(value is not None for value in given):
         raise UsageError("a recipe says everything: leave out the options that describe a format")
     from .. import Recipe
 
@@ -189,19 +204,38 @@ def _recipe(
     settings["scale_dtype"] = scale_dtype.value if scale_dtype else None
     if symmetric:
         settings |= {"levels": "symmetric"} if format.startswith("ternary") else {"zero_point": False}
+    if half_step:
+        settings["half_step"] = True
+    settings["options"] = dict(_setting(text) for text in options)
     try:
         return Recipe.uniform(format, **settings)
     except QmoeError as error:
         raise UsageError(str(error).removeprefix(f"{error.code}: ").removeprefix("recipe.")) from error
 
 
-def _calibration(source: str | None, tokens: int | None, window: int | None, drift: bool) -> CalibrationSpec | None:
+def _setting(text: str) -> tuple[str, float | int | str]:
+    """KEY=VALUE as key and value, a number where it is one."""
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise UsageError(f"--option takes KEY=VALUE, not '{text}'")
+    for number in (int, float):
+        try:
+            return key, number(value)
+        except ValueError:
+            continue
+    return key, value
+
+
+def _calibration(
+    source: str | None, tokens: int | None, window: int | None, drift: bool, gate_weighted: bool
+) -> CalibrationSpec | None:
     """What the options say of calibration, or None."""
-    settings: dict[str, Any] = {"max_tokens": tokens, "window": window, "drift": drift or None}
+    settings: dict[str, Any] = {"max_tokens": tokens, "window": window}
+    settings |= {"drift": drift or None, "gate_weighted": gate_weighted or None}
     given = {name: value for name, value in settings.items() if value is not None}
     if source is None:
         if given:
-            raise UsageError("--calibration-tokens, --calibration-window and --drift need --calibration")
+            raise UsageError("the options of calibration need --calibration")
         return None
     from .. import CalibrationSpec
 

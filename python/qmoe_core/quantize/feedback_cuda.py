@@ -143,7 +143,7 @@ def choose_grid(grid: IntGrid, target: torch.Tensor, precision: torch.Tensor, gr
         "steps": grid.steps,
         "scale_type": _SCALE_TYPES[grid.format.scale_dtype],
         "zero_point": grid.format.zero_point,
-        "half_step": bool(getattr(grid.format, "half_step", False)),
+        "half_step": grid.format.half_step,
     }
     with torch.cuda.device(target.device):
         _C.cuda_choose_grid(of, into, torch.cuda.current_stream().cuda_stream)

@@ -71,7 +71,7 @@ class IntGrid:
         """
         low, high = target.amin(2).clamp(max=0), target.amax(2).clamp(min=0)
         weight = precision.unsqueeze(1)
-        half = 0.5 if getattr(self.format, "half_step", False) else 0.0
+        half = 0.5 if self.format.half_step else 0.0
         best = torch.full_like(low, math.inf)
         scale, zero = torch.ones_like(low), torch.zeros_like(low)
         if not self.format.zero_point:
