@@ -105,7 +105,8 @@ def main() -> None:
         "held_out": np.load(arguments.tokens, allow_pickle=False)[: arguments.max_tokens],
         "other": encode_text(arguments.model, arguments.other.read_text(encoding="utf-8"))[: arguments.max_tokens],
     }
-    rows = {row["name"]: row for row in json.loads(arguments.json.read_text())["rows"]} if arguments.json.exists() else {}
+    finished = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
+    rows = {row["name"]: row for row in finished}
     if "original" not in rows:
         rows["original"] = {"name": "original", "bits_per_expert_weight": 16.0}
         for name, tokens in texts.items():

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .evaluation import EvalResult, evaluate
     from .generation import generate, load_model
     from .recipe import Recipe
+    from .recovery import RecoverySpec, recover
     from .report import CompressionReport
     from .verification import verify
 
@@ -31,10 +32,12 @@ _LAZY = {
     "CompressionReport": "report",
     "EvalResult": "evaluation",
     "Recipe": "recipe",
+    "RecoverySpec": "recovery",
     "compress": "checkpoint",
     "evaluate": "evaluation",
     "generate": "generation",
     "load_model": "generation",
+    "recover": "recovery",
     "verify": "verification",
 }
 
@@ -47,6 +50,7 @@ __all__ = [
     "PackedTensor",
     "QmoeError",
     "Recipe",
+    "RecoverySpec",
     "TernaryFormat",
     "TernaryMatrix",
     "__version__",
@@ -55,6 +59,7 @@ __all__ = [
     "generate",
     "load_model",
     "parse_format",
+    "recover",
     "verify",
 ]
 

@@ -52,6 +52,10 @@ def test_text_is_encoded_and_the_report_tells_what_was_used(text, tmp_path):
         (["--calibration", "absent.npy"], 3, "E_MISSING"),
         (["--calibration", "IDS"], 3, "E_VALUE"),
         (["--calibration-tokens", "4096"], 2, "USAGE"),
+        (["--recover"], 2, "USAGE"),
+        (["--calibration", "TEXT", "--recover-steps", "3"], 2, "USAGE"),
+        (["--calibration", "TEXT", "--option", "sweeps"], 2, "USAGE"),
+        (["--calibration", "TEXT", "--option", "speed=3"], 2, "USAGE"),
     ],
 )
 def test_mistakes_are_typed(text, tmp_path, options, exit_code, error):
@@ -61,3 +65,24 @@ def test_mistakes_are_typed(text, tmp_path, options, exit_code, error):
     assert (code, result["error"]["code"]) == (exit_code, error)
     assert stderr.startswith("qmoe: error: ") and stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_method_reach_the_recipe(text, tmp_path):
+    options = ["--calibration", text, "--calibration-tokens", 512, "--gate-weighted", "--half-step", "--symmetric"]
+    options += ["--format", "int2", "--group", 16, "--option", "sweeps=1", "--option", "order=activation"]
+    code, result, _ = run("-o", tmp_path / "out", *options)
+    assert code == 0 and result["calibration"]["gate_weighted"] is True
+    assert {entry["format"] for entry in result["tensors"]} == {"int2-g16-sym-half"}
+    (rule,) = result["recipe"]["rule"]
+    assert rule["options"] == {"sweeps": 1, "order": "activation"}
+
+
+def test_recover_leaves_one_finished_directory(text, tmp_path):
+    text.write_text(text.read_text() * 8)  # validation windows, and one step of training
+    options = ["--calibration", text, "--calibration-tokens", 512, "--format", "ternary"]
+    code, result, _ = run("-o", tmp_path / "out", *options, "--recover", "--recover-steps", 2)
+    assert code == 0 and result["recovery"]["steps"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert CliRunner().invoke(app, ["verify", str(tmp_path / "out")]).exit_code == 0
+    code, result, _ = run("-o", tmp_path / "out", *options, "--recover")
+    assert code == 2 and "finished" in result["error"]["message"]

@@ -30,7 +30,7 @@ SHAPES = [(1, 1, 1), (2, 5, 7), (3, 17, 100), (2, 40, 256), (1, 3, 300)]
 
 def problem(shape: tuple[int, int, int], tokens: int = 400, seed: int = 0) -> tuple[torch.Tensor, StackStatistics]:
     """Weights, and statistics of strongly correlated inputs."""
-    experts, rows, columns = shape
+    experts, _, columns = shape
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator) * 0.05
     mixing = torch.randn(experts, columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)

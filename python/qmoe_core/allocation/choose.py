@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from ..calibration import CalibrationSpec
+from ..calibration.spec import tokens_for
 from ..errors import QmoeError
 from ..quantize import METHODS
 from ..recipe import Rule
@@ -66,7 +65,7 @@ def fit_recipe(
         candidates = (*candidates, {"format": "keep"})
     needs = any(_needs_statistics(settings) for settings in candidates)
     if calibration is not None and measurable:
-        tokens = _tokens(source, calibration)
+        tokens = tokens_for(source, calibration)
         items = measure_sensitivity(
             source, tokens, candidates, roles=roles, window=calibration.window, max_tokens=SENSITIVITY_TOKENS,
             progress=progress,
@@ -88,15 +87,6 @@ def calibrated(candidates: Sequence[Settings]) -> tuple[Settings, ...]:
 def _needs_statistics(settings: Settings) -> bool:
     spec = Rule.make(**settings).spec
     return spec is not None and METHODS[spec.method].needs_statistics
-
-
-def _tokens(source: Path, calibration: CalibrationSpec) -> np.ndarray:
-    """The tokens to measure on, (n,) int64: the first windows of those that calibration uses."""
-    from ..calibration.spec import load_tokens
-    from ..families import build_meta_model
-
-    vocabulary = build_meta_model(source).config.get_text_config(decoder=True).vocab_size
-    return load_tokens(calibration, source, vocabulary).ids.reshape(-1)
 
 
 def _memory() -> int:

@@ -128,6 +128,15 @@ def load_tokens(spec: CalibrationSpec, model: Path, vocabulary: int) -> Calibrat
     return CalibrationTokens(ids, len(tokens))
 
 
+def tokens_for(source: Path, spec: CalibrationSpec) -> np.ndarray:
+    """The windows that calibrating the checkpoint `source` uses, one behind the other: (n,) int64. Raises as
+    `load_tokens`."""
+    from ..families import build_meta_model
+
+    vocabulary = build_meta_model(source).config.get_text_config(decoder=True).vocab_size
+    return load_tokens(spec, source, int(vocabulary)).ids.reshape(-1)
+
+
 def _ids(spec: CalibrationSpec, model: Path) -> Any:
     source = spec.source
     if not isinstance(source, (str, os.PathLike)):

@@ -5,6 +5,9 @@ The library is imported inside the commands: most of it needs torch, which takes
 
 from __future__ import annotations
 
+import shutil
+import sys
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +16,10 @@ import typer
 
 from .. import __version__
 from ..errors import QmoeError
-from . import recover, tables
+from . import tables
 from .output import EXIT_HELP, ExitCode, Output, UsageError, reporting
+from .recover import command as recover_command
+from .recover import run_recovery
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,6 +144,13 @@ def compress(
     gate_weighted: Annotated[
         bool, typer.Option("--gate-weighted", help="Tokens count by their routing weights; better for ternary.")
     ] = False,
+    recover: Annotated[
+        bool,
+        typer.Option(
+            "--recover", help="Then tune scales, norms and routers on the calibration text; see qmoe recover."
+        ),
+    ] = False,
+    recover_steps: Annotated[int | None, typer.Option(help="Its optimizer steps.", min=1, show_default="400")] = None,
     device: Annotated[str, typer.Option(help="Where calibrated methods compute: cpu or cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -151,6 +163,12 @@ def compress(
         if method is None and recipe is None and calibration is not None and not budgeted:
             method = Method.gptq
         settings = _calibration(calibration, calibration_tokens, calibration_window, drift, gate_weighted)
+        if recover and settings is None:
+            raise UsageError("--recover tunes on the text of --calibration")
+        if recover_steps is not None and not recover:
+            raise UsageError("--recover-steps needs --recover")
+        if recover and (output / "config.json").exists():
+            raise UsageError(f"{output} is finished already; qmoe recover takes a compressed directory further")
         if budgeted:
             if (
                 (fit is None) == (bits is None)
@@ -165,6 +183,7 @@ def compress(
         else:
             chosen = _recipe(format, group, method, symmetric, half_step, scale_dtype, option or [], recipe)
         from .. import compress as run
+        from ..calibration.spec import tokens_for
 
         with out.progress() as progress:
             if budgeted:
@@ -176,9 +195,18 @@ def compress(
                 )  # fmt: skip
                 chosen = plan.recipe
                 settings = settings if plan.calibrated else None
-            report = run(source, output, chosen, calibration=settings, device=device, progress=progress)
+            # What is still to be recovered lies beside the output, until that is whole.
+            first = output.with_name(output.name + ".unrecovered") if recover else output
+            report = run(source, first, chosen, calibration=settings, device=device, progress=progress)
         out.show(tables.compression(report))
-        out.result(report.to_dict())
+        result = report.to_dict()
+        if recover and settings is not None:
+            # Recovery takes more text than calibration does: all of it.
+            text = tokens_for(source, replace(settings, max_tokens=sys.maxsize, seed=None))
+            recovered = run_recovery(out, source, first, output, text, device=device, steps=recover_steps)
+            result["recovery"] = recovered.to_dict()
+            shutil.rmtree(first)
+        out.result(result)
 
 
 def _recipe(
@@ -402,4 +430,4 @@ def quickstart(
         out.result(result.to_dict())
 
 
-app.command("recover")(recover.command)
+app.command("recover")(recover_command)

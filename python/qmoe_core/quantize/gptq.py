@@ -16,6 +16,8 @@ experts that see many tokens, and in rows that the next matrix takes up with lar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -72,7 +74,9 @@ def quantize_stack(
     zeros = _zeros(grid, codes)
     if order is not None:
         codes = torch.empty_like(codes).scatter_(2, order.unsqueeze(1).expand_as(codes), codes)
-    matrices = _int_matrices(grid, codes, order) if isinstance(grid, IntGrid) else _ternary_matrices(grid, codes)
+    matrices: Sequence[Matrix] = (
+        _int_matrices(grid, codes, order) if isinstance(grid, IntGrid) else _ternary_matrices(grid, codes)
+    )
     return [
         (
             matrix,
