@@ -45,8 +45,7 @@ Status ternary_sums_on(const TernarySums& sums, void* stream) noexcept {
     return ternary_sums(sums, static_cast<cudaStream_t>(stream));
 }
 
-constexpr Api kApi{kApiVersion, device_count, device_info, dequantize, round_block_on, choose_grid_on,
-                  ternary_sums_on};
+constexpr Api kApi{kApiVersion, device_count, device_info, dequantize, round_block_on, choose_grid_on, ternary_sums_on};
 
 }  // namespace
 }  // namespace qmoe::cuda

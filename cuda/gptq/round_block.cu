@@ -87,9 +87,8 @@ __global__ void __launch_bounds__(kThreads) round_block_kernel(const __grid_cons
             const uint32_t j = by_row ? i / kStrip : i % above, within = by_row ? i % kStrip : i / above;
             const uint32_t k = strip * kStrip + within;
             triangle[strip_offset(strip) + j * kStrip + within] =
-                j < k && k < a.columns
-                    ? coefficients[j * a.coefficient_row_stride + k * a.coefficient_column_stride]
-                    : 0.0f;
+                j < k && k < a.columns ? coefficients[j * a.coefficient_row_stride + k * a.coefficient_column_stride]
+                                       : 0.0f;
         }
     }
     __syncthreads();
@@ -134,8 +133,7 @@ __global__ void __launch_bounds__(kThreads) round_block_kernel(const __grid_cons
                 r[j] = fresh;
                 if (strip + 1 < strips) changes[(first + j) * kThreads] = change;
 #pragma unroll
-                for (uint32_t k = j + 1; k < kStrip; ++k)
-                    t[k] = __fadd_rn(t[k], __fmul_rn(change, u[j * kStrip + k]));
+                for (uint32_t k = j + 1; k < kStrip; ++k) t[k] = __fadd_rn(t[k], __fmul_rn(change, u[j * kStrip + k]));
             }
         }
         if (vectors && count == kStrip) {
@@ -162,9 +160,9 @@ __global__ void __launch_bounds__(kThreads) round_block_kernel(const __grid_cons
 template <class Rounder>
 Status launch(const RoundBlock& a, cudaStream_t stream) noexcept {
     const uint32_t strips = (a.columns + kStrip - 1) / kStrip, bytes = shared_bytes(strips);
-    if (const cudaError_t error = cudaFuncSetAttribute(round_block_kernel<Rounder>,
-                                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                       static_cast<int>(shared_bytes(kMaxRoundColumns / kStrip)));
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(round_block_kernel<Rounder>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes(kMaxRoundColumns / kStrip)));
         error != cudaSuccess)
         return Status::error(Code::kNoKernel, cudaGetErrorString(error));
     const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };

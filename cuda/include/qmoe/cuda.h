@@ -42,9 +42,9 @@ struct RoundBlock {
     uint32_t experts, rows, columns;  // columns: of the block, at most kMaxRoundColumns
     uint64_t expert_stride, row_stride;
     const float* weight;
-    float* residual;      // weight - quantized: read, then replaced
-    uint8_t* codes;       // written: uint8 codes, or int8 trits
-    const float* target;  // (E, N, columns)
+    float* residual;            // weight - quantized: read, then replaced
+    uint8_t* codes;             // written: uint8 codes, or int8 trits
+    const float* target;        // (E, N, columns)
     const float* coefficients;  // what column k takes of a change of column j < k: row j, column k
     uint64_t coefficient_expert_stride, coefficient_row_stride, coefficient_column_stride;
     const float* precision;  // (E, columns): weight of a squared error; ternary only
@@ -74,8 +74,8 @@ struct ChooseGrid {
 // Ternary codes of whole matrices without feedback, and what levels and bits are fitted from.
 struct TernarySums {
     uint32_t experts, rows, columns;
-    const float *weight, *precision;             // (E, N, K), (E, K)
-    const float *low, *high, *price, *bits;      // as in RoundBlock
+    const float *weight, *precision;         // (E, N, K), (E, K)
+    const float *low, *high, *price, *bits;  // as in RoundBlock
     float* sums;       // (E, N, 4), written: low's sum of precision * weight and of precision, then high's
     uint32_t* counts;  // (E, 3), added to: how many codes are -1, 0, 1
 };
