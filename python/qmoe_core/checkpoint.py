@@ -7,6 +7,8 @@ run.
 
 Order of a job: lock, plan, calibration where a method needs it (calibration/job.py), shards one by one, other files,
 qmoe.json, config.json, journal removed. config.json comes last since without it nothing loads the directory.
+
+Several processes (calibration/distributed.py) share the calibration; everything else the one that leads does alone.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from typing import Any
 
 from . import _C, __version__
 from .calibration import CalibrationSpec
-from .calibration.job import CalibratedRecords, Calibration, packed_entry, prepare
+from .calibration.distributed import processes
+from .calibration.job import CalibratedRecords, Calibration, follow, packed_entry, prepare
 from .errors import QmoeError
 from .families import ModelLayout, Target, analyze
 from .formats import PackedTensor
@@ -64,8 +67,13 @@ def compress(
             chunk of experts: bytes of the source done and in total.
         max_shard_bytes: an output shard is closed before it grows beyond this (a single larger tensor gets its own).
 
+    Called by several processes (of torchrun, or of a torch.distributed process group that is there) with the same
+    arguments, on a file system that all of them see, it divides the calibration among them, one device each. The result
+    is that of one process but for the order of floating-point summation, and does not differ between runs with as many
+    processes. Every process returns the report and raises what any of them does; progress is that of the first one.
+
     Returns:
-        The report; the same numbers, less those of this run, are in OUT/qmoe.json.
+        The report; the same numbers, less those of this run and process, are in OUT/qmoe.json.
 
     Raises:
         QmoeError: E_SAME_FILE (output is, contains or lies in the source), E_BUSY, E_CHANGED, E_UNSAFE_SOURCE,
@@ -77,12 +85,13 @@ def compress(
     source, output = Path(source), Path(output)
     if max_shard_bytes < 1:
         raise QmoeError("E_VALUE", "max_shard_bytes must be positive", actual=max_shard_bytes)
-    with SourceCheckpoint(source) as checkpoint:
+    with processes() as group, group.shared_errors(), SourceCheckpoint(source) as checkpoint:
+        group.use(device)
         _check_places(source, output)
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         layout = analyze(source, shapes)
         plan = make_plan(checkpoint, layout, recipe, max_shard_bytes)
-        prepared = prepare(checkpoint, plan, calibration, device)
+        prepared = prepare(checkpoint, plan, calibration, device, group)
         job: dict[str, Any] = {
             "version": VERSION,
             "library": __version__,
@@ -93,14 +102,15 @@ def compress(
         }
         if prepared is not None:
             job["calibration"] = prepared.description
-        with Journal(output) as journal:
-            result = _finished(output, job)
-            resumed = result is not None
-            if result is None:
-                _check_output(output)
-                resumed = journal.begin({**job, "modified": checkpoint.modified()})
-                result = _Job(checkpoint, layout, plan, journal, output, job, progress, prepared).run()
-            journal.remove()
+        check_same_job(group.from_leader(job), job, output, "is not the same for all processes of this run")
+        outcome: tuple[dict[str, Any], bool] | None = None
+        if group.leads:
+            outcome = _lead(checkpoint, layout, plan, output, job, progress, prepared)
+        elif prepared is not None:
+            follow(checkpoint, layout, plan, prepared, output / DIRECTORY)
+        outcome = group.from_leader(outcome)
+        assert outcome is not None
+        result, resumed = outcome
         report = _report(output, result)
     return CompressionReport(
         **{
@@ -115,6 +125,30 @@ def compress(
             "resumed": resumed,
         }
     )
+
+
+def _lead(
+    checkpoint: SourceCheckpoint,
+    layout: ModelLayout,
+    plan: Plan,
+    output: Path,
+    job: dict[str, Any],
+    progress: Progress | None,
+    prepared: Calibration | None,
+) -> tuple[dict[str, Any], bool]:
+    """Everything that the output's only writer does. Returns the content of qmoe.json, and whether there was something
+    to continue."""
+    with Journal(output) as journal:
+        result = _finished(output, job)
+        resumed = result is not None
+        if result is None:
+            _check_output(output)
+            resumed = journal.begin({**job, "modified": checkpoint.modified()})
+            result = _Job(checkpoint, layout, plan, journal, output, job, progress, prepared).run()
+        elif prepared is not None:
+            prepared.group.from_leader(None)  # nothing to calibrate
+        journal.remove()
+    return result, resumed
 
 
 def _check_places(source: Path, output: Path) -> None:

@@ -36,13 +36,16 @@ def _first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any
     return path or "job", old, new
 
 
-def check_same_job(old: dict[str, Any], new: dict[str, Any], file: Path) -> None:
+OTHER_JOB = "is not what it was when this output was begun; choose another output or delete this one"
+
+
+def check_same_job(old: dict[str, Any], new: dict[str, Any], file: Path, what: str = OTHER_JOB) -> None:
     """Raises `E_CHANGED`, naming the first thing that differs, unless both descriptions are equal."""
     if old != new:
         where, before, now = _first_difference(old, new)
         raise QmoeError(
             "E_CHANGED",
-            f"'{where}' is not what it was when this output was begun; choose another output or delete this one",
+            f"'{where}' {what}",
             file=file,
             expected=before,
             actual=now,

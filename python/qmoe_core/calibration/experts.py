@@ -7,12 +7,17 @@ the tap hands back when the layer runs again. So memory holds one chunk of exper
 of experts transformers would have chosen, nothing passes by unseen.
 
 Gating and biases are the module's own, as in `runtime.experts`.
+
+Several processes hold different tokens. Each adds up its own; the experts of a chunk are divided among the processes,
+and each of them gets the sums of its experts, quantizes these, and gives the result to all, since every process needs
+the chunk's weights for its tokens. Chunks, and with them what is pooled, are those of a single process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +28,7 @@ from ..families import Reader, Target
 from ..quantize import Matrix, MethodSpec, TensorReport
 from ..quantize.base import StackStatistics
 from ..source import CheckedReader
+from .distributed import Group
 from .tap import ExpertsTap
 
 SAMPLE = 1024  # tokens of an expert that tell how much its rows matter
@@ -37,7 +43,7 @@ def add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 @dataclass
 class StackResult:
-    """One quantized stack, growing chunk by chunk."""
+    """One quantized stack, growing chunk by chunk; matrices and reports only on the process that leads."""
 
     target: Target
     spec: MethodSpec
@@ -45,6 +51,12 @@ class StackResult:
     matrices: list[Matrix] = field(default_factory=list)
     reports: list[TensorReport] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+
+    def take(self, parts: list[list[tuple[Matrix, TensorReport]]] | None) -> None:
+        """Adds quantized matrices, by the process that made them; None on those that do not lead."""
+        for matrix, report in chain.from_iterable(parts or []):
+            self.matrices.append(matrix)
+            self.reports.append(report)
 
 
 class ExpertsStage:
@@ -63,6 +75,7 @@ class ExpertsStage:
         gate_weighted: bool,
         energy: float,
         tell: Callable[[int, int], None],
+        group: Group,
     ) -> None:
         """
         Args:
@@ -71,9 +84,12 @@ class ExpertsStage:
             read: reads source tensors.
             energy: mean squared norm of the layer's output per token, without these experts.
             tell: called with experts done and in total.
+            group: the processes that share the tokens.
         """
         self.module, self.first, self.down, self.results, self.read = module, first, down, results, read
         self.device, self.gate_weighted, self.energy, self.tell = device, gate_weighted, max(energy, 1e-30), tell
+        self.group, self.rows = group, 0  # tokens of all processes
+        self.counts = torch.empty(0, 0, dtype=torch.int64)  # (processes, experts): whose tokens each expert saw
         (experts, n1, k1), (_, n2, k2) = first.shape, down.shape
         each = 4 * (2 * max(k1 * k1, k2 * k2) + 2 * n1 * k1 + 2 * n2 * k2)
         self.chunk = max(1, min(experts, chunk_bytes // each))
@@ -87,8 +103,10 @@ class ExpertsStage:
         tap.make_outputs()
         if original is not None:
             original.make_outputs()
-        pooled = self._pooled(tap) if self._calibrated(self.first) else None
         experts = self.first.shape[0]
+        self.counts = torch.stack(self.group.gather_all(tap.counts(experts)))
+        self.rows = sum(self.group.gather_all(tap.rows))
+        pooled = self._pooled(tap) if self._calibrated(self.first) else None
         for begin in range(0, experts, self.chunk):
             chunk = range(begin, min(begin + self.chunk, experts))
             self._chunk(chunk, tap, original, pooled)
@@ -106,11 +124,11 @@ class ExpertsStage:
 
     def _chunk(self, chunk: range, tap: ExpertsTap, original: ExpertsTap | None, pooled: torch.Tensor | None) -> None:
         up, down = self._weights(self.first, chunk), self._weights(self.down, chunk)
-        share = self._share(chunk, tap)
+        share = self._share(chunk)
         statistics = None
         if self._calibrated(self.first):
             statistics = self._statistics(
-                chunk, self.first.shape[2], tap, original, lambda e, x: x, lambda e, x: x, pooled, tap.rows
+                chunk, self.first.shape[2], tap, original, lambda e, x: x, lambda e, x: x, pooled, self.rows
             )
             statistics = replace(statistics, row_importance=share * self._importance(chunk, tap, up, down))
         up_used = self._quantize(self.first, chunk, up, statistics)
@@ -181,7 +199,7 @@ class ExpertsStage:
             if self.gate_weighted:
                 x = x * tap.weight[first : first + ROWS].square().mean(1, keepdim=True).sqrt().to(self.device)
             total.addmm_(x.T, x)
-        return total
+        return self.group.sum(total)
 
     def _statistics(
         self,
@@ -194,14 +212,12 @@ class ExpertsStage:
         pooled: torch.Tensor | None,
         pooled_tokens: int,
     ) -> StackStatistics:
-        """Statistics of the chunk. `transform` makes of an expert's inputs what its matrix is given; without `pooled`
-        that is the sum over the chunk's tokens."""
+        """Statistics of this process's experts of the chunk. `transform` makes of an expert's inputs what its matrix is
+        given; without `pooled` that is the sum over the chunk's tokens."""
         hessian = torch.zeros(len(chunk), width, width, device=self.device)
         drift = None if original is None else torch.zeros_like(hessian)
-        tokens = torch.zeros(len(chunk), dtype=torch.int64)
         for at, expert in enumerate(chunk):
             for rows, gate, x in self._rows(tap, expert):
-                tokens[at] += len(rows)
                 y = transform(expert, x)
                 y_original = None
                 if original is not None:
@@ -214,27 +230,48 @@ class ExpertsStage:
                 if drift is not None and y_original is not None:
                     drift[at].addmm_((y_original - y).T, y)
         if pooled is None:
-            pooled, pooled_tokens = hessian.sum(0), int(tokens.sum())
-        return StackStatistics(tokens.to(self.device), hessian, pooled, pooled_tokens, drift)
+            pooled = self.group.sum(hessian.sum(0))
+            pooled_tokens = int(self.counts[:, chunk.start : chunk.stop].sum())
+        mine = self.group.part(chunk)
+        tokens = self.counts[:, mine.start : mine.stop].sum(0).to(self.device)
+        hessian = self._own(chunk, hessian)
+        return StackStatistics(
+            tokens, hessian, pooled, pooled_tokens, None if drift is None else self._own(chunk, drift)
+        )
 
-    def _share(self, chunk: range, tap: ExpertsTap) -> torch.Tensor:
-        """(experts of the chunk, 1) float32: what a squared error of 1 per token in an expert's output adds to the
-        layer's, relative to the energy of the layer's own output. So an error counts for the more, the more tokens
-        the expert has and the less else there is in the residual stream: the first layers' experts above all."""
-        tokens = torch.tensor([len(tap.routed(expert)[0]) for expert in chunk], device=self.device)
-        return (tokens / (tap.rows * self.energy)).float().unsqueeze(1)
+    def _own(self, chunk: range, sums: torch.Tensor) -> torch.Tensor:
+        """The sums (experts of the chunk, ...) over the tokens of all processes, of this process's experts."""
+        for owner, part in enumerate(self.group.parts(chunk)):
+            if len(part):
+                self.group.sum_to(sums[_places(part, chunk)], owner)
+        mine = sums[_places(self.group.part(chunk), chunk)]
+        return mine if len(mine) == len(sums) else mine.clone()
+
+    def _share(self, chunk: range) -> torch.Tensor:
+        """(this process's experts of the chunk, 1) float32: what a squared error of 1 per token in an expert's output
+        adds to the layer's, relative to the energy of the layer's own output. So an error counts for the more, the more
+        tokens the expert has and the less else there is in the residual stream: the first layers' experts above all.
+        """
+        mine = self.group.part(chunk)
+        tokens = self.counts[:, mine.start : mine.stop].sum(0).to(self.device)
+        return (tokens / (self.rows * self.energy)).float().unsqueeze(1)
 
     def _importance(self, chunk: range, tap: ExpertsTap, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        """How much an error in each output of gate and up matters to the expert's output: (experts of the chunk, N)
-        float32, the mean over a sample of its tokens of (d hidden / d output)^2 x the squared norm of the column of
-        down that takes it. Ones for an expert without tokens."""
+        """How much an error in each output of gate and up matters to the expert's output: (this process's experts of
+        the chunk, N) float32, the mean over a sample of its tokens of (d hidden / d output)^2 x the squared norm of the
+        column of down that takes it. Ones for an expert without tokens."""
         assert tap.inputs is not None
-        importance = torch.ones(len(chunk), up.shape[1], device=self.device)
+        importance = torch.zeros(len(chunk), up.shape[1], device=self.device)
+        totals: list[int] = self.counts.sum(0).tolist()
+        before: list[int] = self.counts[: self.group.rank].sum(0).tolist()
         for at, expert in enumerate(chunk):
             rows, gate = tap.routed(expert)
+            if totals[expert] == 0:
+                importance[at] = 1.0 / self.group.size
             if len(rows) == 0:
                 continue
-            places = torch.arange(0, len(rows), -(-len(rows) // SAMPLE))
+            step = -(-totals[expert] // SAMPLE)  # through the tokens of all processes, one after the other
+            places = torch.arange(-before[expert] % step, len(rows), step)
             x = tap.inputs.gather(rows[places]).to(self.device)
             with torch.enable_grad():
                 states = (x @ up[at].T + self._bias(self.first.parameter, expert)).requires_grad_()
@@ -242,28 +279,37 @@ class ExpertsStage:
                 (slope,) = torch.autograd.grad(hidden, states, down[at].norm(dim=0).expand_as(hidden))
             if self.gate_weighted:
                 slope = slope * gate[places, None].to(self.device)
-            importance[at] = slope.square().mean(0)
-        return importance
+            importance[at] = slope.square().sum(0) / -(-totals[expert] // step)
+        return self._own(chunk, importance)
 
     def _quantize(
         self, target: Target, chunk: range, weights: torch.Tensor, statistics: StackStatistics | None
     ) -> torch.Tensor:
-        """Quantizes the chunk's matrices of a target and returns the weights to go on with, which are the given ones
-        where the target is kept."""
+        """Quantizes the chunk's matrices of a target, each process its own, and returns the weights to go on with, all
+        of them, which are the given ones where the target is kept."""
         result = self.results.get(target.name)
         if result is None:
             return weights
+        mine = self.group.part(chunk)
+        own = weights[_places(mine, chunk)]
         if statistics is None:
             pairs = [
                 methods.quantize(weight.cpu(), result.spec, tensor=f"{target.name}[{expert}]")
-                for expert, weight in zip(chunk, weights, strict=True)
+                for expert, weight in zip(mine, own, strict=True)
             ]
         else:
-            pairs = methods.quantize_stack(weights, statistics, result.spec, tensor=target.name)
-            result.tokens += statistics.tokens.tolist()
+            pairs = methods.quantize_stack(own, statistics, result.spec, tensor=target.name) if len(mine) else []
+            result.tokens += self.counts[:, chunk.start : chunk.stop].sum(0).tolist()
         used = torch.empty_like(weights)
-        for at, (matrix, report) in enumerate(pairs):
-            result.matrices.append(matrix)
-            result.reports.append(report)
-            used[at].copy_(torch.from_numpy(matrix.dequantize()))
+        for place, (matrix, _) in zip(used[_places(mine, chunk)], pairs, strict=True):
+            place.copy_(torch.from_numpy(matrix.dequantize()))
+        for owner, part in enumerate(self.group.parts(chunk)):
+            if len(part):
+                self.group.copy_from(used[_places(part, chunk)], owner)
+        result.take(self.group.gather(pairs))
         return used
+
+
+def _places(part: range, chunk: range) -> slice:
+    """Where a part of a chunk is in a stack of the whole chunk."""
+    return slice(part.start - chunk.start, part.stop - chunk.start)

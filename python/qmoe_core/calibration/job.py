@@ -9,6 +9,9 @@ stay until the shard that holds them is finished:
 
 A journal line per layer, written after all of that is on the disk, says what is there. A killed job goes on with the
 next layer.
+
+Of several processes (`distributed.py`) one leads: it holds the journal and writes records; the others (`follow`) write
+the activations of their windows only, which must be durable as well before the leader writes the line.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from ..progress import ProgressEvent
 from ..quantize import MethodSpec, TensorReport
 from ..source import SourceCheckpoint
 from ..store import ShardWriter, crc32c, io_errors, read_chunks, write_atomic
-from .layer import needs_statistics
+from .distributed import Group
+from .layer import LayerResult, needs_statistics
 from .pipeline import Decisions, Pipeline, check_device
 from .spec import CalibrationSpec, CalibrationTokens, load_tokens
 
@@ -42,10 +46,13 @@ class Calibration:
     tokens: CalibrationTokens
     device: str
     description: dict[str, Any]
+    group: Group
     memory_bytes: int  # what it may take on top of what compression takes anyway
 
 
-def prepare(checkpoint: SourceCheckpoint, plan: Plan, spec: CalibrationSpec | None, device: str) -> Calibration | None:
+def prepare(
+    checkpoint: SourceCheckpoint, plan: Plan, spec: CalibrationSpec | None, device: str, group: Group
+) -> Calibration | None:
     """Loads the calibration tokens; None where no method of the plan is calibrated.
 
     Raises:
@@ -86,9 +93,19 @@ def prepare(checkpoint: SourceCheckpoint, plan: Plan, spec: CalibrationSpec | No
             "E_VALUE", "a calibration window is longer than the model's context", expected=longest, actual=spec.window
         )
     tokens = load_tokens(spec, checkpoint.directory, int(text.vocab_size))
+    if len(tokens.ids) < group.size:
+        raise QmoeError(
+            "E_VALUE",
+            "fewer calibration windows than processes",
+            expected=f">= {group.size}",
+            actual=len(tokens.ids),
+        )
     around = 4 * sum(t.elements for name, t in checkpoint.tensors.items() if "embed" in name)
     memory = spec.buffer_bytes + 4 * spec.chunk_bytes + around
-    return Calibration(spec, tokens, device, tokens.describe(spec, device), memory)
+    description = tokens.describe(spec, device)
+    if group.size > 1:
+        description["processes"] = group.size  # the order of summation depends on it
+    return Calibration(spec, tokens, group.device(device), description, group, memory)
 
 
 def _text_config(directory: Path) -> Any:
@@ -118,7 +135,7 @@ class CalibratedRecords:
         self.checkpoint, self.layout, self.calibration = checkpoint, layout, calibration
         self.journal, self.progress = journal, progress
         items = packed_items(plan)
-        self.decisions: Decisions = {item.target.name: (item.target, item.spec) for item in items}
+        self.decisions = _decisions(items)
         self._numbers = {item.plan.name: number for number, item in enumerate(items)}
         self._entries: dict[str, dict[str, Any]] = {}  # by packed name, as a shard's step has them
 
@@ -157,45 +174,36 @@ class CalibratedRecords:
         for step in steps:
             self._entries |= step["records"]
         if steps and steps[-1]["layer"] + 1 == steps[-1]["layers"]:
+            self.calibration.group.from_leader(None)
             self._remove_activations()
             return
-        calibration = self.calibration
-        with Pipeline(
+        start = self.calibration.group.from_leader(Start(len(steps), steps[-1]["states"] if steps else []))
+        _run(
             self.checkpoint,
             self.layout,
             self.decisions,
-            calibration.tokens.ids,
-            calibration.spec,
-            calibration.device,
+            self.calibration,
             self.journal.path,
             self._tell,
-        ) as pipeline:
-            start = len(steps)
-            if not pipeline.begin(start, steps[-1]["states"] if steps else {}):
-                self._start_anew(finished)
-                start = 0
-                pipeline.begin(0, {})
-            for result in pipeline.layers(start):
-                records = {}
-                for stack in result.stacks:
-                    packed = PackedTensor.pack(stack.matrices)
-                    stack.matrices.clear()
-                    write_atomic(self._file(stack.target.packed_name), packed.data.tobytes())
-                    records[stack.target.packed_name] = packed_entry(
-                        self.checkpoint,
-                        stack.target,
-                        stack.spec,
-                        packed,
-                        stack.reports,
-                        stack.reader.crcs,
-                        stack.tokens,
-                    )
-                self._entries |= records
-                self.journal.note(
-                    {"layer": result.index, "layers": pipeline.count, "records": records, "states": result.states}
-                )
-                self.journal.commit()
+            start,
+            lambda: self._start_anew(finished),
+            self._keep,
+        )
         self._remove_activations()
+
+    def _keep(self, result: LayerResult, layers: int, states: list[dict[str, int]]) -> None:
+        """Makes a finished layer's records durable, and then the journal say so; `states`: of every process."""
+        records = {}
+        for stack in result.stacks:
+            packed = PackedTensor.pack(stack.matrices)
+            stack.matrices.clear()
+            write_atomic(self._file(stack.target.packed_name), packed.data.tobytes())
+            records[stack.target.packed_name] = packed_entry(
+                self.checkpoint, stack.target, stack.spec, packed, stack.reports, stack.reader.crcs, stack.tokens
+            )
+        self._entries |= records
+        self.journal.note({"layer": result.index, "layers": layers, "records": records, "states": states})
+        self.journal.commit()
 
     def _tell(self, done: int, total: int, detail: str) -> None:
         if self.progress is not None:
@@ -225,6 +233,72 @@ class CalibratedRecords:
             for pattern in ("activations-*", "experts-*"):
                 for file in self.journal.path.glob(pattern):
                     file.unlink()
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the leading process begins: at layer `layer`, whose inputs have the CRC32C `states`, by process and
+    stream."""
+
+    layer: int
+    states: list[dict[str, int]]
+
+
+def _decisions(items: list[PackedItem]) -> Decisions:
+    return {item.target.name: (item.target, item.spec) for item in items}
+
+
+def follow(
+    checkpoint: SourceCheckpoint, layout: ModelLayout, plan: Plan, calibration: Calibration, directory: Path
+) -> None:
+    """The part of a process that does not lead in the calibration that another one makes records of
+    (`CalibratedRecords.make`). `directory`: the journal's, which all processes must see. Raises as the leader does."""
+    start: Start | None = calibration.group.from_leader(None)
+    if start is None:
+        return
+    if not directory.is_dir():
+        raise QmoeError("E_MISSING", "the output must be where all processes see it", file=directory.parent)
+    _run(
+        checkpoint,
+        layout,
+        _decisions(packed_items(plan)),
+        calibration,
+        directory,
+        lambda *_: None,
+        start,
+        lambda: None,
+        lambda *_: None,
+    )
+
+
+def _run(
+    checkpoint: SourceCheckpoint,
+    layout: ModelLayout,
+    decisions: Decisions,
+    calibration: Calibration,
+    directory: Path,
+    tell: Callable[[int, int, str], None],
+    start: Start,
+    start_anew: Callable[[], None],
+    keep: Callable[[LayerResult, int, list[dict[str, int]]], None],
+) -> None:
+    """Runs the layers from `start`, or all of them (after `start_anew`) where the activations of any process are not
+    sound. `keep` takes each layer's results on the leading process, once all processes have made theirs durable."""
+    group, spec = calibration.group, calibration.spec
+    with Pipeline(
+        checkpoint, layout, decisions, calibration.tokens.ids, spec, calibration.device, directory, tell, group
+    ) as pipeline:
+        first = start.layer
+        states = start.states[group.rank] if start.states else {}
+        if not all(group.gather_all(pipeline.begin(first, states))):
+            start_anew()
+            first = 0
+            pipeline.begin(0, {})
+        for result in pipeline.layers(first):
+            gathered = group.gather(result.states)
+            if gathered is not None:
+                keep(result, pipeline.count, gathered)
+    group.barrier()  # nobody uses files any more
 
 
 def packed_entry(

@@ -100,7 +100,7 @@ class Layer:
         rows = self.p.ids.numel()
         for number, module in enumerate(sorted(self.fused)):
             for stream in ("compressed", "original")[: 1 if self.original is None else 2]:
-                spill = self.p.directory / f"experts-{number}-{stream}"
+                spill = self.p.directory / f"experts-{number}-{stream}{self.p.group.suffix}"
                 self.taps.setdefault(module, []).append(ExpertsTap(module, rows, self.p.budget, spill))
 
     def _call(self, module: nn.Module, states: States, first: int, last: int) -> torch.Tensor:
@@ -115,7 +115,7 @@ class Layer:
 
     def _pass(self, statistics: LinearStatistics | None = None, write: bool = False) -> float:
         """Runs the layer on all windows, the original one (if there is one) before the compressed one. Returns the mean
-        squared norm of the compressed one's output per token."""
+        squared norm of the compressed one's output per token, of all processes."""
         pipeline, energy = self.p, 0.0
         for first, last in pipeline.batches():
             for taps in self.taps.values():
@@ -137,7 +137,8 @@ class Layer:
             energy += float(out.square().sum(dtype=torch.float64))
             if write:
                 states.write(first, out)
-        return energy / pipeline.ids.numel()
+        sums = pipeline.group.gather_all((energy, pipeline.ids.numel()))
+        return sum(energy for energy, _ in sums) / sum(tokens for _, tokens in sums)
 
     def _stages(self) -> list[str | list[Target]]:
         """What to do in which order: the path of an experts module, or calibrated linear layers that are called one
@@ -187,6 +188,7 @@ class Layer:
         statistics = LinearStatistics(targets, self.p.device, self.p.spec.drift)
         self._set_taps("skip")
         self._pass(statistics)
+        statistics.share(self.p.group)
         for target in targets:
             self._quantize_linear(self.results[target.name], statistics)
         self._tell(0.0, targets[-1].module)
@@ -195,19 +197,25 @@ class Layer:
         """Quantizes a linear layer and goes on with the quantized weight."""
         target = result.target
         (weight,) = target.matrices(result.reader.read)
-        if statistics is None:
-            matrix, report = methods.quantize(weight, result.spec, tensor=target.source_names[0])
-        else:
-            sums = statistics.of(target)
-            result.tokens += sums.tokens.tolist()
-            ((matrix, report),) = methods.quantize_stack(
-                weight[None].to(self.p.device), sums, result.spec, tensor=target.source_names[0]
-            )
-        result.matrices.append(matrix)
-        result.reports.append(report)
         used = self.module.get_submodule(self._relative(target.module))._parameters["weight"]
         assert used is not None
-        used.copy_(torch.from_numpy(matrix.dequantize()))
+        group, pairs = self.p.group, []
+        owner = 0 if statistics is None else statistics.owner(target, group)
+        if statistics is not None:
+            result.tokens.append(statistics.tokens[target.name])
+        if group.rank == owner:
+            if statistics is None:
+                pairs = [methods.quantize(weight, result.spec, tensor=target.source_names[0])]
+            else:
+                pairs = methods.quantize_stack(
+                    weight[None].to(self.p.device),
+                    statistics.of(target),
+                    result.spec,
+                    tensor=target.source_names[0],
+                )
+            used.copy_(torch.from_numpy(pairs[0][0].dequantize()))
+        group.copy_from(used, owner)
+        result.take(group.gather(pairs))
 
     def _experts(self, module: str) -> None:
         self._set_taps("skip")
@@ -232,6 +240,7 @@ class Layer:
             device=self.p.device,
             chunk_bytes=self.p.spec.chunk_bytes,
             gate_weighted=self.p.spec.gate_weighted,
+            group=self.p.group,
             energy=energy,
             tell=lambda done, total: self._tell(share * done / total, f"{module} ({done} of {total} experts)"),
         )
@@ -241,6 +250,7 @@ class Layer:
         """Makes the next layer's inputs and makes them durable; behind the last layer nobody needs them."""
         if self.index + 1 == self.p.count:
             return {}
+        self.p.group.barrier()  # what is overwritten here nobody needs once the layer before is in the journal
         streams = self.p.streams
         for states in streams.values():
             states.begin(self.index + 1)

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import QmoeError
 from ..families import Target
 from ..quantize.base import StackStatistics
+from .distributed import Group
 from .experts import add_products
 
 
@@ -66,6 +67,20 @@ class LinearStatistics:
             if before is None or before.shape != x.shape:
                 raise QmoeError("E_LAYOUT", "drift needs layers that see the same tokens in both models", tensor=name)
             add_products(self.drift[name], before - x, x)
+
+    def share(self, group: Group) -> None:
+        """Adds up the sums over the tokens of all processes, those of each layer on its owner (`owner`)."""
+        for target in self.targets:
+            owner = self.owner(target, group)
+            group.sum_to(self.hessian[target.name], owner)
+            if self.drift:
+                group.sum_to(self.drift[target.name], owner)
+        tokens = group.gather_all(self.tokens)
+        self.tokens = {name: sum(by_name[name] for by_name in tokens) for name in self.tokens}
+
+    def owner(self, target: Target, group: Group) -> int:
+        """The process that quantizes a layer."""
+        return self.targets.index(target) % group.size
 
     def of(self, target: Target) -> StackStatistics:
         """The statistics of one layer, as a stack of one matrix."""

@@ -8,6 +8,11 @@ A layer goes through stages in the order in which it calls its parts, each one a
     linears  the Hessians of linear layers' inputs; those are then quantized
     experts  the inputs of the experts are recorded; the experts are quantized chunk by chunk (`experts.py`)
     write    the layer, compressed, makes the next layer's inputs
+
+Several processes (`distributed.py`) have a contiguous part of the windows each, with the activations of these, and
+nothing else is divided up but the quantization. All sums are sums over the processes, in the order in which gloo or
+NCCL adds them: the result is that of one process but for the order of summation, and the same in every run with as
+many processes.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from ..families import ModelLayout, Target
 from ..quantize import MethodSpec
 from ..source import SourceCheckpoint
 from .buffers import Budget, States
+from .distributed import Group
 from .layer import Layer, LayerResult, needs_statistics
 from .skeleton import Arguments, Skeleton, cast_arguments, same_arguments
 from .spec import CalibrationSpec
@@ -63,18 +69,22 @@ class Pipeline:
         device: str,
         directory: Path,
         tell: Callable[[int, int, str], None],
+        group: Group,
     ) -> None:
         """
         Args:
-            ids: (windows, window) int64 token ids.
+            ids: (windows, window) int64 token ids of all processes.
             directory: for activations and what does not fit in memory.
             tell: progress: bytes of the source done and in total, and where.
+            group: the processes that share the windows.
 
         Raises:
             QmoeError: `E_LAYOUT` for a model that cannot be run layer by layer, or with a calibrated target outside of
                 its decoder layers.
         """
-        self.checkpoint, self.decisions, self.ids, self.spec = checkpoint, decisions, torch.from_numpy(ids), spec
+        self.checkpoint, self.decisions, self.spec, self.group = checkpoint, decisions, spec, group
+        windows = group.part(range(len(ids)))
+        self.ids = torch.from_numpy(ids)[windows.start : windows.stop]
         self.device, self.directory, self.tell = check_device(device), directory, tell
         self.dtype = getattr(torch, spec.dtype)
         self.skeleton = Skeleton(checkpoint.directory, layout, checkpoint, device)
@@ -134,7 +144,7 @@ class Pipeline:
         whose CRC32C by stream are `crcs`. False if that is not sound."""
         batches = list(self.batches())
         names = ["compressed", "original"] if self.spec.drift else ["compressed"]
-        self.arguments = {}
+        suffix, self.arguments = self.group.suffix, {}
         for states in self.streams.values():
             states.begin(layer)
         with self.skeleton.surroundings():
@@ -145,7 +155,7 @@ class Pipeline:
                 if not self.streams:
                     shape = tuple(hidden.shape[1:])
                     self.streams = {
-                        name: States(self.directory, f"activations-{name}", len(self.ids), shape, self.budget)
+                        name: States(self.directory, f"activations-{name}{suffix}", len(self.ids), shape, self.budget)
                         for name in names
                     }
                 known = self.arguments.setdefault(last - first, arguments)

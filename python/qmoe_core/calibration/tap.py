@@ -76,6 +76,10 @@ class ExpertsTap:
         places = order[first:last]
         return places // self.index.shape[1], self.weight.reshape(-1)[places]
 
+    def counts(self, experts: int) -> torch.Tensor:
+        """(experts,) int64: how many tokens each expert was given."""
+        return torch.tensor([len(self.routed(expert)[0]) for expert in range(experts)])
+
     def close(self) -> None:
         for buffer in (self.inputs, self.outputs):
             if buffer is not None:

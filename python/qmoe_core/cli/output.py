@@ -62,12 +62,12 @@ class UsageError(Exception):
 
 
 class Output:
-    """Where a command's results go: JSON or text on stdout, everything else on stderr."""
+    """Where a command's results go: JSON or text on stdout, everything else on stderr; nowhere with `quiet`."""
 
-    def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
-        self.console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
-        self.errors = Console(stderr=True, highlight=False)
+    def __init__(self, as_json: bool, quiet: bool = False) -> None:
+        self.as_json, self.quiet = as_json and not quiet, quiet
+        self.console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False, quiet=quiet)
+        self.errors = Console(stderr=True, highlight=False, quiet=quiet)
 
     def show(self, *items: Any) -> None:
         """Prints for people; nothing with --json."""
@@ -76,7 +76,7 @@ class Output:
 
     def write(self, text: str) -> None:
         """Text as it is (a model's words are not markup), without a line end; nothing with --json."""
-        if not self.as_json:
+        if not (self.as_json or self.quiet):
             sys.stdout.write(text)
             sys.stdout.flush()
 
@@ -98,7 +98,7 @@ class Output:
             TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
         )
         tasks: dict[str, TaskID] = {}
-        with Progress(*columns, console=self.errors, disable=not self.errors.is_terminal) as bar:
+        with Progress(*columns, console=self.errors, disable=self.quiet or not self.errors.is_terminal) as bar:
 
             def sink(event: ProgressEvent) -> None:
                 unit = event.detail if event.detail in ("windows", "tokens") else "bytes"
@@ -122,9 +122,10 @@ class _Amount(ProgressColumn):
 
 
 @contextlib.contextmanager
-def reporting(context: typer.Context, as_json: bool) -> Iterator[Output]:
-    """Runs the body of a command: errors become one line on stderr, JSON on stdout with --json, and an exit code."""
-    out = Output(as_json)
+def reporting(context: typer.Context, as_json: bool, quiet: bool = False) -> Iterator[Output]:
+    """Runs the body of a command: errors become one line on stderr, JSON on stdout with --json, and an exit code; only
+    the latter with `quiet`."""
+    out = Output(as_json, quiet)
     debug = bool(context.find_root().params.get("debug"))
     try:
         yield out
@@ -161,7 +162,8 @@ def _fail(out: Output, code: ExitCode, text: str, fields: dict[str, Any], error:
         traceback.print_exception(error, file=sys.stderr)
     out.result({"error": fields, "exit_code": int(code)})
     line = " ".join(text.split())  # one line, whatever a file name or another library's message holds
-    sys.stderr.write(f"qmoe: error: {line}\n")
+    if not out.quiet:
+        sys.stderr.write(f"qmoe: error: {line}\n")
     raise typer.Exit(int(code)) from error
 
 
