@@ -5,8 +5,10 @@ The library is imported inside the commands: most of it needs torch, which takes
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -157,8 +159,11 @@ def compress(
     """Compress the experts of a checkpoint into a new directory.
 
     Interrupted, the same command continues where it stopped and ends with the same bytes. The source is only read.
+    Calibration runs on several devices with: torchrun --nproc-per-node=N -m qmoe_core compress ...
     """
-    with reporting(context, as_json) as out:
+    quiet = os.environ.get("RANK", "0") != "0"  # of torchrun's processes the first one speaks for all
+    # The outer context is left last: a process that goes takes the others with it, and the first is to speak before.
+    with ExitStack() as outer, reporting(context, as_json, quiet) as out:
         budgeted = fit is not None or bits is not None
         if method is None and recipe is None and calibration is not None and not budgeted:
             method = Method.gptq
@@ -183,29 +188,40 @@ def compress(
         else:
             chosen = _recipe(format, group, method, symmetric, half_step, scale_dtype, option or [], recipe)
         from .. import compress as run
+        from ..calibration.distributed import processes
         from ..calibration.spec import tokens_for
 
+        team = outer.enter_context(processes())
         with out.progress() as progress:
             if budgeted:
                 from ..allocation import fit_recipe
 
-                plan = fit_recipe(
-                    source, size=fit, bits=bits, allow=allow.split(",") if allow else (), calibration=settings,
-                    progress=progress,
-                )  # fmt: skip
-                chosen = plan.recipe
-                settings = settings if plan.calibrated else None
+                with team.shared_errors():  # one process plans for all
+                    planned: tuple[Recipe, bool] | None = None
+                    if team.leads:
+                        plan = fit_recipe(
+                            source, size=fit, bits=bits, allow=allow.split(",") if allow else (), calibration=settings,
+                            progress=progress,
+                        )  # fmt: skip
+                        planned = plan.recipe, plan.calibrated
+                    planned = team.from_leader(planned)
+                assert planned is not None
+                chosen, calibrated = planned
+                settings = settings if calibrated else None
             # What is still to be recovered lies beside the output, until that is whole.
             first = output.with_name(output.name + ".unrecovered") if recover else output
             report = run(source, first, chosen, calibration=settings, device=device, progress=progress)
         out.show(tables.compression(report))
         result = report.to_dict()
         if recover and settings is not None:
-            # Recovery takes more text than calibration does: all of it.
-            text = tokens_for(source, replace(settings, max_tokens=sys.maxsize, seed=None))
-            recovered = run_recovery(out, source, first, output, text, device=device, steps=recover_steps)
-            result["recovery"] = recovered.to_dict()
-            shutil.rmtree(first)
+            with team.shared_errors():
+                if team.leads:
+                    # Recovery takes more text than calibration does: all of it.
+                    text = tokens_for(source, replace(settings, max_tokens=sys.maxsize, seed=None))
+                    recovered = run_recovery(out, source, first, output, text, device=device, steps=recover_steps)
+                    result["recovery"] = recovered.to_dict()
+                    shutil.rmtree(first)
+                team.barrier()
         out.result(result)
 
 
