@@ -133,7 +133,51 @@ def experts_vs_bf16(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def calibrated(result: dict[str, Any]) -> list[str]:
+    """Calibrated formats on two texts (bench/compression/calibrated.py)."""
+    lines = [
+        "| experts stored as | bits per expert weight | perplexity | KL divergence | same experts "
+        "| WikiText-2: perplexity | KL divergence | same experts |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        cells = []
+        for text in ("held_out", "other"):
+            quality = row[text]
+            cells.append(f"{quality['perplexity']:.2f} ± {quality['perplexity_se']:.2f}")
+            measured = row["name"] != "original"
+            cells += [f"{quality['kl']:.4f}", f"{quality['router_agreement']:.1%}"] if measured else ["", ""]
+        lines.append(f"| {row['name']} | {row['bits_per_expert_weight']:.3f} | " + " | ".join(cells) + " |")
+    first = result["rows"][0]["held_out"]
+    lines += [
+        "",
+        f"{result['model']}, {first['windows']} windows of {first['window']} tokens of each text, {result['dtype']}, "
+        f"± one standard error clustered by window. {origin(result)}",
+    ]
+    return lines
+
+
+def fit(result: dict[str, Any]) -> list[str]:
+    """Mixed formats within a budget beside uniform ones (bench/compression/fit.py)."""
+    lines = [
+        "| experts stored as | bits per expert weight | perplexity | KL divergence | predicted |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in sorted(result["rows"], key=lambda row: row["bits_per_expert_weight"]):
+        if row["name"] == "original":
+            continue
+        name = f"**{row['name']}**" if row["kind"] == "fit" else row["name"]
+        lines.append(
+            f"| {name} | {row['bits_per_expert_weight']:.3f} | {row['perplexity']:.2f} ± {row['perplexity_se']:.2f} "
+            f"| {row['kl']:.3f} | {row['predicted_kl']:.3f} |"
+        )
+    lines += ["", f"{result['model']}, method {result['method']}, {result['dtype']}. {origin(result)}"]
+    return lines
+
+
 RENDERERS = {
+    "calibrated": calibrated,
+    "fit": fit,
     "quality": quality,
     "codec": codec,
     "ternary-codes": ternary_codes,

@@ -49,7 +49,7 @@ class Row:
 
 
 def ternary(rate: float) -> Row:
-    return Row("ternary", options={"rate": rate, "sweeps": 5}, gate_weighted=True, tokens=524288)
+    return Row("ternary", options={"rate": rate, "sweeps": 5}, gate_weighted=True, tokens=262144)
 
 
 ROWS = {
@@ -58,7 +58,7 @@ ROWS = {
     "int2 g64": Row("int2", 64),
     "int2 g16": Row("int2", 16),
     "int2 g64 half, symmetric": Row("int2", 64, half_step=True, zero_point=False),
-    **{f"ternary, rate {rate:g}": ternary(rate) for rate in (0.02, 0.04, 0.06, 0.1, 0.15, 0.3)},
+    **{f"ternary, rate {rate:g}": ternary(rate) for rate in (0.02, 0.05, 0.1, 0.15, 0.3)},
 }
 
 
