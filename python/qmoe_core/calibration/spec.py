@@ -45,8 +45,8 @@ class CalibrationSpec:
     max_tokens: int = 131072
     batch_size: int = 8
     seed: int | None = 0
-    buffer_bytes: int = 4 << 30
-    chunk_bytes: int = 1 << 30
+    buffer_bytes: int = 1 << 30
+    chunk_bytes: int = 512 << 20
     gate_weighted: bool = False
     drift: bool = False
     dtype: str = "float32"
