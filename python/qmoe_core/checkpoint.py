@@ -103,6 +103,7 @@ def compress(
         if prepared is not None:
             job["calibration"] = prepared.description
         check_same_job(group.from_leader(job), job, output, "is not the same for all processes of this run")
+        group.barrier()  # all agree before anything is written
         outcome: tuple[dict[str, Any], bool] | None = None
         if group.leads:
             outcome = _lead(checkpoint, layout, plan, output, job, progress, prepared)
