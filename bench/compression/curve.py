@@ -11,10 +11,7 @@ import json
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
-matplotlib.rcParams["svg.hashsalt"] = "qmoe"  # the same picture gives the same file
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 
 def main() -> None:
@@ -23,7 +20,9 @@ def main() -> None:
     parser.add_argument("--plain", type=Path, required=True, help="the same model without calibration")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    matplotlib.rcParams["svg.hashsalt"] = "qmoe"  # the same picture gives the same file
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     plain = json.loads(arguments.plain.read_text())["rows"]
     points = [(row["bits_per_expert_weight"], row["perplexity"]) for row in plain if row["name"] != "original"]
     axes.plot(*zip(*points, strict=True), "x", color="0.6", label="without calibration")

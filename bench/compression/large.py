@@ -1,0 +1,165 @@
+"""Many gigabytes through calibrated compression on a small machine: memory, kill and resume, throughput.
+
+    python bench/compression/large.py --layers 4 --scratch DIR --json bench/results/large.json
+
+Makes a checkpoint with random weights and the shapes of Qwen3-235B-A22B (hidden 4096, 128 experts of 1536, top 8), as
+many layers as asked (2 bytes x 2.4 G experts' weights each), runs `qmoe compress --calibration` on it in a process of
+its own, kills that with SIGKILL half-way, and runs the same command again. `--hidden`, `--experts` and `--intermediate`
+make smaller ones for trying it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen3MoeConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import write_results
+
+DTYPE = torch.bfloat16
+
+
+def make(directory: Path, config: Qwen3MoeConfig) -> int:
+    """Writes the checkpoint, a shard a layer; returns its bytes."""
+    directory.mkdir(parents=True)
+    config.save_pretrained(directory)
+    hidden, heads, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    head, width = config.head_dim, config.moe_intermediate_size
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * 0.02).to(DTYPE)
+
+    weight_map: dict[str, str] = {}
+
+    def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, directory / name)
+        weight_map.update(dict.fromkeys(tensors, name))
+
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        tensors = {
+            f"{prefix}self_attn.q_proj.weight": normal(heads * head, hidden),
+            f"{prefix}self_attn.k_proj.weight": normal(kv * head, hidden),
+            f"{prefix}self_attn.v_proj.weight": normal(kv * head, hidden),
+            f"{prefix}self_attn.o_proj.weight": normal(hidden, heads * head),
+            f"{prefix}mlp.gate.weight": normal(config.num_experts, hidden),
+        }
+        ones = {"self_attn.q_norm": head, "self_attn.k_norm": head}
+        ones |= {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+        tensors |= {f"{prefix}{name}.weight": torch.ones(size, dtype=DTYPE) for name, size in ones.items()}
+        for expert in range(config.num_experts):
+            tensors[f"{prefix}mlp.experts.{expert}.gate_proj.weight"] = normal(width, hidden)
+            tensors[f"{prefix}mlp.experts.{expert}.up_proj.weight"] = normal(width, hidden)
+            tensors[f"{prefix}mlp.experts.{expert}.down_proj.weight"] = normal(hidden, width)
+        save(f"model-layer-{layer}.safetensors", tensors)
+    norm = torch.ones(hidden, dtype=DTYPE)
+    save(
+        "model-rest.safetensors",
+        {"model.embed_tokens.weight": normal(config.vocab_size, hidden), "model.norm.weight": norm},
+    )
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
+def resident(pid: int) -> int:
+    """Peak resident bytes of a process so far; 0 where it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def run(command: list[str], kill_at: float | None, journal: Path, layers: int) -> dict[str, Any]:
+    """Runs the command, or kills it once `kill_at` of the layers are in the journal. Peak memory is sampled."""
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    output: list[str] = []
+    assert process.stdout is not None
+    reader = threading.Thread(target=lambda: output.append(process.stdout.read()))  # type: ignore[union-attr]
+    reader.start()
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, resident(process.pid))
+        if kill_at is not None and len(list(journal.glob("record-*"))) >= 2 * kill_at * layers:
+            process.send_signal(signal.SIGKILL)
+            kill_at = None
+        time.sleep(0.2)
+    reader.join()
+    report = json.loads(output[0]) if process.returncode == 0 else {}
+    return {
+        "returncode": process.returncode,
+        "seconds": time.monotonic() - started,
+        "peak_rss_bytes": peak,
+        "report": report,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--scratch", type=Path, required=True, help="room for the checkpoint, its result and the journal"
+    )
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=1536)
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--kill-at", type=float, default=0.5)
+    parser.add_argument("options", nargs="*", help="more options of qmoe compress, after --")
+    arguments = parser.parse_args()
+    config = Qwen3MoeConfig(
+        hidden_size=arguments.hidden, num_hidden_layers=arguments.layers, num_experts=arguments.experts,
+        num_experts_per_tok=8, moe_intermediate_size=arguments.intermediate, num_attention_heads=64,
+        num_key_value_heads=4, head_dim=128, vocab_size=arguments.vocabulary, tie_word_embeddings=True,
+        norm_topk_prob=True, dtype="bfloat16", architectures=["Qwen3MoeForCausalLM"],
+    )  # fmt: skip
+    source, output = arguments.scratch / "source", arguments.scratch / "output"
+    nbytes = make(source, config)
+    tokens = np.random.default_rng(0).integers(0, arguments.vocabulary, arguments.tokens)
+    np.save(arguments.scratch / "tokens.npy", tokens)
+    command = [
+        sys.executable, "-m", "qmoe_core", "compress", str(source), "-o", str(output), "--json",
+        "--calibration", str(arguments.scratch / "tokens.npy"), "--calibration-tokens", str(arguments.tokens),
+        *arguments.options,
+    ]  # fmt: skip
+    journal = output / ".qmoe-journal"
+    killed = run(command, arguments.kill_at, journal, arguments.layers)
+    finished = run(command, None, journal, arguments.layers)
+    if finished["returncode"] != 0 or killed["returncode"] != -signal.SIGKILL:
+        raise SystemExit(f"killed run: {killed['returncode']}, second run: {finished['returncode']}")
+    baseline = finished["report"]["start_rss_bytes"]
+    rows = [
+        {
+            "name": name,
+            "seconds": part["seconds"],
+            "peak_rss_bytes": part["peak_rss_bytes"],
+            "peak_beyond_torch_bytes": part["peak_rss_bytes"] - baseline,
+        }
+        for name, part in (("until SIGKILL", killed), ("the same command again", finished))
+    ]
+    report = {key: value for key, value in finished["report"].items() if key not in ("tensors", "files", "recipe")}
+    write_results(
+        arguments.json, "large", rows, source_bytes=nbytes, config=config.to_dict(), options=arguments.options,
+        tokens=arguments.tokens, report=report,
+    )  # fmt: skip
+    print(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
