@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import qmoe_core.quantize as methods
 from qmoe_core.calibration import CalibrationSpec
-from qmoe_core.calibration.distributed import parts
+from qmoe_core.calibration.distributed import parts, rounds
 from qmoe_core.checkpoint import compress, read_qmoe_json
 from qmoe_core.formats import IntFormat, PackedTensor
 from qmoe_core.recipe import Recipe
@@ -137,7 +137,19 @@ def test_parts_cover_everything_evenly():
             assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
-@pytest.mark.parametrize(("family", "size"), [("qwen3_moe", 2), ("gpt_oss", 2), ("deepseek_v3", 3)])
+def test_every_process_gets_a_chunk_while_there_are_enough():
+    for experts, chunk, size in [(5, 3, 2), (5, 3, 3), (8, 1, 3), (128, 7, 8), (4, 100, 1), (1, 1, 4)]:
+        found = rounds(experts, chunk, size)
+        assert [e for work in found for share in work.shares for e in share] == list(range(experts))
+        for work in found:
+            assert len(work.shares) == size and list(work.experts) == [e for share in work.shares for e in share]
+            if not work.divided:
+                assert {len(share) for share in work.shares} <= {chunk, experts % chunk}
+    assert [work.divided for work in rounds(10, 2, 2)] == [False, False, True]
+    assert [work.shares for work in rounds(5, 9, 1)] == [[range(5)]]
+
+
+@pytest.mark.parametrize(("family", "size"), [("qwen3_moe", 2), ("qwen3_moe", 3), ("gpt_oss", 2), ("deepseek_v3", 3)])
 def test_every_process_owns_sums_over_the_tokens_of_all(family, size, sources, probe, tmp_path):
     source = sources(family)
     recipe = Recipe.uniform("int3", 32, "probe", role=["expert", "attention", "shared_expert"])
@@ -155,7 +167,7 @@ def test_every_process_owns_sums_over_the_tokens_of_all(family, size, sources, p
     )
     for name, statistics in expected.items():
         chunks = [outcome.get(name, []) for outcome in outcomes]
-        found = by_expert(statistics, chunks) if ".experts." in name else [s for chunk in chunks for s in chunk]
+        found = by_expert(statistics, chunks)
         for part in ("tokens", "hessian", "drift", "row_importance"):
             if getattr(statistics[0], part) is not None:
                 a, b = stacked(statistics, part).double(), stacked(found, part).double()
@@ -198,16 +210,18 @@ def test_weights_are_those_of_one_process_but_for_ties(format, sources, tmp_path
     assert [outcome[1] for outcome in together(2, tmp_path, lambda rank: run(tmp_path / "again"))] == [True, True]
 
 
-def by_chunk(single: list, chunks: list[list]) -> list[list]:
-    """For every chunk what each process was given of it. Every chunk is divided as `parts` says."""
-    left, result = [list(chunk) for chunk in chunks], []
-    for statistics in single:
-        divided = parts(range(len(statistics.tokens)), len(chunks)) if len(statistics.tokens) > 1 else None
-        result.append([of.pop(0) for rank, of in enumerate(left) if (len(divided[rank]) if divided else of)])
+def by_chunk(single: list, processes: list[list]) -> list[list]:
+    """For every chunk what the processes were given of it, in the order of the experts."""
+    left, result = [list(calls) for calls in processes], []
+    if len(single) == 1 and len(single[0].tokens) == 1:  # a linear layer
+        return [[calls.pop(0) for calls in left if calls]]
+    for work in rounds(sum(len(s.tokens) for s in single), len(single[0].tokens), len(processes)):
+        given = [left[rank].pop(0) for rank, share in enumerate(work.shares) if len(share)]
+        result += [given] if work.divided else [[statistics] for statistics in given]
     assert not any(left)
     return result
 
 
-def by_expert(single: list, chunks: list[list]) -> list:
+def by_expert(single: list, processes: list[list]) -> list:
     """The statistics of all processes in the order of the experts."""
-    return [statistics for several in by_chunk(single, chunks) for statistics in several]
+    return [statistics for several in by_chunk(single, processes) for statistics in several]

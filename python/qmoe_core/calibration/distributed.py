@@ -21,6 +21,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -41,6 +42,37 @@ def parts(items: range, count: int) -> list[range]:
     """A range in `count` contiguous parts, the sizes of which differ by one at most."""
     bounds = [items.start + len(items) * part // count for part in range(count + 1)]
     return [range(first, last) for first, last in itertools.pairwise(bounds)]
+
+
+@dataclass(frozen=True)
+class Round:
+    """Experts that are dealt with at the same time.
+
+    Attributes:
+        shares: the experts of each process, in order and without gaps. divided: they are all parts of one chunk; else
+            each is a chunk of its own.
+    """
+
+    shares: list[range]
+    divided: bool
+
+    @property
+    def experts(self) -> range:
+        return range(self.shares[0].start, self.shares[-1].stop)
+
+    def places(self, part: range) -> slice:
+        """Where some of the experts are in a stack of all of them."""
+        return slice(part.start - self.experts.start, part.stop - self.experts.start)
+
+
+def rounds(experts: int, chunk: int, size: int) -> list[Round]:
+    """All experts in chunks, a chunk for each of `size` processes at a time. Where fewer chunks are left than there are
+    processes, all of them share every chunk."""
+    chunks = [range(first, min(first + chunk, experts)) for first in range(0, experts, chunk)]
+    whole = len(chunks) // size * size
+    return [Round(chunks[first : first + size], False) for first in range(0, whole, size)] + [
+        Round(parts(chunk, size), True) for chunk in chunks[whole:]
+    ]
 
 
 class Group:
@@ -65,10 +97,6 @@ class Group:
     def part(self, items: range) -> range:
         """What of `items` is this process's."""
         return parts(items, self.size)[self.rank]
-
-    def parts(self, items: range) -> list[range]:
-        """What is whose, by rank."""
-        return parts(items, self.size)
 
     def device(self, wanted: str) -> str:
         """The device that this process uses where the run was told to use `wanted`."""
@@ -214,7 +242,7 @@ class Processes(Group):
                 self._look()
             work.wait()
         except RuntimeError as error:  # a connection broke: the other end has failed, or is gone
-            self._look_for_error(wait=3.0)
+            self._look_for_error(wait=0.5)
             self._lost = True
             raise QmoeError("E_IO", f"another process of this run was lost: {error}") from error
 

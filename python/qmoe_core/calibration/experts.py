@@ -8,9 +8,9 @@ of experts transformers would have chosen, nothing passes by unseen.
 
 Gating and biases are the module's own, as in `runtime.experts`.
 
-Several processes hold different tokens. Each adds up its own; the experts of a chunk are divided among the processes,
-and each of them gets the sums of its experts, quantizes these, and gives the result to all, since every process needs
-the chunk's weights for its tokens. Chunks, and with them what is pooled, are those of a single process.
+Several processes hold different tokens. Each adds up its own and quantizes its own experts, a chunk of them at a time
+(`distributed.rounds`): it gets the sums of all processes for these, and gives the result to all, since every process
+needs all weights for its tokens. Chunks, and with them what is pooled, are those of a single process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..families import Reader, Target
 from ..quantize import Matrix, MethodSpec, TensorReport
 from ..quantize.base import StackStatistics
 from ..source import CheckedReader
-from .distributed import Group
+from .distributed import Group, Round, rounds
 from .tap import ExpertsTap
 
 SAMPLE = 1024  # tokens of an expert that tell how much its rows matter
@@ -107,50 +107,50 @@ class ExpertsStage:
         self.counts = torch.stack(self.group.gather_all(tap.counts(experts)))
         self.rows = sum(self.group.gather_all(tap.rows))
         pooled = self._pooled(tap) if self._calibrated(self.first) else None
-        for begin in range(0, experts, self.chunk):
-            chunk = range(begin, min(begin + self.chunk, experts))
-            self._chunk(chunk, tap, original, pooled)
-            self.tell(chunk.stop, experts)
+        for work in rounds(experts, self.chunk, self.group.size):
+            self._round(work, tap, original, pooled)
+            self.tell(work.experts.stop, experts)
 
     def _calibrated(self, target: Target) -> bool:
         result = self.results.get(target.name)
         return result is not None and methods.METHODS[result.spec.method].needs_statistics
 
-    def _weights(self, target: Target, chunk: range) -> torch.Tensor:
-        """Original weights (experts of the chunk, N, K) float32 on the device."""
+    def _weights(self, target: Target, experts: range) -> torch.Tensor:
+        """Original weights (experts, N, K) float32 on the device."""
         result = self.results.get(target.name)
         read = self.read if result is None else result.reader.read
-        return torch.stack([w.to(self.device) for w in target.matrices(read, chunk.start, chunk.stop)])
+        return torch.stack([w.to(self.device) for w in target.matrices(read, experts.start, experts.stop)])
 
-    def _chunk(self, chunk: range, tap: ExpertsTap, original: ExpertsTap | None, pooled: torch.Tensor | None) -> None:
-        up, down = self._weights(self.first, chunk), self._weights(self.down, chunk)
-        share = self._share(chunk)
+    def _round(self, work: Round, tap: ExpertsTap, original: ExpertsTap | None, pooled: torch.Tensor | None) -> None:
+        experts, start = work.experts, work.experts.start
+        up, down = self._weights(self.first, experts), self._weights(self.down, experts)
+        share = self._share(work)
         statistics = None
         if self._calibrated(self.first):
             statistics = self._statistics(
-                chunk, self.first.shape[2], tap, original, lambda e, x: x, lambda e, x: x, pooled, self.rows
+                work, self.first.shape[2], tap, original, lambda e, x: x, lambda e, x: x, pooled, self.rows
             )
-            statistics = replace(statistics, row_importance=share * self._importance(chunk, tap, up, down))
-        up_used = self._quantize(self.first, chunk, up, statistics)
+            statistics = replace(statistics, row_importance=share * self._importance(work, tap, up, down))
+        up_used = self._quantize(self.first, work, up, statistics)
         del statistics
         statistics = None
         if self._calibrated(self.down):
             statistics = self._statistics(
-                chunk,
+                work,
                 self.down.shape[2],
                 tap,
                 original,
-                lambda e, x: self._hidden(e, x, up_used[e - chunk.start]),
-                lambda e, x: self._hidden(e, x, up[e - chunk.start]),
+                lambda e, x: self._hidden(e, x, up_used[e - start]),
+                lambda e, x: self._hidden(e, x, up[e - start]),
                 None,
                 0,
             )
             statistics = replace(statistics, row_importance=share.expand(-1, down.shape[1]))
-        down_used = self._quantize(self.down, chunk, down, statistics)
+        down_used = self._quantize(self.down, work, down, statistics)
         del statistics
-        self._outputs(chunk, tap, up_used, down_used)
+        self._outputs(experts, tap, up_used, down_used)
         if original is not None:
-            self._outputs(chunk, original, up, down)
+            self._outputs(experts, original, up, down)
 
     # What an expert computes.
 
@@ -166,13 +166,13 @@ class ExpertsStage:
         module: Any = self.module
         return module._apply_gate(states) if module.has_gate else module.act_fn(states)
 
-    def _outputs(self, chunk: range, tap: ExpertsTap, up: torch.Tensor, down: torch.Tensor) -> None:
-        """Adds what the chunk's experts make of their tokens, in the order of the experts."""
+    def _outputs(self, experts: range, tap: ExpertsTap, up: torch.Tensor, down: torch.Tensor) -> None:
+        """Adds what experts make of their tokens, in the order of the experts."""
         module: Any = self.module
         assert tap.outputs is not None
-        for expert in chunk:
+        for expert in experts:
             for rows, gate, x in self._rows(tap, expert):
-                states = self._hidden(expert, x, up[expert - chunk.start]) @ down[expert - chunk.start].T
+                states = self._hidden(expert, x, up[expert - experts.start]) @ down[expert - experts.start].T
                 states = states + self._bias(self.down.parameter, expert)
                 if getattr(module, "has_post_expert_norm", False):
                     states = module.post_expert_norm(states)
@@ -203,7 +203,7 @@ class ExpertsStage:
 
     def _statistics(
         self,
-        chunk: range,
+        work: Round,
         width: int,
         tap: ExpertsTap,
         original: ExpertsTap | None,
@@ -212,11 +212,42 @@ class ExpertsStage:
         pooled: torch.Tensor | None,
         pooled_tokens: int,
     ) -> StackStatistics:
-        """Statistics of this process's experts of the chunk. `transform` makes of an expert's inputs what its matrix is
+        """Statistics of this process's experts. `transform` makes of an expert's inputs what its matrix is
         given; without `pooled` that is the sum over the chunk's tokens."""
-        hessian = torch.zeros(len(chunk), width, width, device=self.device)
-        drift = None if original is None else torch.zeros_like(hessian)
-        for at, expert in enumerate(chunk):
+        shares, rank = work.shares, self.group.rank
+        hessian = drift = torch.empty(0)
+        chunk_sum = torch.zeros(width, width, device=self.device) if pooled is None and work.divided else None
+        for owner, experts in enumerate(shares):  # one share at a time: memory is for what this process owns
+            sums, drifts = self._sums(experts, width, tap, original, transform, transform_original)
+            if chunk_sum is not None:
+                chunk_sum += sums.sum(0)
+            if len(experts):
+                self.group.sum_to(sums, owner)
+                if original is not None:
+                    self.group.sum_to(drifts, owner)
+            if owner == rank:
+                hessian, drift = sums, drifts
+        if pooled is None:
+            pooled = hessian.sum(0) if chunk_sum is None else self.group.sum(chunk_sum)
+            of = work.experts if work.divided else shares[rank]
+            pooled_tokens = int(self._tokens(of).sum())
+        tokens = self._tokens(shares[rank]).to(self.device)
+        return StackStatistics(tokens, hessian, pooled, pooled_tokens, None if original is None else drift)
+
+    def _sums(
+        self,
+        experts: range,
+        width: int,
+        tap: ExpertsTap,
+        original: ExpertsTap | None,
+        transform: Callable[[int, torch.Tensor], torch.Tensor],
+        transform_original: Callable[[int, torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hessians and drifts (experts, width, width) float32 over this process's tokens; no drifts without
+        `original`."""
+        hessian = torch.zeros(len(experts), width, width, device=self.device)
+        drift = torch.zeros_like(hessian if original is not None else hessian[:0])
+        for at, expert in enumerate(experts):
             for rows, gate, x in self._rows(tap, expert):
                 y = transform(expert, x)
                 y_original = None
@@ -227,44 +258,31 @@ class ExpertsStage:
                     y = y * gate
                     y_original = None if y_original is None else y_original * gate
                 hessian[at].addmm_(y.T, y)
-                if drift is not None and y_original is not None:
+                if y_original is not None:
                     drift[at].addmm_((y_original - y).T, y)
-        if pooled is None:
-            pooled = self.group.sum(hessian.sum(0))
-            pooled_tokens = int(self.counts[:, chunk.start : chunk.stop].sum())
-        mine = self.group.part(chunk)
-        tokens = self.counts[:, mine.start : mine.stop].sum(0).to(self.device)
-        hessian = self._own(chunk, hessian)
-        return StackStatistics(
-            tokens, hessian, pooled, pooled_tokens, None if drift is None else self._own(chunk, drift)
-        )
+        return hessian, drift
 
-    def _own(self, chunk: range, sums: torch.Tensor) -> torch.Tensor:
-        """The sums (experts of the chunk, ...) over the tokens of all processes, of this process's experts."""
-        for owner, part in enumerate(self.group.parts(chunk)):
-            if len(part):
-                self.group.sum_to(sums[_places(part, chunk)], owner)
-        mine = sums[_places(self.group.part(chunk), chunk)]
-        return mine if len(mine) == len(sums) else mine.clone()
+    def _tokens(self, experts: range) -> torch.Tensor:
+        """(experts,) int64: how many tokens each of them has, of all processes."""
+        return self.counts[:, experts.start : experts.stop].sum(0)
 
-    def _share(self, chunk: range) -> torch.Tensor:
-        """(this process's experts of the chunk, 1) float32: what a squared error of 1 per token in an expert's output
+    def _share(self, work: Round) -> torch.Tensor:
+        """(this process's experts, 1) float32: what a squared error of 1 per token in an expert's output
         adds to the layer's, relative to the energy of the layer's own output. So an error counts for the more, the more
         tokens the expert has and the less else there is in the residual stream: the first layers' experts above all.
         """
-        mine = self.group.part(chunk)
-        tokens = self.counts[:, mine.start : mine.stop].sum(0).to(self.device)
+        tokens = self._tokens(work.shares[self.group.rank]).to(self.device)
         return (tokens / (self.rows * self.energy)).float().unsqueeze(1)
 
-    def _importance(self, chunk: range, tap: ExpertsTap, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        """How much an error in each output of gate and up matters to the expert's output: (this process's experts of
-        the chunk, N) float32, the mean over a sample of its tokens of (d hidden / d output)^2 x the squared norm of the
+    def _importance(self, work: Round, tap: ExpertsTap, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        """How much an error in each output of gate and up matters to the expert's output: (this process's
+        experts, N) float32, the mean over a sample of its tokens of (d hidden / d output)^2 x the squared norm of the
         column of down that takes it. Ones for an expert without tokens."""
         assert tap.inputs is not None
-        importance = torch.zeros(len(chunk), up.shape[1], device=self.device)
+        importance = torch.zeros(len(work.experts), up.shape[1], device=self.device)
         totals: list[int] = self.counts.sum(0).tolist()
         before: list[int] = self.counts[: self.group.rank].sum(0).tolist()
-        for at, expert in enumerate(chunk):
+        for at, expert in enumerate(work.experts):
             rows, gate = tap.routed(expert)
             if totals[expert] == 0:
                 importance[at] = 1.0 / self.group.size
@@ -280,18 +298,21 @@ class ExpertsStage:
             if self.gate_weighted:
                 slope = slope * gate[places, None].to(self.device)
             importance[at] = slope.square().sum(0) / -(-totals[expert] // step)
-        return self._own(chunk, importance)
+        for owner, part in enumerate(work.shares):
+            if len(part):
+                self.group.sum_to(importance[work.places(part)], owner)
+        return importance[work.places(work.shares[self.group.rank])]
 
     def _quantize(
-        self, target: Target, chunk: range, weights: torch.Tensor, statistics: StackStatistics | None
+        self, target: Target, work: Round, weights: torch.Tensor, statistics: StackStatistics | None
     ) -> torch.Tensor:
-        """Quantizes the chunk's matrices of a target, each process its own, and returns the weights to go on with, all
+        """Quantizes the matrices of a target, each process its own, and returns the weights to go on with, all
         of them, which are the given ones where the target is kept."""
         result = self.results.get(target.name)
         if result is None:
             return weights
-        mine = self.group.part(chunk)
-        own = weights[_places(mine, chunk)]
+        mine = work.shares[self.group.rank]
+        own = weights[work.places(mine)]
         if statistics is None:
             pairs = [
                 methods.quantize(weight.cpu(), result.spec, tensor=f"{target.name}[{expert}]")
@@ -299,17 +320,12 @@ class ExpertsStage:
             ]
         else:
             pairs = methods.quantize_stack(own, statistics, result.spec, tensor=target.name) if len(mine) else []
-            result.tokens += self.counts[:, chunk.start : chunk.stop].sum(0).tolist()
+            result.tokens += self._tokens(work.experts).tolist()
         used = torch.empty_like(weights)
-        for place, (matrix, _) in zip(used[_places(mine, chunk)], pairs, strict=True):
+        for place, (matrix, _) in zip(used[work.places(mine)], pairs, strict=True):
             place.copy_(torch.from_numpy(matrix.dequantize()))
-        for owner, part in enumerate(self.group.parts(chunk)):
+        for owner, part in enumerate(work.shares):
             if len(part):
-                self.group.copy_from(used[_places(part, chunk)], owner)
+                self.group.copy_from(used[work.places(part)], owner)
         result.take(self.group.gather(pairs))
         return used
-
-
-def _places(part: range, chunk: range) -> slice:
-    """Where a part of a chunk is in a stack of the whole chunk."""
-    return slice(part.start - chunk.start, part.stop - chunk.start)

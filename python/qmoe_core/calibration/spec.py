@@ -30,7 +30,8 @@ class CalibrationSpec:
             None takes the first.
         buffer_bytes: memory for activations between and within layers; what goes beyond lies in files in the journal.
             Does not change the result.
-        chunk_bytes: memory for the Hessians and float32 weights of the experts that are quantized together.
+        chunk_bytes: memory for the Hessians and float32 weights of the experts that are quantized together. Each of
+            several processes holds the weights of as many such chunks as there are processes.
         gate_weighted: scale every token's row by its routing weight g, so that an expert's Hessian is the sum of
             g^2 x x^T: the error that remains in the layer's output instead of that in the expert's own. Pooled sums
             use the mean g^2 of the token's choices.
