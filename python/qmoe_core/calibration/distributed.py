@@ -182,6 +182,8 @@ class Processes(Group):
         torch.cuda.set_device(self.local_rank)
         if self._cuda is None:
             self._cuda = self._dist.new_group(backend="nccl", timeout=ENDLESS)
+            # NCCL connects at the first exchange and waits for the others there: better now, when all are known to live.
+            self.sum(torch.zeros(1, device=f"cuda:{self.local_rank}"))
 
     # Exchanges.
 

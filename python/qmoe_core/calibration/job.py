@@ -101,7 +101,7 @@ def prepare(
             actual=len(tokens.ids),
         )
     around = 4 * sum(t.elements for name, t in checkpoint.tensors.items() if "embed" in name)
-    memory = spec.buffer_bytes + 4 * spec.chunk_bytes + around
+    memory = spec.buffer_bytes + (3 + group.size) * spec.chunk_bytes + around
     description = tokens.describe(spec, device)
     if group.size > 1:
         description["processes"] = group.size  # the order of summation depends on it

@@ -84,7 +84,7 @@ class Pipeline:
         """
         self.checkpoint, self.decisions, self.spec, self.group = checkpoint, decisions, spec, group
         windows = group.part(range(len(ids)))
-        self.ids = torch.from_numpy(ids)[windows.start : windows.stop]
+        self.ids = torch.tensor(ids[windows.start : windows.stop])
         self.device, self.directory, self.tell = check_device(device), directory, tell
         self.dtype = getattr(torch, spec.dtype)
         self.skeleton = Skeleton(checkpoint.directory, layout, checkpoint, device)

@@ -1,0 +1,100 @@
+"""Calibrated compression on one GPU and on several: seconds, speedup, and whether the results agree.
+
+    python bench/gpu/two_gpus.py [--processes 1 2] [--output FILE]
+
+Makes a checkpoint with random weights and the expert shapes of Qwen3-30B-A3B in a temporary folder and runs
+`qmoe compress --calibration` on it, alone and under torchrun, each time in processes of their own. A first, small run
+is not counted: it brings files into memory. Seconds are those of the compression itself, without the start of Python
+and of the processes, which is in `wall_seconds`. `--device cpu` and smaller numbers try it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen3MoeConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "compression"))
+from common import processor, write_results
+from large import make
+
+
+def run(processes: int, source: Path, output: Path, tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One compression. Threads are divided among the processes: torchrun alone would give each of them one."""
+    cores = len(os.sched_getaffinity(0))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // processes))}
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1"]
+    if processes == 1:
+        launcher = []
+    command = [
+        sys.executable, *launcher, "-m", "qmoe_core", "compress", str(source), "-o", str(output), "--json",
+        "--format", arguments.format, "--calibration", str(source.parent / "tokens.npy"),
+        "--calibration-tokens", str(tokens), "--device", arguments.device,
+    ]  # fmt: skip
+    begin = time.monotonic()
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{processes} processes: exit status {done.returncode}\n{done.stdout}")
+    report = json.loads(done.stdout)
+    errors = [entry["relative_output_error"] for entry in report["tensors"]]
+    return {
+        "processes": processes,
+        "tokens": tokens,
+        "seconds": report["seconds"],
+        "wall_seconds": time.monotonic() - begin,
+        "bits_per_parameter": report["bits_per_parameter"],
+        "mean_relative_output_error": mean(errors),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--output", type=Path, default=Path("two-gpus.json"))
+    parser.add_argument("--format", default="int4")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--intermediate", type=int, default=768)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=65536)
+    arguments = parser.parse_args()
+    config = Qwen3MoeConfig(
+        hidden_size=arguments.hidden, num_hidden_layers=arguments.layers, num_experts=arguments.experts,
+        num_experts_per_tok=8, moe_intermediate_size=arguments.intermediate, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=arguments.hidden // 32, vocab_size=32768, tie_word_embeddings=True,
+        norm_topk_prob=True, dtype="bfloat16", architectures=["Qwen3MoeForCausalLM"],
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        nbytes = make(scratch / "source", config)
+        np.save(scratch / "tokens.npy", np.random.default_rng(0).integers(0, config.vocab_size, arguments.tokens))
+        run(1, scratch / "source", scratch / "first", min(1024, arguments.tokens), arguments)
+        rows = []
+        for processes in arguments.processes:
+            output = scratch / f"of-{processes}"
+            rows.append(run(processes, scratch / "source", output, arguments.tokens, arguments))
+            rows[-1]["speedup"] = rows[0]["seconds"] / rows[-1]["seconds"]
+            print(json.dumps(rows[-1]), flush=True)
+    device = processor()
+    if arguments.device == "cuda":
+        device = f"{max(arguments.processes)} x {torch.cuda.get_device_name()}, {device}"
+    write_results(arguments.output, "two-gpus", rows, device, source_bytes=nbytes, format=arguments.format,
+                  torch=torch.__version__, shape=[arguments.layers, arguments.experts, arguments.hidden,
+                                                  arguments.intermediate])  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
