@@ -264,7 +264,8 @@ def test_drift_is_how_far_the_compressed_model_has_moved(family, sources, tokens
 
 
 def test_rows_matter_by_what_their_errors_do_to_the_output(sources, tokens, seen, tmp_path):
-    """Against finite differences: the mean squared change of an expert's output per change of each row's output."""
+    """Against finite differences: the mean squared change of an expert's output per change of each row's output, times
+    what the expert's output matters to the layer's."""
     for family in ("qwen3_moe", "gpt_oss"):
         model, directory = sources(family)
         seen.clear()
@@ -274,7 +275,10 @@ def test_rows_matter_by_what_their_errors_do_to_the_output(sources, tokens, seen
         x, index, _ = reference(model, torch.from_numpy(tokens).view(WINDOWS, WINDOW))[name]
         module = copy.deepcopy(model.get_submodule(name)).double()
         importance = seen[f"{name}.gate_up_proj"][0][1].row_importance
-        assert seen[f"{name}.down_proj"][0][1].row_importance is None
+        down_statistics = seen[f"{name}.down_proj"][0][1]
+        share = down_statistics.row_importance[:, 0]  # in proportion to the expert's tokens
+        assert bool((down_statistics.row_importance == share.unsqueeze(1)).all())
+        torch.testing.assert_close(share / share.sum(), down_statistics.tokens / down_statistics.tokens.sum())
         transposed = (lambda w: w) if module.is_transposed else (lambda w: w.T)
         for expert in range(2):
             mine = x[(index == expert).any(1)]
@@ -284,7 +288,7 @@ def test_rows_matter_by_what_their_errors_do_to_the_output(sources, tokens, seen
                 step = torch.zeros(states.shape[1], dtype=torch.float64)
                 step[row] = 1e-6
                 change = (module._apply_gate(states + step) - module._apply_gate(states)) @ down / 1e-6
-                expected = float(change.detach().square().sum(1).mean())
+                expected = float(share[expert] * change.detach().square().sum(1).mean())
                 assert float(importance[expert, row]) == pytest.approx(expected, rel=1e-3)
 
 

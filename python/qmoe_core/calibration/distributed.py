@@ -182,7 +182,7 @@ class Processes(Group):
         torch.cuda.set_device(self.local_rank)
         if self._cuda is None:
             self._cuda = self._dist.new_group(backend="nccl", timeout=ENDLESS)
-            # NCCL connects at the first exchange and waits for the others there: better now, when all are known to live.
+            # NCCL connects at the first exchange and waits for the others there: better now, when all are known to be.
             self.sum(torch.zeros(1, device=f"cuda:{self.local_rank}"))
 
     # Exchanges.
