@@ -232,7 +232,7 @@ def test_a_process_group_that_is_there_is_used_and_left_there(sources, tmp_path)
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **meeting(0, 0, 1), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **meeting(0, 0, 1), "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
         del environment[name]
     command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
@@ -252,3 +252,21 @@ def test_under_torchrun_the_first_process_speaks(tmp_path):
     refused = torchrun("compress", MODEL, "-o", tmp_path / "out", *options[:-1], 32, "--json")
     assert refused.returncode != 0 and json.loads(refused.stdout)["error"]["code"] == "E_CHANGED"
     assert refused.stderr.count("qmoe: error: ") == 1 and re.search(r"exitcode\s*: 3 ", refused.stderr), refused.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_make_what_one_cpu_makes(tmp_path):
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 200, 4096))
+    options = ["--calibration", tmp_path / "ids.npy", "--calibration-window", 64, "--group", 64, "--drift", "--json"]
+    reports = []
+    for device in ("cpu", "cuda", "cuda"):
+        output = tmp_path / f"{device}-{len(reports)}"
+        done = torchrun("compress", MODEL, "-o", output, "--device", device, *options)
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads(done.stdout))
+    assert hashes(tmp_path / "cuda-1") == hashes(tmp_path / "cuda-2")
+    for cpu, cuda in zip(reports[0]["tensors"], reports[1]["tensors"], strict=True):
+        assert cuda["relative_output_error"] == pytest.approx(cpu["relative_output_error"], rel=0.05)
+    absent = torchrun("compress", MODEL, "-o", tmp_path / "out", "--device", "cuda:1", *options)
+    assert json.loads(absent.stdout)["error"]["code"] == "E_VALUE"

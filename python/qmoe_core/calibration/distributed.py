@@ -307,8 +307,8 @@ class Processes(Group):
         if not isinstance(error, (QmoeError, KeyboardInterrupt)):
             shown = RuntimeError(f"process {self.rank} of this run: {type(error).__name__}: {error}")
         self._error = error
+        text = base64.b64encode(pickle.dumps(shown)).decode()
         try:
-            text = base64.b64encode(pickle.dumps(shown)).decode()
             first = self._store.compare_set("error", "", text)
         except RuntimeError:  # the store is gone: the others find that out themselves
             return error
@@ -322,20 +322,20 @@ class Processes(Group):
             begun = time.monotonic()
             while here < self.size:
                 time.sleep(0.02)
-                try:
-                    self._look()
-                except (QmoeError, KeyboardInterrupt) as error:
-                    self._error = self._error or error
+                if self._error is None:
+                    try:
+                        self._look()
+                    except (QmoeError, KeyboardInterrupt, RuntimeError) as error:
+                        self._error = error
                 limit = LEAVE_LOST_SECONDS if self._lost else LEAVE_SECONDS
                 if self._error is not None and time.monotonic() - begun > limit:
                     break
                 here = self._store.add("leaving", 0)
         self._left.set()
-        self._living.join()
+        self._living.join(SIGN_SECONDS)  # longer only where the store does not answer
 
     def close(self, whole: bool) -> None:
-        """Ends the exchanges; `whole`: also the process group that this class did not make. Never waits for a process
-        that failed."""
+        """Ends the exchanges; with `whole` also the process group below them. Never waits for a process that failed."""
         if self._error is None:
             for group in (self._cuda, self._cpu):
                 if group is not None:
