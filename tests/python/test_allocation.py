@@ -51,6 +51,13 @@ def test_small_problems_are_solved_exactly(items: list[Item], share: float) -> N
     assert result.optimal
 
 
+def test_losses_that_underflow_never_break_the_budget() -> None:
+    tiny = float(np.finfo(np.float64).tiny)
+    item = Item("item", 1, (Candidate(0, 0.0, {}), Candidate(3, -tiny, {})))
+    for budget, nbytes in ((0, 0), (2, 0), (3, 3)):
+        assert solve([item], budget).nbytes == nbytes
+
+
 @settings(max_examples=100, deadline=None)
 @given(problems(real_losses, items=40), st.floats(0, 1), st.floats(0, 1))
 def test_budget_certificate_and_monotony(items: list[Item], first: float, second: float) -> None:

@@ -215,6 +215,8 @@ def _search(
     least = np.where(open_[core], tables.nbytes[core], np.iinfo(np.int64).max).min(axis=1)
     to_come = np.concatenate([np.cumsum(least[::-1])[::-1][1:], [0]]) if len(core) else np.zeros(0, dtype=np.int64)
 
+    if fixed_bytes + int(least.sum()) > budget:
+        return None, complete  # all that could be better than the incumbent is too large
     state_bytes, state_loss = (
         np.array([fixed_bytes], dtype=np.int64),
         np.array([float(tables.loss[rows, base][closed].sum())]),
