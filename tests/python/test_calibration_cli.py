@@ -86,3 +86,12 @@ def test_recover_leaves_one_finished_directory(text, tmp_path):
     assert CliRunner().invoke(app, ["verify", str(tmp_path / "out")]).exit_code == 0
     code, result, _ = run("-o", tmp_path / "out", *options, "--recover")
     assert code == 2 and "finished" in result["error"]["message"]
+
+
+def test_recover_follows_a_budget_that_needs_no_calibration(text, tmp_path):
+    text.write_text(text.read_text() * 8)
+    options = ["--bits", 12, "--calibration", text, "--calibration-tokens", 512, "--recover", "--recover-steps", 2]
+    code, result, _ = run("-o", tmp_path / "out", *options)
+    assert code == 0 and result["recovery"]["steps"] == 2
+    assert {entry["method"] for entry in result["tensors"]} == {"rtn"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

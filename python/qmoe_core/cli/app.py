@@ -168,6 +168,7 @@ def compress(
         if method is None and recipe is None and calibration is not None and not budgeted:
             method = Method.gptq
         settings = _calibration(calibration, calibration_tokens, calibration_window, drift, gate_weighted)
+        recovery_text = settings  # also where the plan of a budget needs no calibration
         if recover and settings is None:
             raise UsageError("--recover tunes on the text of --calibration")
         if recover_steps is not None and not recover:
@@ -213,11 +214,11 @@ def compress(
             report = run(source, first, chosen, calibration=settings, device=device, progress=progress)
         out.show(tables.compression(report))
         result = report.to_dict()
-        if recover and settings is not None:
+        if recover and recovery_text is not None:
             with team.shared_errors():
                 if team.leads:
                     # Recovery takes more text than calibration does: all of it.
-                    text = tokens_for(source, replace(settings, max_tokens=sys.maxsize, seed=None))
+                    text = tokens_for(source, replace(recovery_text, max_tokens=sys.maxsize, seed=None))
                     recovered = run_recovery(out, source, first, output, text, device=device, steps=recover_steps)
                     result["recovery"] = recovered.to_dict()
                     shutil.rmtree(first)
