@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,16 @@ class ClusterMean:
             return None
         squares = math.fsum((s - mean * n) ** 2 for s, n in zip(self.sums, self.counts, strict=True))
         return math.sqrt(squares * clusters / (clusters - 1)) / sum(self.counts)
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """Token ids from a .npy file, mapped; never pickled ones. Raises `E_MISSING`, `E_CORRUPT`."""
+    if not path.exists():
+        raise QmoeError("E_MISSING", "no such file", file=path)
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise QmoeError("E_CORRUPT", f"not a .npy file of numbers: {error}", file=path) from error
 
 
 def encode_text(tokenizer: Any, text: str) -> np.ndarray:

@@ -144,7 +144,9 @@ def _ids(spec: CalibrationSpec, model: Path) -> Any:
         return source
     path = Path(source)
     if path.suffix == ".npy":
-        return _npy(path)
+        from ..evaluation import read_ids
+
+        return read_ids(path)
     if path.is_file():
         try:
             return _encode(path.read_text(encoding="utf-8"), model)
@@ -153,16 +155,6 @@ def _ids(spec: CalibrationSpec, model: Path) -> Any:
     if path.suffix in (".txt", ".md", ".text") or path.is_absolute():
         raise QmoeError("E_MISSING", "no such calibration file", file=path)
     return _dataset(spec, str(source), model)
-
-
-def _npy(path: Path) -> np.ndarray:
-    """Token ids from a .npy file; never pickled ones."""
-    if not path.exists():
-        raise QmoeError("E_MISSING", "no such calibration file", file=path)
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise QmoeError("E_CORRUPT", f"not a .npy file of numbers: {error}", file=path) from error
 
 
 def _encode(text: str, model: Path) -> np.ndarray:

@@ -307,8 +307,10 @@ def evaluate(
     with reporting(context, as_json) as out:
         if (tokens is None) == (text is None):
             raise UsageError("give either --tokens or --text")
-        ids = _npy(tokens) if tokens is not None else _text(text, model)
         from .. import evaluate as run
+        from ..evaluation import read_ids
+
+        ids = read_ids(tokens) if tokens is not None else _text(text, model)
 
         with out.progress() as progress:
             result = run(
@@ -317,18 +319,6 @@ def evaluate(
             )  # fmt: skip
         out.show(tables.evaluation(result))
         out.result({"model": model, "reference": reference, **result.to_dict()})
-
-
-def _npy(path: Path) -> np.ndarray:
-    """Token ids from a .npy file; never pickled ones."""
-    import numpy as np
-
-    if not path.exists():
-        raise QmoeError("E_MISSING", "no such file", file=path)
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise QmoeError("E_CORRUPT", f"not a .npy file of numbers: {error}", file=path) from error
 
 
 def _text(path: Path | None, model: Path) -> np.ndarray:

@@ -84,9 +84,10 @@ def command(
     with reporting(context, as_json) as out:
         if (tokens is None) == (text is None):
             raise UsageError("give either --tokens or --text")
-        from .app import _npy, _text
+        from ..evaluation import read_ids
+        from .app import _text
 
-        ids = _npy(tokens) if tokens is not None else _text(text, source)
+        ids = read_ids(tokens) if tokens is not None else _text(text, source)
         report = run_recovery(
             out, source, compressed, output, ids, device=device, mode=mode, steps=steps, batch=batch, window=window,
             dtype=dtype, seed=seed, parameters=None if tune is None else tuple(tune.split(",")),
