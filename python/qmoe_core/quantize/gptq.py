@@ -25,7 +25,7 @@ from ..errors import QmoeError
 from ..formats import IntFormat, IntMatrix, TernaryMatrix
 from . import feedback_cuda
 from .base import Matrix, MethodSpec, StackStatistics, TensorReport, number_option
-from .feedback import Factors, descend, factorize, output_error, retarget, round_with_feedback
+from .feedback import Factors, descend, factorize, output_error, retarget, round_with_feedback, sum_of_squares
 from .grids import IntGrid, TernaryGrid
 
 OPTIONS = frozenset({"damping", "sweeps", "steps", "prior", "order", "rate"})
@@ -69,8 +69,7 @@ def quantize_stack(
     residual += weight - target
     errors = output_error(residual, shared.hessian).tolist()
     energies = output_error(weight, shared.hessian).tolist()
-    squares = residual.square().sum((1, 2), dtype=torch.float64).tolist()
-    originals = weight.square().sum((1, 2), dtype=torch.float64).tolist()
+    squares, originals = sum_of_squares(residual).tolist(), sum_of_squares(weight).tolist()
     zeros = _zeros(grid, codes)
     if order is not None:
         codes = torch.empty_like(codes).scatter_(2, order.unsqueeze(1).expand_as(codes), codes)
@@ -238,8 +237,13 @@ def _ternary_matrices(grid: TernaryGrid, codes: torch.Tensor) -> list[TernaryMat
 def _zeros(grid: IntGrid | TernaryGrid, codes: torch.Tensor) -> list[int]:
     """How many weights of each matrix became exactly zero, counted where the codes (E, N, K) are."""
     if isinstance(grid, IntGrid):
-        zero = codes.view(torch.uint8) == grid.zero[:, :, grid.group_of]
+        whole = codes.shape[2] // grid.width
+        parts = codes.view(torch.uint8).split([whole * grid.width, codes.shape[2] - whole * grid.width], dim=2)
+        groups = [parts[0].unflatten(2, (whole, grid.width)), parts[1].unsqueeze(2)]
+        zeros = [grid.zero[:, :, :whole], grid.zero[:, :, whole:]]
+        zero = [(codes == zero.unsqueeze(3)).flatten(2) for codes, zero in zip(groups, zeros, strict=True)]
     else:
-        zero = (codes == 0) | (codes > 0) & (grid.high == 0).unsqueeze(2) | (codes < 0) & (grid.low == 0).unsqueeze(2)
-    counts: list[int] = zero.sum((1, 2)).tolist()
+        low, high = (grid.low == 0).unsqueeze(2), (grid.high == 0).unsqueeze(2)
+        zero = [(codes == 0) | (codes > 0) & high | (codes < 0) & low]
+    counts: list[int] = sum(part.sum(2, dtype=torch.int32).sum(1) for part in zero).tolist()
     return counts

@@ -10,6 +10,7 @@ import torch
 from ..errors import QmoeError
 from ..formats import IntFormat, TernaryFormat
 from . import feedback_cuda
+from .products import has_tensor_cores, product
 
 _TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # The smallest scale: below it a float16 is subnormal and loses digits.
@@ -60,8 +61,6 @@ class IntGrid:
                 feedback_cuda.choose_grid(self, target[:, :, part], precision[:, part], group)
             else:
                 self._choose(target[:, :, part], precision[:, part], slice(group, group + 1))
-        if on_gpu:
-            self._check_overflow(self.scale[:, :, columns.start // self.width : (columns.stop - 1) // self.width + 1])
 
     def _choose(self, target: torch.Tensor, precision: torch.Tensor, group: slice) -> None:
         """The scale and zero of one group with the least weighted error: `target` (E, N, B), `precision` (E, B).
@@ -100,16 +99,10 @@ class IntGrid:
         self.scale[:, :, group.start], self.zero[:, :, group.start] = scale, zero
 
     def stored(self, scale: torch.Tensor) -> torch.Tensor:
-        """Positive scales as the format will store them. Raises `E_VALUE` where they overflow its type."""
+        """Positive scales as the format will store them, infinite where they overflow its type: `refine` raises that,
+        so that a GPU need not be waited for in every block."""
         kind = self.format.scale_dtype
-        rounded = scale.clamp(min=_TINY[kind]).to(_TORCH[kind]).float()
-        self._check_overflow(rounded)
-        return rounded
-
-    def _check_overflow(self, scale: torch.Tensor) -> None:
-        if bool(torch.isinf(scale).any()):
-            kind = self.format.scale_dtype
-            raise QmoeError("E_VALUE", f"a scale overflows {kind}; use scale_dtype bfloat16 or float32")
+        return scale.clamp(min=_TINY[kind]).to(_TORCH[kind]).float()
 
     def round(self, target: torch.Tensor, precision: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
         group = column // self.width
@@ -119,30 +112,33 @@ class IntGrid:
 
     def refine_block(
         self, residual: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, columns: slice
-    ) -> torch.Tensor | None:
+    ) -> None:
         """Each group's scale by least squares under H, one group after the other."""
         if self.per_row:
-            return None
-        residual, gradient = residual.clone(), gradient.clone()
+            return
         for first in range(columns.start, columns.stop, self.width):
             part = slice(first - columns.start, min(first + self.width, columns.stop) - columns.start)
             group = first // self.width
-            steps = codes[:, :, part].view(torch.uint8).float() - self.zero[:, :, group].unsqueeze(2)
+            steps = codes[:, :, part].view(torch.uint8) - self.zero[:, :, group].unsqueeze(2)
+            through = torch.bmm(steps, hessian[:, part, :])
             change = self._scale_step(
-                (gradient[:, :, part] * steps).sum(2), (torch.bmm(steps, hessian[:, part, part]) * steps).sum(2), group
-            )
-            moved = change.unsqueeze(2) * steps
-            residual[:, :, part] -= moved
-            gradient -= torch.bmm(moved, hessian[:, part, :])
-        return residual
+                (gradient[:, :, part] * steps).sum(2), (through[:, :, part] * steps).sum(2), group
+            ).unsqueeze(2)
+            residual[:, :, part].addcmul_(steps, change, value=-1)
+            gradient.addcmul_(through, change, value=-1)
 
     def refine(self, residual: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor) -> None:
-        """The scales of whole rows by least squares under H; `residual` (E, N, K) follows."""
-        if not self.per_row:
-            return
-        steps = codes.view(torch.uint8).float() - self.zero
-        through = torch.bmm(steps, hessian)
-        residual -= self._scale_step((through * residual).sum(2), (through * steps).sum(2), 0).unsqueeze(2) * steps
+        """The scales of whole rows by least squares under H; `residual` (E, N, K) follows. Raises `E_VALUE` where any
+        scale, also of groups, overflows its type."""
+        if self.per_row:
+            steps = codes.view(torch.uint8) - self.zero
+            # Differences of codes are bfloat16 numbers, but for halves above 128.
+            through = product(steps, hessian, 2 if self.format.half_step and self.format.bits == 8 else 1, 3)
+            change = self._scale_step((through * residual).sum(2), (through * steps).sum(2), 0)
+            residual.addcmul_(steps, change.unsqueeze(2), value=-1)
+        if bool(torch.isinf(self.scale).any()):
+            kind = self.format.scale_dtype
+            raise QmoeError("E_VALUE", f"a scale overflows {kind}; use scale_dtype bfloat16 or float32")
 
     def _scale_step(self, slope: torch.Tensor, curvature: torch.Tensor, group: int) -> torch.Tensor:
         """Moves a group's scale to the minimum of its parabola, where there is one; returns the change (E, N)."""
@@ -204,8 +200,8 @@ class TernaryGrid:
 
     def refine_block(
         self, residual: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, columns: slice
-    ) -> torch.Tensor | None:
-        return None
+    ) -> None:
+        pass
 
     def round(self, target: torch.Tensor, precision: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Grid.round`; also takes (E, N, K) targets with (E, 1, K) precisions."""
@@ -226,26 +222,35 @@ class TernaryGrid:
     def refine(self, residual: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor) -> None:
         """Both levels of every row by least squares under H (2 x 2 normal equations); `residual` (E, N, K) follows.
         A level that no weight of its row has stays."""
-        plus, minus = (codes > 0).float(), (codes < 0).float()
-        weight = residual + plus * self.high.unsqueeze(2) + minus * self.low.unsqueeze(2)
+        signs = torch.bfloat16 if has_tensor_cores(hessian) else hessian.dtype
+        up, down = codes > 0, codes < 0
+        plus, minus = up.to(signs), down.to(signs)
+        # Sums of zeros and ones, of a row in float32 exact.
+        share = torch.stack([sign.sum(2, dtype=torch.float32).mean(1) for sign in (minus, plus)], dim=1)
+        share /= codes.shape[2]
+        old_high, old_low = self.high, self.low
         if self.format.levels == "symmetric":
-            plus = plus - minus
-            minus = torch.zeros_like(plus)
-        through_plus, through_minus = torch.bmm(plus, hessian), torch.bmm(minus, hessian)
-        a, b, c = (through_plus * plus).sum(2), (through_plus * minus).sum(2), (through_minus * minus).sum(2)
-        x, y = (through_plus * weight).sum(2), (through_minus * weight).sum(2)
-        determinant = a * c - b * b
-        sound = determinant > 1e-6 * a * c
-        safe = torch.where(sound, determinant, torch.ones_like(determinant))
-        high = torch.where(sound, (x * c - y * b) / safe, x / a.clamp(min=1e-30))
-        low = torch.where(sound, (y * a - x * b) / safe, y / c.clamp(min=1e-30))
-        if self.format.levels == "symmetric":
+            plus -= minus
+            through = product(plus, hessian, 1, 3)
+            a = c = (through * plus).sum(2)
+            high = (through * residual).sum(2) / a.clamp(min=1e-30) + old_high
             low = -high
-            c = a
+        else:
+            through = product(plus, hessian, 1, 3)
+            a, b, x = (through * plus).sum(2), (through * minus).sum(2), (through * residual).sum(2)
+            through = product(minus, hessian, 1, 3)
+            c, y = (through * minus).sum(2), (through * residual).sum(2)
+            determinant = a * c - b * b
+            sound = determinant > 1e-6 * a * c
+            safe = torch.where(sound, determinant, torch.ones_like(determinant))
+            # The best change of both; where they would do the same to the outputs, of one of them.
+            alone = torch.where(a > 0, torch.zeros_like(y), y / c.clamp(min=1e-30))
+            high = old_high + torch.where(sound, (x * c - y * b) / safe, x / a.clamp(min=1e-30))
+            low = old_low + torch.where(sound, (y * a - x * b) / safe, alone)
         self._set_levels(high, low, a, c)
-        sign = codes.float()
-        torch.sub(weight, torch.where(sign > 0, self.high.unsqueeze(2), -self.low.unsqueeze(2)) * sign, out=residual)
-        self.count(codes)
+        residual += up * (old_high - self.high).unsqueeze(2)
+        residual += down * (old_low - self.low).unsqueeze(2)
+        self._set_bits(torch.stack([share[:, 0], 1 - share.sum(1), share[:, 1]], dim=1))
 
     def _set_levels(
         self, high: torch.Tensor, low: torch.Tensor, weight_high: torch.Tensor, weight_low: torch.Tensor
