@@ -10,7 +10,7 @@ from qmoe_core import IntFormat, QmoeError, TernaryFormat
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-from qmoe_core.quantize import feedback, feedback_cuda, gptq  # noqa: E402
+from qmoe_core.quantize import feedback, feedback_cuda, gptq, products  # noqa: E402
 from qmoe_core.quantize.base import MethodSpec, StackStatistics  # noqa: E402
 from qmoe_core.quantize.grids import IntGrid, TernaryGrid  # noqa: E402
 
@@ -132,6 +132,27 @@ def test_ternary_sums_equal_float64(shape: tuple[int, int, int]) -> None:
     assert torch.equal(again, sums)
 
 
+@pytest.mark.parametrize(("left", "right", "bits"), [(1, 3, 24), (2, 2, 16), (2, 3, 24), (3, 3, 24), (1, 1, 8)])
+def test_products_on_tensor_cores_have_the_bits_that_they_promise(left: int, right: int, bits: int) -> None:
+    generator = torch.Generator(device="cuda").manual_seed(5)
+    a = torch.randn(2, 70, 300, device="cuda", generator=generator)
+    b = torch.randn(2, 300, 33, device="cuda", generator=generator)
+    if left == 1:
+        a = (3 * a).round()
+    off = (products.product(a, b, left, right).double() - a.double() @ b.double()).abs()
+    # Of each product, and float32 sums of 300 and more of them.
+    assert bool((off <= (4 * 2.0**-bits + 300 * 2.0**-24) * (a.double().abs() @ b.double().abs())).all())
+    assert products.has_tensor_cores(a) and not products.has_tensor_cores(a.double())
+
+
+@pytest.mark.parametrize("group", [0, 32])
+def test_scales_beyond_their_type_are_refused(group: int) -> None:
+    weight, statistics = stack((1, 8, 64))
+    with pytest.raises(QmoeError, match="float16") as error:
+        gptq.quantize_stack(1e8 * weight, statistics, MethodSpec("gptq", IntFormat(4, group)))
+    assert error.value.code == "E_VALUE"
+
+
 def stack(shape: tuple[int, int, int]) -> tuple[torch.Tensor, StackStatistics]:
     experts, _, columns = shape
     generator = torch.Generator(device="cuda").manual_seed(3)
@@ -142,7 +163,17 @@ def stack(shape: tuple[int, int, int]) -> tuple[torch.Tensor, StackStatistics]:
     return weight, StackStatistics(torch.full((experts,), 3 * columns), torch.bmm(x.transpose(1, 2), x))
 
 
-@pytest.mark.parametrize("format", [IntFormat(4, 128), IntFormat(2, 32), TernaryFormat("pair")], ids=lambda f: f.name)
+FORMATS = [
+    IntFormat(4, 128),
+    IntFormat(2, 32),
+    IntFormat(2, 16, half_step=True),
+    IntFormat(8, 0, half_step=True),
+    TernaryFormat("pair"),
+    TernaryFormat("symmetric"),
+]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 def test_stacks_on_the_gpu_come_out_as_on_the_cpu(format: IntFormat | TernaryFormat) -> None:
     weight, statistics = stack((2, 96, 288))
     spec = MethodSpec("gptq", format)

@@ -14,6 +14,7 @@ from qmoe_core.quantize import MethodSpec, StackStatistics, quantize, quantize_s
 from qmoe_core.quantize.feedback import descend, factorize, output_error, retarget, round_with_feedback
 from qmoe_core.quantize.gptq import lean_on_pooled
 from qmoe_core.quantize.grids import IntGrid, TernaryGrid
+from qmoe_core.quantize.products import parts
 
 FORMATS = [
     IntFormat(2, 64),
@@ -286,3 +287,23 @@ def test_grids_round_to_their_own_values():
         for column in (0, 50, 95):
             again, same = grid.round(value[:, :, column], factors.diagonal[:, column], column)
             assert torch.equal(again, codes[:, :, column]) and torch.allclose(same, value[:, :, column], atol=1e-6)
+
+
+@pytest.mark.parametrize("group", [0, 32])
+def test_scales_beyond_their_type_are_refused(group):
+    weight, statistics = problem((1, 4, 64))
+    huge = weight * (1e8 / weight.abs().max())
+    with pytest.raises(QmoeError, match="float16") as error:
+        quantize_stack(huge, statistics, MethodSpec("gptq", IntFormat(4, group)))
+    assert error.value.code == "E_VALUE"
+    wide = quantize_stack(huge, statistics, MethodSpec("gptq", IntFormat(4, group, scale_dtype="bfloat16")))
+    assert relative(huge, dequantized(wide), statistics.hessian) < 0.1
+
+
+def test_parts_of_a_product_add_up_to_the_float32_number():
+    matrix = torch.randn(2, 33, 40) * torch.logspace(-20, 20, 40)
+    of = parts(matrix, 3)
+    assert torch.equal(of[0].float() + of[1].float() + of[2].float(), matrix)
+    assert all(part.dtype == torch.bfloat16 for part in of)
+    two = of[0].double() + of[1].double()
+    assert bool(((two - matrix).abs() <= 2.0**-16 * matrix.abs()).all())

@@ -105,8 +105,7 @@ def round_block(
 def choose_grid(grid: IntGrid, target: torch.Tensor, precision: torch.Tensor, group: int) -> None:
     """`IntGrid._choose` for one group of columns, in one launch: writes `grid.scale` and `grid.zero` of that group.
 
-    Sums are taken in another order than torch does, so a tie may fall the other way. A scale that overflows its type is
-    stored as infinite: the caller checks.
+    Sums are taken in another order than torch does, so a tie may fall the other way.
 
     Args:
         target: (E, N, B) float32, B <= 128, rows evenly spaced. precision: (E, B) float32.

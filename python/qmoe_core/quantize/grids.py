@@ -66,13 +66,14 @@ class IntGrid:
         """The scale and zero of one group with the least weighted error: `target` (E, N, B), `precision` (E, B).
 
         Tried are widths of the grid from the group's whole range down to a third of it, each with the zero that centres
-        it; below 4 bits with its neighbours too, since there a step more or less below zero matters.
+        it; below 4 bits with its neighbours too, since there a step more or less below zero matters. Infinite where no
+        scale fits into its type.
         """
         low, high = target.amin(2).clamp(max=0), target.amax(2).clamp(min=0)
         weight = precision.unsqueeze(1)
         half = 0.5 if self.format.half_step else 0.0
         best = torch.full_like(low, math.inf)
-        scale, zero = torch.ones_like(low), torch.zeros_like(low)
+        scale, zero = torch.full_like(low, math.inf), torch.zeros_like(low)
         if not self.format.zero_point:
             low = -torch.maximum(high, -low)
             high = -low if half else low.abs() * (self.top - 1) / (self.top + 1)
@@ -99,8 +100,8 @@ class IntGrid:
         self.scale[:, :, group.start], self.zero[:, :, group.start] = scale, zero
 
     def stored(self, scale: torch.Tensor) -> torch.Tensor:
-        """Positive scales as the format will store them, infinite where they overflow its type: `refine` raises that,
-        so that a GPU need not be waited for in every block."""
+        """Positive scales as the format will store them, infinite where they overflow its type: `check` raises that, so
+        that a GPU need not be waited for in every block."""
         kind = self.format.scale_dtype
         return scale.clamp(min=_TINY[kind]).to(_TORCH[kind]).float()
 
@@ -136,6 +137,10 @@ class IntGrid:
             through = product(steps, hessian, 2 if self.format.half_step and self.format.bits == 8 else 1, 3)
             change = self._scale_step((through * residual).sum(2), (through * steps).sum(2), 0)
             residual.addcmul_(steps, change.unsqueeze(2), value=-1)
+        self.check()
+
+    def check(self) -> None:
+        """Raises `E_VALUE` where a scale overflows its type. Waits for the device."""
         if bool(torch.isinf(self.scale).any()):
             kind = self.format.scale_dtype
             raise QmoeError("E_VALUE", f"a scale overflows {kind}; use scale_dtype bfloat16 or float32")
