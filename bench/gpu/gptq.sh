@@ -9,7 +9,7 @@ site=$(mktemp -d)
 export PYTHONPATH=$site PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) python3 -m pip install -q --no-build-isolation --no-deps --no-index --target "$site" .
-timeout 120 python3 -m pytest -q tests/gpu/test_feedback.py -p no:cacheprovider
+timeout 240 python3 -m pytest -q tests/gpu tests/python/test_calibration.py -k "gpu or cuda" -p no:cacheprovider
 for tool in memcheck racecheck; do
     # The caching allocator would hide writes outside a tensor.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \

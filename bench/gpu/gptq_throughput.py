@@ -1,10 +1,11 @@
 """Calibrated quantization on a GPU: weights per second from activations to packed records, whole and stage by stage.
 
-    python bench/gpu/gptq_throughput.py [--quick] [--output FILE]
+    python bench/gpu/gptq_throughput.py [--quick] [--shapes 2048x768 ...] [--output FILE]
 
 Random weights and inputs (mixed, so that columns are correlated as real ones are) on the device. Whole: a stack goes
 through in chunks of experts; while one chunk is packed by the CPU, the GPU works on the next. Stages: one chunk, each
-stage alone, the GPU's by events.
+stage alone, waiting for the device. A stage's `limit_seconds` is how long the operations and bytes that its algorithm
+needs would take at the rates that this device was measured to reach, whichever takes longest.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ import torch
 from qmoe_core import IntFormat, PackedTensor, TernaryFormat
 from qmoe_core.quantize import feedback_cuda, gptq
 from qmoe_core.quantize.base import MethodSpec, StackStatistics
-from qmoe_core.quantize.feedback import descend, factorize, output_error, round_with_feedback
+from qmoe_core.quantize.feedback import descend, factorize, output_error, round_with_feedback, sum_of_squares
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import write_results
+from common import processor, write_results
 
-SHAPES = [(2048, 768), (7168, 2048), (6144, 2080)]  # (N, K)
-FORMATS = {"int4-g128": IntFormat(4, 128), "ternary": TernaryFormat("pair")}
+SHAPES = ["2048x768", "7168x2048", "2048x7168", "6144x2080", "2080x6144"]  # N x K
+FORMATS: dict[str, IntFormat | TernaryFormat] = {"int4-g128": IntFormat(4, 128), "ternary": TernaryFormat("pair")}
 TOKENS = 4096
 
 
@@ -64,7 +65,8 @@ def timed(run: Callable[[], Any], repeats: int) -> tuple[list[float], Any]:
 
 
 def limits() -> dict[str, float]:
-    """What this device reaches: float32 and bfloat16 matrix products, and a copy (bytes read and written)."""
+    """What this device reaches: float32 and bfloat16 matrix products, a copy (bytes read and written), and a copy into
+    page-locked memory of the host."""
 
     def rate(amount: float, run: Callable[[], Any]) -> float:
         return amount / stats.median(timed(run, 5)[0])
@@ -72,67 +74,126 @@ def limits() -> dict[str, float]:
     a = torch.randn(4096, 4096, device="cuda")
     b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     c, d = torch.randn(2, 1 << 29, device="cuda")
+    host = torch.empty(1 << 26, pin_memory=True)
     return {
         "float32_flops_per_second": rate(20 * 2 * 4096**3, lambda: [a @ a for _ in range(20)]),
         "bfloat16_flops_per_second": rate(20 * 2 * 8192**3, lambda: [b @ b for _ in range(20)]),
         "copy_bytes_per_second": rate(8.0 * c.numel(), lambda: d.copy_(c)),
+        "to_host_bytes_per_second": rate(4.0 * host.numel(), lambda: host.copy_(c[: host.numel()])),
     }
 
 
-def stages(weight: torch.Tensor, x: torch.Tensor, spec: MethodSpec, repeats: int) -> dict[str, dict[str, float]]:
-    """Median and range of the seconds of every stage for one chunk, with its share of the limit it is closest to."""
-    experts, rows, columns = weight.shape
-    out: dict[str, dict[str, float]] = {}
+class Stages:
+    """Times stages and compares them with the limits of the device."""
 
-    def stage(name: str, run: Callable[[], Any], flops: float = 0.0) -> Any:
-        seconds, result = timed(run, repeats)
-        median = stats.median(seconds)
-        out[name] = {
+    def __init__(self, weights: int, repeats: int, bounds: dict[str, float]) -> None:
+        self.weights, self.repeats, self.bounds = weights, repeats, bounds
+        self.rows: dict[str, dict[str, float]] = {}
+
+    def __call__(
+        self,
+        name: str,
+        run: Callable[[], Any],
+        *,
+        flops: float = 0.0,
+        tensor_flops: float = 0.0,
+        read_written: float = 0.0,
+        to_host: float = 0.0,
+        times: int = 1,
+    ) -> Any:
+        """Args: `flops` in float32, `tensor_flops` in bfloat16, bytes on the device and to the host; `times`: how often
+        the stage is run for one stack."""
+        seconds, result = timed(run, self.repeats)
+        median, bounds = stats.median(seconds), self.bounds
+        limit = max(
+            flops / bounds["float32_flops_per_second"] + tensor_flops / bounds["bfloat16_flops_per_second"],
+            read_written / bounds["copy_bytes_per_second"],
+            to_host / bounds["to_host_bytes_per_second"],
+        )
+        self.rows[name] = {
             "seconds": median,
             "least": min(seconds),
             "most": max(seconds),
-            "weights_per_second": weight.numel() / median,
-            "flops_per_second": flops / median,
+            "times": times,
+            "limit_seconds": limit,
+            "float32_flops": flops,
+            "bfloat16_flops": tensor_flops,
+            "device_bytes": read_written,
+            "host_bytes": to_host,
         }
         return result
 
-    given = StackStatistics(
-        torch.full((experts,), TOKENS),
-        stage("statistics", lambda: second_moments(x), 2.0 * TOKENS * columns**2 * experts),
+
+def stages(
+    weight: torch.Tensor, x: torch.Tensor, spec: MethodSpec, repeats: int, bounds: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """Every stage of one chunk, in the order in which `gptq.quantize_stack` comes to them, and that as a whole."""
+    experts, _, columns = weight.shape
+    ternary, every = spec.format.name == "ternary", float(weight.numel())
+    full, blocks, squares = 2.0 * every * columns, -(-columns // 128), float(experts * columns**2)
+    stage = Stages(weight.numel(), repeats, bounds)
+    moments = stage(
+        "statistics",
+        lambda: second_moments(x),
+        tensor_flops=2.0 * TOKENS * squares,
+        read_written=2.0 * x.numel() + 4 * squares,
     )
-    shared, _ = gptq.lean_on_pooled(given, 0.25)
-    factors = stage("factorize", lambda: factorize(shared.hessian, 0.01), experts * columns**3 / 3)
+    given = StackStatistics(torch.full((experts,), TOKENS), moments)
+
+    def lean() -> StackStatistics:
+        gptq._check(weight, given)
+        return gptq.lean_on_pooled(given, 0.25)[0]
+
+    shared = stage("check, lean", lean, read_written=4 * every + 8 * squares)
+    factors = stage(
+        "factorize", lambda: factorize(shared.hessian, 0.01), flops=squares * columns / 3, read_written=12 * squares
+    )
 
     def begin() -> Any:
         grid = gptq._grid(weight, shared, factors, spec)
         grid.begin(weight, factors.diagonal)
         return grid
 
-    grid = stage("grids of rows", begin)
-    full = 2.0 * weight.numel() * columns
-    codes, residual = stage("feedback", lambda: round_with_feedback(weight, factors, grid), full / 2)
-
-    def sweep() -> None:
-        grid.refine(residual, factors.hessian, codes)
-        descend(weight, factors, grid, codes, residual)
-
-    stage("one sweep", sweep, full * (3 if spec.format.name == "ternary" else 1))
-    stage("errors", lambda: (output_error(residual, shared.hessian), output_error(weight, shared.hessian)), 2 * full)
-    target = torch.zeros((experts, rows, 128), device="cuda")
-    inner = [slice(0, 128)] * 8
-    stage(
-        "inner kernel",
-        lambda: [
-            feedback_cuda.round_block(
-                weight, target, factors.unit_upper[:, b, b], factors.diagonal[:, b], grid, b, codes, residual
-            )
-            for b in inner
-        ],
-        weight.numel() / columns * 128 * 128 * 8,
+    grid = stage("grids of rows", begin, read_written=12 * 4 * every if ternary else 0.0)
+    # A block reads the residuals of all columns before it (on average half of them), its weights, and writes its own.
+    codes, residual = stage(
+        "feedback",
+        lambda: round_with_feedback(weight, factors, grid),
+        flops=full / 2,
+        read_written=every * (4 * blocks / 2 + 4 + 5),
     )
+    sweeps = int(spec.options["sweeps"])
+    if ternary:
+        stage(
+            "levels",
+            lambda: grid.refine(residual, factors.hessian, codes),
+            tensor_flops=3 * 2 * full,
+            read_written=every * (1 + 4 + 4),
+            times=sweeps + 1,
+        )
+    stage(
+        "coordinate descent",
+        lambda: descend(weight, factors, grid, codes, residual),
+        flops=full,
+        read_written=every * (4 * blocks + 4 + 10),
+        times=sweeps,
+    )
+    stage(
+        "errors",
+        lambda: (
+            output_error(residual, shared.hessian).tolist(),
+            output_error(weight, shared.hessian).tolist(),
+            sum_of_squares(residual).tolist(),
+            sum_of_squares(weight).tolist(),
+            gptq._zeros(grid, codes),
+        ),
+        tensor_flops=2 * 3 * full,
+        read_written=every * (2 * 4 + 1),
+    )
+    stage("to host", lambda: feedback_cuda.to_host(codes), to_host=every)
     results = stage("quantize_stack", lambda: gptq.quantize_stack(weight, given, spec))
     stage("pack", lambda: PackedTensor.pack([matrix for matrix, _ in results]))
-    return out
+    return stage.rows
 
 
 def whole(weight: torch.Tensor, x: torch.Tensor, spec: MethodSpec, chunk: int) -> None:
@@ -149,13 +210,17 @@ def whole(weight: torch.Tensor, x: torch.Tensor, spec: MethodSpec, chunk: int) -
             future.result()
 
 
-def measure(weight: torch.Tensor, x: torch.Tensor, name: str, chunk: int, repeats: int, sweeps: int) -> dict[str, Any]:
+def measure(
+    weight: torch.Tensor, x: torch.Tensor, name: str, chunk: int, repeats: int, sweeps: int, bounds: dict[str, float]
+) -> dict[str, Any]:
     """One row of the results: a stack (E, N, K) with its activations, to one format."""
     spec = MethodSpec("gptq", FORMATS[name], {"sweeps": sweeps})
+    torch.cuda.reset_peak_memory_stats()
     seconds, _ = timed(lambda: whole(weight, x, spec, chunk), repeats)
+    peak = torch.cuda.max_memory_allocated() - 4 * weight.numel() - 2 * x.numel()
     rates = [weight.numel() / second for second in seconds]
     torch.cuda.empty_cache()
-    parts = stages(weight[:chunk], x[:chunk], spec, repeats)
+    parts = stages(weight[:chunk], x[:chunk], spec, repeats, bounds)
     torch.cuda.empty_cache()
     row = {
         "shape": list(weight.shape[1:]),
@@ -166,14 +231,17 @@ def measure(weight: torch.Tensor, x: torch.Tensor, name: str, chunk: int, repeat
         "weights_per_second": stats.median(rates),
         "least": min(rates),
         "most": max(rates),
+        "peak_bytes": peak,
         "stages": parts,
     }
-    print(f"{weight.shape[1]}x{weight.shape[2]} {name}: {stats.median(rates) / 1e6:.0f} M weights/s, all of it")
+    rows, columns = weight.shape[1:]
+    print(f"{rows}x{columns} {name}: {stats.median(rates) / 1e6:.0f} M weights/s, all of it; {peak / 2**30:.1f} GiB")
+    listed = 0.0
     for stage, part in parts.items():
-        print(
-            f"    {stage:16} {1e3 * part['seconds']:8.1f} ms {part['weights_per_second'] / 1e6:8.0f} M weights/s"
-            f" {part['flops_per_second'] / 1e12:7.1f} TFLOP/s"
-        )
+        share, seconds_in_all = part["limit_seconds"] / part["seconds"], part["seconds"] * part["times"]
+        listed += seconds_in_all if stage not in ("statistics", "quantize_stack", "pack") else 0.0
+        print(f"    {stage:20} {part['times']:.0f} x {1e3 * part['seconds']:7.1f} ms, {share:4.0%} of the limit")
+    print(f"    in stages {1e3 * listed:.1f} ms of {1e3 * parts['quantize_stack']['seconds']:.1f}", flush=True)
     return row
 
 
@@ -181,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--quick", action="store_true", help="fewer experts and repeats")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="N x K")
     parser.add_argument("--sweeps", type=int, default=2)
     arguments = parser.parse_args()
     repeats = 2 if arguments.quick else 5
@@ -188,15 +257,17 @@ def main() -> None:
     print({name: f"{value:.3g}" for name, value in bounds.items()})
     torch.cuda.empty_cache()
     rows = []
-    for shape in SHAPES:
-        chunk = 64 if shape[1] < 1024 else 16
-        weight, x = sample(2 * chunk if arguments.quick or chunk == 64 else 64, *shape)
-        rows += [measure(weight, x, name, chunk, repeats, arguments.sweeps) for name in FORMATS]
+    for shape in arguments.shapes:
+        n, k = map(int, shape.split("x"))
+        chunk = 64 if n * k < 1 << 22 else 16
+        weight, x = sample(128 if chunk == 64 else 32 if arguments.quick else 64, n, k)
+        rows += [measure(weight, x, name, chunk, repeats, arguments.sweeps, bounds) for name in FORMATS]
         del weight, x
         torch.cuda.empty_cache()
     if arguments.output:
+        device = f"{torch.cuda.get_device_name()}, {processor()}"
         write_results(
-            arguments.output, "gptq-gpu", rows, device=torch.cuda.get_device_name(), sweeps=arguments.sweeps, **bounds
+            arguments.output, "gptq-gpu", rows, device, sweeps=arguments.sweeps, torch=torch.__version__, **bounds
         )
 
 
