@@ -1,0 +1,104 @@
+// Our kernels on the shapes on which bench_ggml measures the rival; compare.py puts the two side by side.
+//
+//   linear/KIND/ours/tokens:M/threads:T         one matrix N x K = 4096 x 14336
+//   experts_up/KIND/ours/tokens:T/threads:T     128 experts of 768 x 2048, 8 for each token, random routing
+//   experts_down/KIND/ours/tokens:T/threads:T   128 experts of 2048 x 768, with the sum by routing weight
+//
+// Counters: weights (that were read) per second, flops, stored_bytes per second. Weights are cold: copies of them, 700 MB
+// together, take turns (`--copies=N` says otherwise).
+#include <memory>
+
+#include "ours.h"
+
+namespace qmoe::bench {
+namespace {
+
+// The weights of one kind and shape. Only those last asked for are kept: all together would be gigabytes.
+class Copies {
+  public:
+    static const Copies& get(const Kind& kind, const Shape& shape) {
+        static std::unique_ptr<Copies> last;
+        if (last == nullptr || last->kind_ != &kind || last->shape_ != &shape) {
+            last.reset();
+            last.reset(new Copies(kind, shape));
+        }
+        return *last;
+    }
+    const Weights& operator[](uint64_t i) const { return *all_[i % all_.size()]; }
+    uint64_t count() const { return all_.size(); }
+
+  private:
+    Copies(const Kind& kind, const Shape& shape) : kind_(&kind), shape_(&shape) {
+        const std::vector<uint8_t> record = random_record(kind, shape);
+        const uint64_t count = copies_of(record.size());
+        for (uint64_t i = 0; i < count; ++i) all_.push_back(std::make_unique<Weights>(record));
+    }
+    const Kind* kind_;
+    const Shape* shape_;
+    std::vector<std::unique_ptr<Weights>> all_;
+};
+
+// One call; `down` sums over the choices, so its y has one row a token, the others' as many as x or as choices.
+void call(const Weights& weights, const Shape& shape, const float* x, const Routing& routing, float* y, int threads) {
+    if (shape.experts == 1)
+        weights.linear(x, routing.tokens, y, threads);
+    else if (shape.per_choice)
+        weights.experts_down(x, routing, y, threads);
+    else
+        weights.experts_up(x, routing, y, threads);
+}
+
+// Compares the first rows of the first and last token's result. All experts are equal: which was chosen does not matter.
+void check(const Record& record, const Shape& shape, std::span<const float> x, const Routing& routing,
+           std::span<const float> y) {
+    constexpr uint64_t kRows = 16;
+    const uint64_t k = shape.cols;
+    std::vector<float> w(kRows * k), sum(k);
+    must(record.decode_rows(0, 0, kRows, w.data()), "decode_rows");
+    for (const uint64_t t : {uint64_t{0}, routing.tokens - 1}) {
+        std::fill(sum.begin(), sum.end(), 0.0f);
+        const uint64_t terms = shape.per_choice ? kTopK : 1;
+        for (uint64_t j = 0; j < terms; ++j)  // the sum of the products is the product with the sum
+            for (uint64_t i = 0; i < k; ++i)
+                sum[i] += (shape.per_choice ? routing.weights[t * kTopK + j] : 1.0f) * x[(t * terms + j) * k + i];
+        const uint64_t row = shape.per_choice ? t : t * shape.choices();
+        check_error(relative_error(w, sum, y.subspan(row * shape.rows, kRows)));
+    }
+}
+
+void measure(benchmark::State& state, const Kind& kind, const Shape& shape, uint64_t tokens, int threads) {
+    const Copies& copies = Copies::get(kind, shape);
+    const auto routings = random_routings(tokens, shape.experts);
+    const auto x = random_activations(shape.x_rows(tokens) * shape.cols);
+    std::vector<float> y(tokens * shape.choices() * shape.rows, std::nanf(""));
+    call(copies[0], shape, x.data(), routings[0], y.data(), threads);
+    check(copies[0].record(), shape, x, routings[0], y);
+
+    Work work;
+    const double expert_bytes = static_cast<double>(copies[0].bytes()) / static_cast<double>(shape.experts);
+    uint64_t turn = 0;
+    for (auto _ : state) {
+        ++turn;  // every copy comes once before the routing changes
+        const Routing& routing = routings[turn / copies.count() % routings.size()];
+        call(copies[turn], shape, x.data(), routing, y.data(), threads);
+        work.add(shape, routing, expert_bytes);
+    }
+    work.report(state);
+}
+
+}  // namespace
+}  // namespace qmoe::bench
+
+int main(int argc, char** argv) {
+    using namespace qmoe::bench;
+    forced_copies() = option(argc, argv, "copies", 0);
+    for (const Shape& shape : shapes())
+        for (const Kind& kind : kKinds)
+            for (const uint64_t tokens : shape.tokens)
+                for (const int threads : {1, 2})
+                    add(cell_name(shape, kind.name, "ours", tokens, threads),
+                        [&, tokens, threads](benchmark::State& state) {
+                            measure(state, kind, shape, tokens, threads);
+                        });
+    return run(argc, argv);
+}
