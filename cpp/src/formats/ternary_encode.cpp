@@ -26,6 +26,13 @@ constexpr std::array<uint16_t, 1u << kRawBits> kSymbolOfPacked = [] {
     return table;
 }();
 
+// The same to classes: what the census counts.
+constexpr std::array<uint8_t, 1u << kRawBits> kClassOfPacked = [] {
+    std::array<uint8_t, 1u << kRawBits> table{};
+    for (const SymbolInfo& symbol : kSymbolTable) table[symbol.packed] = symbol.cls;
+    return table;
+}();
+
 // Six signed bytes -1, 0, 1 (and two more that are ignored) to twelve bits.
 inline uint32_t pack_trits(const int8_t* p) noexcept {
     uint64_t x = load<uint64_t>(reinterpret_cast<const uint8_t*>(p)) & 0xFFFFFFFFFFFFu;
@@ -59,8 +66,7 @@ Status count_symbols(const MatrixInput& in, Census& census) {
     for (uint64_t r = 0; r < in.rows; ++r) {
         if (!pad_row(in.trits.data() + r * in.cols, in.cols, padded))
             return Status::mismatch(Code::kValue, "ternary: a trit is not -1, 0 or 1; row", 0, 0, r);
-        for (uint64_t k = 0; k < in.cols; k += kTrits)
-            ++census.count[kSymbolTable[kSymbolOfPacked[pack_trits(padded.data() + k)]].cls];
+        for (uint64_t k = 0; k < in.cols; k += kTrits) ++census.count[kClassOfPacked[pack_trits(padded.data() + k)]];
     }
     census.symbols = in.rows * ceil_div(in.cols, kTrits);
     census.weights = in.rows * in.cols;
@@ -242,113 +248,161 @@ struct EncodingTable {
     }
 };
 
-struct Emission {
-    uint16_t bits;  // state bits of this step
-    uint8_t count;  // how many
-    bool escape;    // twelve raw bits follow
-};
-
-// Bits of one lane, low bit first, as the words that its reader will want in turn.
-struct LaneWords {
-    std::vector<uint16_t> words;
-    size_t taken = 0;
-    uint32_t buffer = 0, filled = 0, available = 0;  // writer's partial word; reader's bits in hand
-
-    void put(uint32_t bits, uint32_t count) {
-        buffer |= bits << filled;
-        filled += count;
-        if (filled >= 16) {
-            words.push_back(static_cast<uint16_t>(buffer));
-            buffer >>= 16;
-            filled -= 16;
-        }
-    }
-    void flush() {
-        if (filled > 0) words.push_back(static_cast<uint16_t>(buffer));
-    }
-    void hand_out(uint32_t count, std::vector<uint8_t>& out) {
-        if (available < count) {
-            append(out, words[taken++]);
-            available += 16;
-        }
-        available -= count;
-    }
-};
-
+// Codes blocks in three passes: every lane backwards (tANS), every lane's bits into the words that its reader will want
+// in turn, and the words of all lanes into the order in which a reader asks for them. Chains of dependent steps are what
+// this costs, and branches that go either way: lanes go several at a time, and what may or may not be written is written
+// always, and the place moved on only if it counts.
 class BlockEncoder {
   public:
     BlockEncoder(const TernaryLayout& layout, const uint8_t* spec)
-        : layout_(layout), freq_(ternary_frequencies(spec)), table_(spec), padded_(layout.padded_cols() + 2) {}
+        : layout_(layout),
+          table_(spec),
+          lane_steps_(layout.rows_per_lane * layout.steps),
+          padded_(layout.padded_cols() + 2),
+          packed_(kLanes * lane_steps_),
+          bits_(kLanes * lane_steps_),
+          counts_(kLanes * lane_steps_),
+          escapes_(lane_steps_) {
+        const auto freq = ternary_frequencies(spec);
+        for (uint32_t p = 0; p < symbol_of_.size(); ++p)
+            symbol_of_[p] = freq[kSymbolOfPacked[p]] != 0 ? kSymbolOfPacked[p] : static_cast<uint16_t>(kSymbols);
+    }
 
     Status encode(const MatrixInput& in, uint64_t block, std::vector<uint8_t>& out) {
-        const uint32_t groups = kLanes / layout_.segments;
-        for (auto& lane : packed_) lane.clear();
+        const uint32_t groups = kLanes / layout_.segments, lanes = layout_.live_groups(block, 0) * layout_.segments;
         for (uint64_t r = 0; r < layout_.rows_in_block(block); ++r) {
             if (!pad_row(in.trits.data() + (block * layout_.block_rows + r) * in.cols, in.cols, padded_))
                 return Status::mismatch(Code::kValue, "ternary: a trit is not -1, 0 or 1; row", 0, 0,
                                         block * layout_.block_rows + r);
             for (uint32_t s = 0; s < layout_.segments; ++s) {
-                auto& lane = packed_[r % groups * layout_.segments + s];
+                uint16_t* const lane =
+                    packed_.data() + (r % groups * layout_.segments + s) * lane_steps_ + r / groups * layout_.steps;
+                const int8_t* const trits = padded_.data() + s * layout_.segment_cols;
                 for (uint64_t step = 0; step < layout_.steps; ++step)
-                    lane.push_back(
-                        static_cast<uint16_t>(pack_trits(padded_.data() + s * layout_.segment_cols + step * kTrits)));
+                    lane[step] = static_cast<uint16_t>(pack_trits(trits + step * kTrits));
             }
         }
-        for (uint32_t l = 0; l < kLanes; ++l) code_lane(l);
-        // Replay the reader: words leave in the order in which its lanes ask for them.
-        for (uint32_t l = 0; l < layout_.live_groups(block, 0) * layout_.segments; ++l) {
-            append(out, lanes_[l].words[lanes_[l].taken++]);
-            lanes_[l].available = 16 - kStateBits;
+        std::fill(escapes_.begin(), escapes_.end(), false);
+        std::array<uint32_t, kLanes> state;
+        for (uint32_t first = 0; first < lanes; first += kAtOnce)
+            code_lanes(block, first, std::min(first + kAtOnce, lanes), state.data() + first);
+        size_t total = 0;
+        words_.resize(lanes);
+        for (uint32_t l = 0; l < lanes; ++l) {
+            fill_words(l, steps_of(block, l), state[l]);
+            total += words_[l].size() - 1;
         }
-        size_t t = 0;
-        for (uint32_t j = 0; j < layout_.rows_per_lane; ++j) {
-            const uint32_t live = layout_.live_groups(block, j) * layout_.segments;
-            for (uint64_t step = 0; step < layout_.steps; ++step, ++t) {
-                bool any_escape = false;
-                for (uint32_t l = 0; l < live; ++l) {
-                    lanes_[l].hand_out(emitted_[l][t].count, out);
-                    any_escape |= emitted_[l][t].escape;
-                }
-                for (uint32_t l = 0; any_escape && l < live; ++l)
-                    if (emitted_[l][t].escape) lanes_[l].hand_out(kRawBits, out);
-            }
-        }
+        interleave(block, lanes, total, out);
         return {};
     }
 
   private:
-    void code_lane(uint32_t l) {
-        const auto& packed = packed_[l];
-        auto& emitted = emitted_[l];
-        emitted.resize(packed.size());
-        uint32_t x = kStates;  // the reader ends in state 0
-        for (size_t t = packed.size(); t-- > 0;) {
-            uint32_t v = kSymbolOfPacked[packed[t]];
-            const bool escape = freq_[v] == 0;
-            if (escape) v = kSymbols;
-            const EncodingTable::Symbol& symbol = table_.symbol[v];
-            const uint32_t count = (x + symbol.delta) >> 16;
-            emitted[t] = {static_cast<uint16_t>(x & ((1u << count) - 1)), static_cast<uint8_t>(count), escape};
-            x = table_.next[static_cast<size_t>(symbol.start + static_cast<int32_t>(x >> count))];
-        }
-        LaneWords& lane = lanes_[l];
-        lane.words.clear();
-        lane.taken = lane.buffer = lane.filled = lane.available = 0;
-        lane.put(x - kStates, kStateBits);
-        for (size_t t = 0; t < packed.size(); ++t) {
-            lane.put(emitted[t].bits, emitted[t].count);
-            if (emitted[t].escape) lane.put(packed[t], kRawBits);
-        }
-        lane.flush();
+    static constexpr uint32_t kAtOnce = 4;
+
+    // Symbols of a lane of this block.
+    uint64_t steps_of(uint64_t block, uint32_t lane) const noexcept {
+        const uint64_t rows = layout_.rows_in_block(block), groups = kLanes / layout_.segments;
+        return (rows - lane / layout_.segments + groups - 1) / groups * layout_.steps;
     }
 
+    QMOE_INLINE void code(uint32_t lane, uint64_t t, uint32_t& x) noexcept {
+        const uint32_t v = symbol_of_[packed_[lane * lane_steps_ + t]];
+        const EncodingTable::Symbol& symbol = table_.symbol[v];
+        const uint32_t count = (x + symbol.delta) >> 16;
+        bits_[lane * lane_steps_ + t] = static_cast<uint16_t>(x & ((1u << count) - 1));
+        counts_[t * kLanes + lane] = static_cast<uint8_t>(count | (v == kSymbols ? kEscaped : 0u));
+        escapes_[t] = static_cast<uint8_t>(escapes_[t] | (v == kSymbols));
+        x = table_.next[static_cast<size_t>(symbol.start + static_cast<int32_t>(x >> count))];
+    }
+
+    // Lanes [first, last), at most kAtOnce, from their ends; `state` is what their readers begin with.
+    void code_lanes(uint64_t block, uint32_t first, uint32_t last, uint32_t* state) noexcept {
+        uint64_t common = lane_steps_;
+        for (uint32_t l = first; l < last; ++l) common = std::min(common, steps_of(block, l));
+        std::array<uint32_t, kAtOnce> x;
+        x.fill(kStates);  // readers end in state 0
+        for (uint32_t l = first; l < last; ++l)
+            for (uint64_t t = steps_of(block, l); t-- > common;) code(l, t, x[l - first]);
+        if (last - first == kAtOnce)
+            for (uint64_t t = common; t-- > 0;)
+                for (uint32_t i = 0; i < kAtOnce; ++i) code(first + i, t, x[i]);
+        else
+            for (uint32_t l = first; l < last; ++l)
+                for (uint64_t t = common; t-- > 0;) code(l, t, x[l - first]);
+        std::copy_n(x.begin(), last - first, state);
+    }
+
+    // The bits of one lane, low bit first, in words, and one word more that is never handed out.
+    void fill_words(uint32_t lane, uint64_t steps, uint32_t state) {
+        std::vector<uint16_t>& words = words_[lane];
+        words.resize(steps * 2 + 3);  // at most twelve bits a step, and twelve more of an escape
+        uint16_t* at = words.data();
+        uint32_t buffer = state - kStates, filled = kStateBits;
+        const auto put = [&](uint32_t bits, uint32_t count) {
+            buffer |= bits << filled;
+            filled += count;
+            const uint32_t full = filled >> 4;
+            *at = static_cast<uint16_t>(buffer);
+            at += full;
+            buffer >>= 16 * full;
+            filled &= 15;
+        };
+        const uint16_t *const bits = bits_.data() + lane * lane_steps_, *const raw =
+                                                                            packed_.data() + lane * lane_steps_;
+        const uint8_t* const counts = counts_.data() + lane;
+        for (uint64_t t = 0; t < steps; ++t) {
+            const uint32_t count = counts[t * kLanes];
+            put(bits[t], count & ~kEscaped);
+            if (count & kEscaped) put(raw[t], kRawBits);
+        }
+        if (filled > 0) *at++ = static_cast<uint16_t>(buffer);
+        words.resize(static_cast<size_t>(at - words.data()) + 1);
+    }
+
+    // Replays the reader: words leave in the order in which its lanes ask for them.
+    void interleave(uint64_t block, uint32_t lanes, size_t total, std::vector<uint8_t>& out) {
+        std::array<const uint16_t*, kLanes> next;
+        std::array<uint32_t, kLanes> available;
+        ordered_.resize(total + 1);
+        uint16_t* at = ordered_.data();
+        for (uint32_t l = 0; l < lanes; ++l) {
+            next[l] = words_[l].data();
+            *at++ = *next[l]++;
+            available[l] = 16 - kStateBits;
+        }
+        const auto hand_out = [&](uint32_t l, uint32_t count) {
+            const uint32_t wanted = available[l] < count;
+            *at = *next[l];
+            at += wanted;
+            next[l] += wanted;
+            available[l] += 16 * wanted - count;
+        };
+        uint64_t t = 0;
+        for (uint32_t j = 0; j < layout_.rows_per_lane; ++j) {
+            const uint32_t live = layout_.live_groups(block, j) * layout_.segments;
+            for (uint64_t step = 0; step < layout_.steps; ++step, ++t) {
+                const uint8_t* const counts = counts_.data() + t * kLanes;
+                for (uint32_t l = 0; l < live; ++l) hand_out(l, counts[l] & ~kEscaped);
+                for (uint32_t l = 0; escapes_[t] && l < live; ++l)
+                    if (counts[l] & kEscaped) hand_out(l, kRawBits);
+            }
+        }
+        const auto* const bytes = reinterpret_cast<const uint8_t*>(ordered_.data());
+        out.insert(out.end(), bytes, bytes + 2 * total);
+    }
+
+    static constexpr uint32_t kEscaped = 0x80;
+
     const TernaryLayout& layout_;
-    std::array<uint16_t, kSymbols + 1> freq_;
     EncodingTable table_;
+    std::array<uint16_t, 1u << kRawBits> symbol_of_;  // kSymbols for those without slots
+    uint64_t lane_steps_;                             // symbols of a full lane
     std::vector<int8_t> padded_;
-    std::array<std::vector<uint16_t>, kLanes> packed_;
-    std::array<std::vector<Emission>, kLanes> emitted_;
-    std::array<LaneWords, kLanes> lanes_;
+    std::vector<uint16_t> packed_, bits_;  // by lane, then step: packed trits, and the state bits of the step
+    std::vector<uint8_t> counts_,
+        escapes_;  // by step, then lane: how many bits, kEscaped; by step: whether any escapes
+    std::vector<std::vector<uint16_t>> words_;
+    std::vector<uint16_t> ordered_;
 };
 
 }  // namespace
