@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Calibrated quantization on a machine with a GPU: builds, tests (also under compute-sanitizer), measures.
+# Calibrated quantization on a machine with a GPU: builds, tests, measures, and tests under compute-sanitizer.
 #   bench/gpu/gptq.sh OUT [--quick]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -10,10 +10,10 @@ export PYTHONPATH=$site PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) python3 -m pip install -q --no-build-isolation --no-deps --no-index --target "$site" .
 timeout 240 python3 -m pytest -q tests/gpu tests/python/test_calibration.py -k "gpu or cuda" -p no:cacheprovider
+python3 bench/gpu/gptq_throughput.py --output "$out/gptq-gpu.json" "$@"
 for tool in memcheck racecheck; do
     # The caching allocator would hide writes outside a tensor.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
         python3 -m pytest -q tests/gpu/test_feedback.py -p no:cacheprovider -k "(twin and (shape1 or shape2)) or chosen or sums" 2>&1 |
         tee "$out/sanitizer-$tool.log" | tail -n 3
 done
-python3 bench/gpu/gptq_throughput.py --output "$out/gptq-gpu.json" "$@"

@@ -163,6 +163,20 @@ def stack(shape: tuple[int, int, int]) -> tuple[torch.Tensor, StackStatistics]:
     return weight, StackStatistics(torch.full((experts,), 3 * columns), torch.bmm(x.transpose(1, 2), x))
 
 
+def test_large_matrices_factorize_panel_by_panel() -> None:
+    columns = 4 * feedback.PANEL + 41
+    x = torch.randn(2, 2 * columns, columns, device="cuda", generator=torch.Generator(device="cuda").manual_seed(4))
+    hessian = torch.bmm(x.transpose(1, 2), x) / len(x[0])
+    hessian[1] -= 0.1 * torch.eye(columns, device="cuda")  # indefinite: needs more damping
+    factors = feedback.factorize(hessian, 0.01)
+    upper, diagonal = factors.unit_upper.double(), factors.diagonal.double()
+    product = upper @ (diagonal.unsqueeze(2) * upper.transpose(1, 2))
+    assert torch.allclose(product, factors.hessian.double(), rtol=0, atol=1e-5)
+    assert torch.equal(upper.tril(-1), torch.zeros_like(upper)) and bool((diagonal > 0).all())
+    extra = (factors.hessian - hessian).diagonal(dim1=1, dim2=2).mean(1)
+    assert float(extra[1]) > 2 * float(extra[0])
+
+
 FORMATS = [
     IntFormat(4, 128),
     IntFormat(2, 32),

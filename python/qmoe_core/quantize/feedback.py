@@ -29,8 +29,7 @@ from ..errors import QmoeError
 from . import feedback_cuda
 from .products import product
 
-# Columns per block, at most: the inner loop's coefficients, 64 KiB, then fit the shared memory of a GPU.
-BLOCK = 128
+PANEL = 256  # columns per panel of a Cholesky factorization on a GPU
 
 
 class Grid(Protocol):
@@ -98,7 +97,7 @@ def factorize(hessian: torch.Tensor, damping: float) -> Factors:
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     diagonal += damping * mean
     diagonal += (diagonal.sum(1, keepdim=True) == 0).float()  # no damping and no input
-    lower, info = torch.linalg.cholesky_ex(damped.flip(1, 2))
+    lower, info = _cholesky(damped.flip(1, 2))
     while bool((info != 0).any()):
         if damping >= 1:
             raise QmoeError("E_VALUE", "the calibration statistics are not positive semidefinite")
@@ -106,11 +105,38 @@ def factorize(hessian: torch.Tensor, damping: float) -> Factors:
         failed = info != 0
         damped[failed] = hessian[failed]
         damped[failed] += damping * torch.diag_embed(mean[failed].expand(-1, columns))
-        again, again_info = torch.linalg.cholesky_ex(damped[failed].flip(1, 2))
-        lower[failed], info[failed] = again, again_info
+        lower[failed], info[failed] = _cholesky(damped[failed].flip(1, 2))
     root = lower.flip(1, 2)
     pivots = root.diagonal(dim1=1, dim2=2).clone()
     return Factors(damped, root / pivots.unsqueeze(1), pivots.square())
+
+
+def _cholesky(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `torch.linalg.cholesky_ex`: lower triangles, and per matrix 0 where there is one.
+
+    On a GPU a stack of large matrices goes panel by panel, nearly all of it in products of stacks: cuSOLVER's batched
+    factorization is made for small ones.
+    """
+    columns = matrices.shape[2]
+    if not matrices.is_cuda or columns < 4 * PANEL:
+        lower, info = torch.linalg.cholesky_ex(matrices)
+        return lower, info
+    lower = torch.zeros_like(matrices)
+    info = torch.zeros(len(matrices), dtype=torch.int32, device=matrices.device)
+    for now in _blocks(columns, PANEL):
+        before, below = slice(0, now.start), slice(now.stop, columns)
+        panel = matrices[:, now.start :, now]
+        if now.start:
+            panel = torch.baddbmm(panel, lower[:, now.start :, before], lower[:, now, before].transpose(1, 2), alpha=-1)
+        width = now.stop - now.start
+        square, failed = torch.linalg.cholesky_ex(panel[:, :width])
+        info = torch.maximum(info, failed)
+        lower[:, now, now] = square
+        if now.stop < columns:
+            one = torch.eye(width, device=matrices.device).expand_as(square)
+            inverse = torch.linalg.solve_triangular(square, one, upper=False)
+            lower[:, below, now] = torch.bmm(panel[:, width:], inverse.transpose(1, 2))
+    return lower, info
 
 
 def retarget(weight: torch.Tensor, drift: torch.Tensor, factors: Factors) -> torch.Tensor:

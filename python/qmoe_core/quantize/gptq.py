@@ -212,14 +212,15 @@ def _int_matrices(grid: IntGrid, codes: torch.Tensor, order: torch.Tensor | None
         group = (first // grid.width).unsqueeze(1).expand_as(scale)
         scale, zero = torch.empty_like(scale).scatter_(2, group, scale), torch.empty_like(zero).scatter_(2, group, zero)
     host_codes = feedback_cuda.to_host(codes).view(torch.uint8).numpy()
-    host_scale, host_zero = scale.cpu().numpy(), zero.cpu().numpy()
+    host_scale = feedback_cuda.to_host(scale).numpy()
+    host_zero = feedback_cuda.to_host(zero.floor().to(torch.uint8)).numpy()
     format = grid.format
     return [
         IntMatrix(
             format,
             np.ascontiguousarray(host_codes[expert]),
             np.ascontiguousarray(host_scale[expert]),
-            np.floor(host_zero[expert]).astype(np.uint8) if format.zero_point else None,
+            np.ascontiguousarray(host_zero[expert]) if format.zero_point else None,
         )
         for expert in range(len(host_codes))
     ]
