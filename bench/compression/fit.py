@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_results
 
 GPTQ: tuple[dict[str, Any], ...] = (
-    *({"format": "ternary", "method": "gptq", "options": {"rate": rate}} for rate in (0.3, 0.15, 0.05)),
+    *({"format": "ternary", "method": "gptq", "options": {"rate": rate}} for rate in (3, 1.5, 0.5)),
     {"format": "int2", "group": 128, "method": "gptq"},
     {"format": "int2", "group": 32, "method": "gptq"},
     {"format": "int3", "group": 128, "method": "gptq"},

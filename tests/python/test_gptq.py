@@ -202,6 +202,22 @@ def test_a_higher_rate_gives_fewer_bits_and_more_error():
     assert errors == sorted(errors)
 
 
+def test_the_price_of_a_bit_goes_with_the_root_of_what_the_matrix_contributes():
+    weight, statistics = problem((3, 24, 64))
+    own = output_error(weight, statistics.hessian / 400).float().unsqueeze(1)
+    importance = (torch.rand(3, 24, generator=torch.Generator().manual_seed(1)) + 0.5) / own
+
+    def matrices(rate: float, importance: torch.Tensor | None) -> torch.Tensor:
+        spec = MethodSpec("gptq", TernaryFormat(), {"rate": rate, "damping": 0.0, "prior": 0.0})
+        return dequantized(quantize_stack(weight, dataclasses.replace(statistics, row_importance=importance), spec))
+
+    # Four times the share of everything, twice the price: half as much for an error that counts four times.
+    torch.testing.assert_close(matrices(8.0, importance), matrices(16.0, 4 * importance), rtol=0, atol=0)
+    assert not torch.equal(matrices(8.0, importance), matrices(8.0, 4 * importance))
+    # Without a share, that of the matrix's own output; so it is where all rows count alike and the share is one.
+    torch.testing.assert_close(matrices(8.0, None), matrices(8.0, (1 / own).expand(3, 24)), rtol=1e-3, atol=1e-3)
+
+
 def test_activation_order_stores_every_scale_with_its_own_group():
     weight, statistics = problem((2, 8, 200))
     results = quantize_stack(weight, statistics, MethodSpec("gptq", IntFormat(8, 64), {"order": "activation"}))

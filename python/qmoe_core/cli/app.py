@@ -103,7 +103,7 @@ def compress(
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="A setting of the method, e.g. rate=0.1.", show_default=False),
+        typer.Option(metavar="KEY=VALUE", help="A setting of the method, e.g. rate=1.", show_default=False),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="A TOML recipe instead of the seven options above.", show_default=False)

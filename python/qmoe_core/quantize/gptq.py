@@ -9,9 +9,12 @@ For every matrix W (N, K) with inputs x of second moments H (see `feedback` for 
 4.  `sweeps` rounds of: scales or levels by least squares under H, given the codes; then codes by coordinate descent,
     given the scales.
 
-Ternary codes are chosen by error + price * bits: a zero costs fewer bits than a sign. One price for a whole model, in
-terms of what an error does to its layer's output, spends the bits where they help most: more in the first layers, in
-experts that see many tokens, and in rows that the next matrix takes up with large weights.
+Ternary codes are chosen by error + price * bits: a zero costs fewer bits than a sign. One rate for a whole model spends
+the bits where they help most. What a bit must be worth is a share of the geometric mean of two energies: that of the
+layer's output and that of what the matrix itself adds to it. By the first alone the sum of all layers' relative errors
+would be least, if the layers after it did not see and mend a layer's errors, and it starves small contributors; by the
+second alone every matrix would get the same relative error, also one that hardly matters. On a model of 28 M parameters
+the mean beat both, the first by 1 % in perplexity at 1.5 bits and by 7 % at 0.75.
 """
 
 from __future__ import annotations
@@ -42,8 +45,9 @@ def quantize_stack(
         steps (24): widths of a group's grid that are tried.
         prior (0.25): how much the layer's pooled statistics weigh, in tokens per column.
         order ("natural"): "activation" takes the groups with the largest inputs first, and so the columns of a group.
-        rate (0.05): ternary: what a bit per weight is worth, in percent of the energy that `row_importance` refers to
-            (the pipeline's: that of the layer's output), without it of the matrix's own output.
+        rate (0.5): ternary: what a bit per weight is worth, in percent of the geometric mean of two energies: the one
+            that `row_importance` refers to (the pipeline's: that of the layer's output) and that of the matrix's own
+            output; without `row_importance` of the latter.
 
     Raises:
         QmoeError: `E_VALUE` (options, statistics that are not finite), `E_SHAPE`, `E_DTYPE`.
@@ -195,13 +199,22 @@ def _grid(
     if isinstance(spec.format, IntFormat):
         steps = int(number_option(spec, "steps", 24, 2, 1000))
         return IntGrid(spec.format, (weight.shape[0], weight.shape[1], weight.shape[2]), weight.device, steps)
-    rate = number_option(spec, "rate", 0.05, 0.0, 100.0)
-    importance = statistics.row_importance
+    rate = number_option(spec, "rate", 0.5, 0.0, 100.0)
+    return TernaryGrid(spec.format, _price(weight, factors.hessian, statistics.row_importance, rate))
+
+
+def _price(weight: torch.Tensor, hessian: torch.Tensor, importance: torch.Tensor | None, rate: float) -> torch.Tensor:
+    """The error (E, N) float32 in each row's output that a bit is worth.
+
+    Args:
+        weight: (E, N, K). hessian: (E, K, K) per token. importance: (E, N) by `StackStatistics.row_importance`.
+        rate: in percent, of the root of the share of the matrix in the energy that `importance` refers to.
+    """
+    energy = (torch.bmm(weight, hessian) * weight).sum(2)
     if importance is None:
-        energy = output_error(weight, factors.hessian).float().clamp(min=1e-30)
-        importance = (1 / energy).unsqueeze(1).expand(weight.shape[:2])
-    price = rate / 100 / weight[0].numel() / importance.clamp(min=1e-30)
-    return TernaryGrid(spec.format, price)
+        importance = (1 / energy.sum(1, keepdim=True).clamp(min=1e-30)).expand_as(energy)
+    share = (importance * energy).sum(1, keepdim=True).clamp(min=1e-30)
+    return rate / 100 / weight[0].numel() * share.sqrt() / importance.clamp(min=1e-30)
 
 
 def _int_matrices(grid: IntGrid, codes: torch.Tensor, order: torch.Tensor | None) -> list[IntMatrix]:
