@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,57 @@ def fit(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def cpu_kernels(result: dict[str, Any]) -> list[str]:
+    """Our CPU kernels as multiples of llama.cpp's (bench/cpu/compare.py): "1.8x / 1.7x" on 1 and on 2 threads."""
+    what = {
+        "linear": "matrix 4096 x 14336",
+        "experts_up": "8 of 128 experts, 768 x 2048",
+        "experts_down": "8 of 128 experts, 2048 x 768",
+    }
+    batches = sorted({row["tokens"] for row in result["rows"]})
+    threads = sorted({row["threads"] for row in result["rows"]})
+    contests: dict[tuple[str, str, str], dict[tuple[int, int], dict[str, Any]]] = {}
+    for row in result["rows"]:
+        key = row["shape"], row["kind"], row["rival"]
+        contests.setdefault(key, {})[row["tokens"], row["threads"]] = row
+
+    def join(cells: dict[tuple[int, int], dict[str, Any]], tokens: int, show: Callable[[dict[str, Any]], str]) -> str:
+        return " / ".join(show(cells[tokens, t]) for t in threads if (tokens, t) in cells)
+
+    def ratio(row: dict[str, Any]) -> str:
+        return f"{row['ratio']:.{1 if row['ratio'] >= 1 else 2}f}x"
+
+    def share(side: str) -> Callable[[dict[str, Any]], str]:
+        return lambda row: f"{row[side]['share_of_read_limit']:.0%}"
+
+    lines = [
+        "| ours | rival | "
+        + " | ".join(f"{n} token{'s' * (n > 1)}" for n in batches)
+        + " | of the read limit | rival |",
+        "|---|---|" + "---:|" * (len(batches) + 2),
+    ]
+    previous = ""
+    for (shape, kind, rival), cells in sorted(contests.items(), key=lambda item: list(what).index(item[0][0])):
+        if shape != previous:
+            lines.append(f"| **{what[shape]}** |" + " |" * (len(batches) + 3))
+            previous = shape
+        row_cells = [join(cells, n, ratio) for n in batches]
+        row_cells += [join(cells, 1, share("ours")), join(cells, 1, share("theirs"))]
+        lines.append(f"| {kind.replace('_', ' ')} | {rival} | " + " | ".join(row_cells) + " |")
+    limits = result["limits_giga_per_second"]
+    reads = " / ".join(f"{limits[f'dram_read/threads:{t}']:.1f}" for t in threads)
+    lines += [
+        "",
+        f"How many times as fast as llama.cpp (ggml {result['ggml']}, its fastest buffer type), on "
+        f"{' / '.join(map(str, threads))} threads: medians of {result['repetitions']} alternate repetitions, weights "
+        f"cold. The last columns are the stored bytes that one token reads per second, as a share of what the machine "
+        f"reads at most ({reads} GB/s). Load average before: {result['load_average_before'][0]:g}. {origin(result)}",
+    ]
+    return lines
+
+
 RENDERERS = {
+    "cpu-kernels": cpu_kernels,
     "calibrated": calibrated,
     "fit": fit,
     "quality": quality,

@@ -192,7 +192,7 @@ void measure(benchmark::State& state, ggml_type type, const Shape& shape, ggml_b
     Work work;
     const double expert_bytes =
         static_cast<double>(ggml_nbytes(copies.tensors()[0])) / static_cast<double>(shape.experts);
-    uint64_t turn = 0;
+    static uint64_t turn = 0;  // goes on where the last run stopped: what that one read last is still in a cache
     for (auto _ : state) work.add(shape, *compute(++turn), expert_bytes);
     work.report(state);
 }
@@ -203,6 +203,7 @@ void measure(benchmark::State& state, ggml_type type, const Shape& shape, ggml_b
 int main(int argc, char** argv) {
     using namespace qmoe::bench;
     forced_copies() = option(argc, argv, "copies", 0);
+    benchmark::AddCustomContext("ggml", ggml_version());
     for (const Shape& shape : shapes())
         for (const ggml_type type : kTypes)
             for (const ggml_backend_buffer_type_t buffer : buffer_types())

@@ -4,7 +4,7 @@
 //   experts_up/KIND/ours/tokens:T/threads:T     128 experts of 768 x 2048, 8 for each token, random routing
 //   experts_down/KIND/ours/tokens:T/threads:T   128 experts of 2048 x 768, with the sum by routing weight
 //
-// Counters: weights (that were read) per second, flops, stored_bytes per second. Weights are cold: copies of them, 700 MB
+// Counters, per second: weights (that were read), flops, stored_bytes. Weights are cold: copies of them, 700 MB
 // together, take turns (`--copies=N` says otherwise).
 #include <memory>
 
@@ -48,7 +48,7 @@ void call(const Weights& weights, const Shape& shape, const float* x, const Rout
         weights.experts_up(x, routing, y, threads);
 }
 
-// Compares the first rows of the first and last token's result. All experts are equal: which was chosen does not matter.
+// Compares the first rows of the first and last token's result. All experts are equal: any may have been chosen.
 void check(const Record& record, const Shape& shape, std::span<const float> x, const Routing& routing,
            std::span<const float> y) {
     constexpr uint64_t kRows = 16;
@@ -76,7 +76,7 @@ void measure(benchmark::State& state, const Kind& kind, const Shape& shape, uint
 
     Work work;
     const double expert_bytes = static_cast<double>(copies[0].bytes()) / static_cast<double>(shape.experts);
-    uint64_t turn = 0;
+    static uint64_t turn = 0;  // goes on where the last run stopped: what that one read last is still in a cache
     for (auto _ : state) {
         ++turn;  // every copy comes once before the routing changes
         const Routing& routing = routings[turn / copies.count() % routings.size()];
@@ -92,6 +92,7 @@ void measure(benchmark::State& state, const Kind& kind, const Shape& shape, uint
 int main(int argc, char** argv) {
     using namespace qmoe::bench;
     forced_copies() = option(argc, argv, "copies", 0);
+    benchmark::AddCustomContext("isa", isa());
     for (const Shape& shape : shapes())
         for (const Kind& kind : kKinds)
             for (const uint64_t tokens : shape.tokens)

@@ -1,11 +1,12 @@
 // What this machine can do at most, for scale: reading memory, and the int8, float32 and AMX arithmetic.
 //
-//   dram_read/streams:S/ahead:B/.../threads:T   bytes_per_second of T threads, each reading S streams of its own buffer
-//                                               in turn and prefetching B bytes ahead (0: left to the hardware)
-//   vpdpbusd, fma_float32, amx_int8             operations per second (a multiplication and an addition are two)
+//   dram_read/streams:S/ahead:B/cache:C/.../threads:T   bytes_per_second of T threads, each reading S streams of its
+//                                     own buffer in turn and prefetching B bytes ahead into that cache
+//   vpdpbusd, fma_float32, amx_int8   operations per second (a multiplication and an addition are two)
 //
-// Buffers are far larger than any cache. `--megabytes=N` changes their size per thread. Everything is compiled
-// everywhere and registered where the processor has it; the arithmetic is assembly so that no compiler may leave it out.
+// Buffers are far larger than any cache. `--megabytes=N` changes their size per thread. Compiled for the machine that
+// builds it: a loop of narrow loads would be slower than the memory. The arithmetic is assembly, so that no compiler
+// may leave it out; it is compiled everywhere and registered where the processor has it.
 #include <sys/mman.h>
 
 #include <array>
@@ -47,7 +48,26 @@ class Pages {
     uint64_t bytes_;
 };
 
-template <int S>
+// Reads S streams of `length` bytes that start `stride` apart, a line of each in turn. Lines are summed in registers: a
+// sum in memory (which is what DoNotOptimize would make of them in this loop) is slower than the reading.
+template <uint64_t S>
+uint64_t read_streams(const char* data, uint64_t length, uint64_t stride, uint64_t ahead, bool to_l1) {
+    Line sum[S] = {};
+    for (uint64_t at = 0; at < length; at += sizeof(Line))
+#pragma GCC unroll 8
+        for (uint64_t s = 0; s < S; ++s) {
+            const char* p = data + s * stride + at;
+            if (to_l1)  // behind the end it does nothing
+                __builtin_prefetch(p + ahead, 0, 3);
+            else
+                __builtin_prefetch(p + ahead, 0, 2);
+            sum[s] |= *reinterpret_cast<const Line*>(p);
+        }
+    for (uint64_t s = 1; s < S; ++s) sum[0] |= sum[s];
+    return sum[0][0] ^ sum[0][7];
+}
+
+template <uint64_t S>
 void dram_read(benchmark::State& state) {
     static std::array<std::unique_ptr<Pages>, 2> buffers;  // each thread fills its own, on its own node
     auto& pages = buffers[static_cast<size_t>(state.thread_index())];
@@ -56,16 +76,9 @@ void dram_read(benchmark::State& state) {
     constexpr uint64_t kStagger = 4096 + 5 * sizeof(Line);
     const uint64_t length = (g_bytes / S - kStagger) / sizeof(Line) * sizeof(Line);
     const auto ahead = static_cast<uint64_t>(state.range(0));
-    for (auto _ : state) {
-        Line sum[S] = {};
-        for (uint64_t at = 0; at < length; at += sizeof(Line))
-            for (uint64_t s = 0; s < S; ++s) {
-                const char* p = pages->data() + s * (length + kStagger) + at;
-                if (ahead > 0) __builtin_prefetch(p + ahead);  // behind the end it does nothing
-                sum[s] |= *reinterpret_cast<const Line*>(p);
-            }
-        benchmark::DoNotOptimize(sum);
-    }
+    const bool to_l1 = state.range(1) == 1;
+    for (auto _ : state)
+        benchmark::DoNotOptimize(read_streams<S>(pages->data(), length, length + kStagger, ahead, to_l1));
     state.SetBytesProcessed(static_cast<int64_t>(static_cast<uint64_t>(state.iterations()) * S * length));
 }
 
@@ -141,14 +154,12 @@ void amx_int8(benchmark::State& state) {
 
 #endif
 
-template <int S>
+template <uint64_t S>
 void add_dram_read() {
     const std::string name = "dram_read/streams:" + std::to_string(S);
     benchmark::RegisterBenchmark(name.c_str(), dram_read<S>)
-        ->ArgName("ahead")
-        ->Arg(0)
-        ->Arg(1024)
-        ->Arg(2048)
+        ->ArgNames({"ahead", "cache"})
+        ->ArgsProduct({{0, 1024, 2048}, {1, 2}})
         ->Threads(1)
         ->Threads(2)
         ->UseRealTime()

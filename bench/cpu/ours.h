@@ -14,6 +14,12 @@ inline void must(const Status& status, const char* what) {
     if (!status.ok()) throw std::runtime_error(what);
 }
 
+// The instruction set in use; with "none" every call below throws.
+inline std::string isa() {
+    const char* name = active_isa();
+    return name != nullptr ? name : "none";
+}
+
 // A way to store weights.
 struct Kind {
     const char* name;
@@ -35,7 +41,7 @@ inline constexpr std::array<Kind, 10> kKinds = {{
     {"ternary_z885", 0, 0, 0.885},
 }};
 
-// A record of E equal matrices (N, K) of random weights: the time depends on neither their values nor their being equal.
+// A record of E equal matrices (N, K) of random weights: neither their values nor their being equal changes the time.
 inline std::vector<uint8_t> random_record(const Kind& kind, const Shape& shape) {
     const uint64_t count = shape.rows * shape.cols, groups = kind.bits ? shape.cols / kind.group : 1;
     std::mt19937 generator(3);
