@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,8 @@ def command() -> str:
             return word
         return os.path.relpath(word, ROOT) if Path(word).is_relative_to(ROOT) else os.path.basename(word)
 
-    return " ".join(["python", os.path.relpath(Path(sys.argv[0]).resolve(), ROOT), *map(readable, sys.argv[1:])])
+    words = ["python", os.path.relpath(Path(sys.argv[0]).resolve(), ROOT), *map(readable, sys.argv[1:])]
+    return shlex.join(words)
 
 
 def write_results(
