@@ -24,7 +24,7 @@ import torch
 from qmoe_core import IntFormat, PackedTensor, TernaryFormat
 from qmoe_core.quantize import feedback_cuda, gptq
 from qmoe_core.quantize.base import MethodSpec, StackStatistics
-from qmoe_core.quantize.feedback import descend, factorize, output_error, round_with_feedback, sum_of_squares
+from qmoe_core.quantize.feedback import SPAN, descend, factorize, output_error, round_with_feedback, sum_of_squares
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import processor, write_results
@@ -130,7 +130,9 @@ def stages(
     """Every stage of one chunk, in the order in which `gptq.quantize_stack` comes to them, and that as a whole."""
     experts, _, columns = weight.shape
     ternary, every = spec.format.name == "ternary", float(weight.numel())
-    full, blocks, squares = 2.0 * every * columns, -(-columns // 128), float(experts * columns**2)
+    full, squares = 2.0 * every * columns, float(experts * columns**2)
+    # Products with all columns are by spans on tensor cores; within spans, in float32, blocks see those before them.
+    spans, within = -(-columns // SPAN), (min(SPAN, columns) - 128) / 2 / columns
     stage = Stages(weight.numel(), repeats, bounds)
     moments = stage(
         "statistics",
@@ -155,27 +157,30 @@ def stages(
         return grid
 
     grid = stage("grids of rows", begin, read_written=12 * 4 * every if ternary else 0.0)
-    # A block reads the residuals of all columns before it (on average half of them), its weights, and writes its own.
+    # A span of columns reads the residuals (three bfloat16 parts) of all columns before it, half of them on average; then
+    # its weights, and it writes its own residuals and codes.
     codes, residual = stage(
         "feedback",
         lambda: round_with_feedback(weight, factors, grid),
-        flops=full / 2,
-        read_written=every * (4 * blocks / 2 + 4 + 5),
+        flops=full / 2 * within,
+        tensor_flops=3 * full / 2,
+        read_written=every * (6 * spans / 2 + 4 + 11),
     )
     sweeps = int(spec.options["sweeps"])
     if ternary:
         stage(
             "levels",
             lambda: grid.refine(residual, factors.hessian, codes),
-            tensor_flops=3 * 2 * full,
+            tensor_flops=2 * 2 * full,
             read_written=every * (1 + 4 + 4),
             times=sweeps + 1,
         )
     stage(
         "coordinate descent",
         lambda: descend(weight, factors, grid, codes, residual),
-        flops=full,
-        read_written=every * (4 * blocks + 4 + 10),
+        flops=full * within,
+        tensor_flops=3 * full,
+        read_written=every * (6 * spans + 4 + 16),
         times=sweeps,
     )
     stage(

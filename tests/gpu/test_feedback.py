@@ -145,6 +145,29 @@ def test_products_on_tensor_cores_have_the_bits_that_they_promise(left: int, rig
     assert products.has_tensor_cores(a) and not products.has_tensor_cores(a.double())
 
 
+@pytest.mark.parametrize(("columns", "block"), [(300, 128), (96, 32), (20, 32)])
+def test_products_of_a_side_that_changes(columns: int, block: int) -> None:
+    generator = torch.Generator(device="cuda").manual_seed(6)
+    stack = torch.randn(2, 70, columns, device="cuda", generator=generator)
+    right = torch.randn(2, columns, columns, device="cuda", generator=generator)
+    started, empty = products.LeftSide(stack, block), products.LeftSide(torch.zeros_like(stack), block, zero=True)
+
+    def check(left: products.LeftSide, inner: int) -> None:
+        part = slice(columns // 3, columns)
+        a, b = left.stack[:, :, :inner].double(), right[:, :inner, part].double()
+        off = (left.times(right[:, :inner, part]).double() - a @ b).abs()
+        assert bool((off <= (4 * 2.0**-16 + columns * 2.0**-24) * (a.abs() @ b.abs())).all())
+
+    check(started, columns)
+    for first in range(0, columns, block):
+        now = slice(first, min(first + block, columns))
+        for left in (started, empty):
+            left.stack[:, :, now] = torch.randn(left.stack[:, :, now].shape, device="cuda", generator=generator)
+            left.update(now)
+        check(started, columns)
+        check(empty, now.stop)
+
+
 @pytest.mark.parametrize("group", [0, 32])
 def test_scales_beyond_their_type_are_refused(group: int) -> None:
     weight, statistics = stack((1, 8, 64))
@@ -189,7 +212,7 @@ FORMATS = [
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 def test_stacks_on_the_gpu_come_out_as_on_the_cpu(format: IntFormat | TernaryFormat) -> None:
-    weight, statistics = stack((2, 96, 288))
+    weight, statistics = stack((2, 96, 1056))  # several spans, and a last block that is short
     spec = MethodSpec("gptq", format)
     on_cpu = StackStatistics(statistics.tokens, statistics.hessian.cpu())
     there = gptq.quantize_stack(weight, statistics, spec)

@@ -10,7 +10,7 @@ import torch
 
 from qmoe_core.errors import QmoeError
 from qmoe_core.formats import IntFormat, IntMatrix, PackedTensor, TernaryFormat
-from qmoe_core.quantize import MethodSpec, StackStatistics, quantize, quantize_stack
+from qmoe_core.quantize import MethodSpec, StackStatistics, feedback, quantize, quantize_stack
 from qmoe_core.quantize.feedback import descend, factorize, output_error, retarget, round_with_feedback
 from qmoe_core.quantize.gptq import lean_on_pooled
 from qmoe_core.quantize.grids import IntGrid, TernaryGrid
@@ -93,8 +93,10 @@ class Rounding:
         return codes.to(torch.int8), codes * self.step
 
 
-def test_feedback_is_gptq():
+@pytest.mark.parametrize("span", [512, 64])
+def test_feedback_is_gptq(span, monkeypatch):
     """Column by column with explicit inverses, as GPTQ is published, in float64."""
+    monkeypatch.setattr(feedback, "SPAN", span)
     weight, statistics = problem((2, 9, 70))
     factors = factorize(statistics.hessian, 0.02)
     codes, residual = round_with_feedback(weight.double(), _double(factors), Rounding(0.02))
@@ -117,7 +119,9 @@ def _double(factors):
     )  # fmt: skip
 
 
-def test_descent_never_raises_the_error_and_ends_where_no_single_code_helps():
+@pytest.mark.parametrize("span", [512, 64])
+def test_descent_never_raises_the_error_and_ends_where_no_single_code_helps(span, monkeypatch):
+    monkeypatch.setattr(feedback, "SPAN", span)
     weight, statistics = problem((2, 9, 70))
     factors = _double(factorize(statistics.hessian, 0.02))
     weight, grid = weight.double(), Rounding(0.05)

@@ -14,12 +14,13 @@ factorization.
 Coordinate descent: A_ij = H_ij / H_jj. Then t_j is the minimum of the error along w_j with everything else fixed, and
 rounding it changes the error by H_jj ((t_j - q_j)^2 - (t_j - old q_j)^2): each sweep can only lower it.
 
-The sweep goes block by block: what other blocks contribute is one matrix product per block, and inside a block the
-columns go one after the other, every row for itself.
+The sweep goes block by block, and a few blocks make a span: what lies outside of a span is one large matrix product,
+what changes inside of it a small one per block, and inside a block the columns go one by one, every row for itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,8 +28,9 @@ import torch
 
 from ..errors import QmoeError
 from . import feedback_cuda
-from .products import product
+from .products import LeftSide, product
 
+SPAN = 512  # columns at most whose feedback from all others is one product; blocks within it are made up for
 PANEL = 256  # columns per panel of a Cholesky factorization on a GPU
 
 
@@ -155,34 +157,44 @@ def retarget(weight: torch.Tensor, drift: torch.Tensor, factors: Factors) -> tor
 def round_with_feedback(weight: torch.Tensor, factors: Factors, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """GPTQ's pass: (codes int8 (E, N, K), residual W - Q float32 (E, N, K)) of float32 weights (E, N, K)."""
     codes = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
-    residual = torch.zeros_like(weight)
-    for columns in _blocks(weight.shape[2], grid.block):
-        before = slice(0, columns.start)
-        if columns.start:
-            target = torch.baddbmm(
-                weight[:, :, columns], residual[:, :, before], factors.unit_upper[:, before, columns]
-            )
-        else:
-            target = weight[:, :, columns].clone()
-        precision = factors.diagonal[:, columns]
-        grid.begin_block(target, precision, columns)
-        _round_block(weight, target, factors.unit_upper[:, columns, columns], precision, grid, columns, codes, residual)
+    residual, upper = torch.zeros_like(weight), factors.unit_upper
+    left = LeftSide(residual, grid.block, zero=True)
+    for span in _spans(weight.shape[2], grid.block):
+        targets = weight[:, :, span].clone()
+        if span.start:
+            targets += left.times(upper[:, : span.start, span])
+        for columns, inside, rest in _blocks_of(span, grid.block):
+            target, precision = targets[:, :, inside].contiguous(), factors.diagonal[:, columns]
+            grid.begin_block(target, precision, columns)
+            _round_block(weight, target, upper[:, columns, columns], precision, grid, columns, codes, residual)
+            left.update(columns)
+            if columns.stop < span.stop:
+                behind = slice(columns.stop, span.stop)
+                targets[:, :, rest].baddbmm_(residual[:, :, columns], upper[:, columns, behind])
     return codes, residual
 
 
 def descend(weight: torch.Tensor, factors: Factors, grid: Grid, codes: torch.Tensor, residual: torch.Tensor) -> None:
     """One sweep of coordinate descent, in place on what `round_with_feedback` returned: per block first the grid
     (`Grid.refine_block`), then the codes."""
-    curvature = factors.hessian.diagonal(dim1=1, dim2=2)
-    for columns in _blocks(weight.shape[2], grid.block):
-        within = factors.hessian[:, columns, columns]
-        gradient = torch.bmm(residual, factors.hessian[:, :, columns])
-        grid.refine_block(residual[:, :, columns], gradient, within, codes[:, :, columns], columns)
-        precision = curvature[:, columns]
-        # t_j = q_j + gradient_j / H_jj, and q_j = w_j - r_j
-        target = (weight[:, :, columns] - residual[:, :, columns]).addcdiv_(gradient, precision.unsqueeze(1))
-        coefficients = within / precision.unsqueeze(1)
-        _round_block(weight, target, coefficients, precision, grid, columns, codes, residual)
+    hessian = factors.hessian
+    curvature = hessian.diagonal(dim1=1, dim2=2)
+    left = LeftSide(residual, grid.block)
+    for span in _spans(weight.shape[2], grid.block):
+        gradients = left.times(hessian[:, :, span])
+        for columns, inside, rest in _blocks_of(span, grid.block):
+            within, precision = hessian[:, columns, columns], curvature[:, columns]
+            gradient, now = gradients[:, :, inside], residual[:, :, columns]
+            before = now.clone()
+            grid.refine_block(now, gradient, within, codes[:, :, columns], columns)
+            # t_j = q_j + gradient_j / H_jj, and q_j = w_j - r_j
+            target = (weight[:, :, columns] - now).addcdiv_(gradient, precision.unsqueeze(1))
+            coefficients = within / precision.unsqueeze(1)
+            _round_block(weight, target, coefficients, precision, grid, columns, codes, residual)
+            left.update(columns)
+            if columns.stop < span.stop:
+                change, behind = torch.sub(now, before, out=before), slice(columns.stop, span.stop)
+                gradients[:, :, rest].baddbmm_(change, hessian[:, columns, behind])
 
 
 def output_error(residual: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -198,6 +210,18 @@ def sum_of_squares(stack: torch.Tensor) -> torch.Tensor:
 
 def _blocks(columns: int, width: int) -> list[slice]:
     return [slice(first, min(first + width, columns)) for first in range(0, columns, width)]
+
+
+def _spans(columns: int, block: int) -> list[slice]:
+    """Columns in spans of whole blocks."""
+    return _blocks(columns, max(1, SPAN // block) * block)
+
+
+def _blocks_of(span: slice, block: int) -> Iterator[tuple[slice, slice, slice]]:
+    """The blocks of a span: their columns; where these are within the span; and what of it lies behind them."""
+    for inside in _blocks(span.stop - span.start, block):
+        columns = slice(span.start + inside.start, span.start + inside.stop)
+        yield columns, inside, slice(inside.stop, span.stop - span.start)
 
 
 def _round_block(

@@ -134,7 +134,7 @@ class IntGrid:
         if self.per_row:
             steps = codes.view(torch.uint8) - self.zero
             # Differences of codes are bfloat16 numbers, but for halves above 128.
-            through = product(steps, hessian, 2 if self.format.half_step and self.format.bits == 8 else 1, 3)
+            through = product(steps, hessian, 2 if self.format.half_step and self.format.bits == 8 else 1, 2)
             change = self._scale_step((through * residual).sum(2), (through * steps).sum(2), 0)
             residual.addcmul_(steps, change.unsqueeze(2), value=-1)
         self.check()
@@ -236,15 +236,14 @@ class TernaryGrid:
         old_high, old_low = self.high, self.low
         if self.format.levels == "symmetric":
             plus -= minus
-            through = product(plus, hessian, 1, 3)
+            through = product(plus, hessian, 1, 2)
             a = c = (through * plus).sum(2)
             high = (through * residual).sum(2) / a.clamp(min=1e-30) + old_high
             low = -high
         else:
-            through = product(plus, hessian, 1, 3)
-            a, b, x = (through * plus).sum(2), (through * minus).sum(2), (through * residual).sum(2)
-            through = product(minus, hessian, 1, 3)
-            c, y = (through * minus).sum(2), (through * residual).sum(2)
+            ups, downs = product(torch.cat([plus, minus], dim=1), hessian, 1, 2).split(codes.shape[1], dim=1)
+            a, b, x = (ups * plus).sum(2), (ups * minus).sum(2), (ups * residual).sum(2)
+            c, y = (downs * minus).sum(2), (downs * residual).sum(2)
             determinant = a * c - b * b
             sound = determinant > 1e-6 * a * c
             safe = torch.where(sound, determinant, torch.ones_like(determinant))

@@ -49,3 +49,48 @@ def product(left: torch.Tensor, right: torch.Tensor, left_parts: int = 2, right_
         torch.cat([rights[j] for _, j in pairs], dim=1),
         out_dtype=torch.float32,
     )
+
+
+class LeftSide:
+    """A stack R (E, N, K) float32 that changes a few columns at a time and is multiplied in between, right to 16 bits
+    as `product` is by default.
+
+    For tensor cores the bfloat16 parts of every block of columns lie together, as they are multiplied: high, high, low
+    by high, low, high of the other side. So the first columns of the stack are the first ones here, too.
+    """
+
+    def __init__(self, stack: torch.Tensor, block: int, zero: bool = False) -> None:
+        """`block`: columns that change together. `zero`: the stack is all zeros as yet."""
+        self.stack, self.block = stack, block
+        self.parts: torch.Tensor | None = None
+        if has_tensor_cores(stack):
+            experts, rows, columns = stack.shape
+            self.parts = torch.empty((experts, rows, 3 * columns), dtype=torch.bfloat16, device=stack.device)
+            if not zero:
+                whole = columns // block * block
+                self._write(stack[:, :, :whole].unflatten(2, (-1, block)), self.parts[:, :, : 3 * whole])
+                self._write(stack[:, :, None, whole:], self.parts[:, :, 3 * whole :])
+
+    def _write(self, blocks: torch.Tensor, parts: torch.Tensor) -> None:
+        """blocks (E, N, B, W) into parts (E, N, 3 B W)."""
+        if blocks.numel():
+            into = parts.unflatten(2, (blocks.shape[2], 3, blocks.shape[3]))
+            into[:, :, :, 0] = blocks
+            into[:, :, :, 1] = into[:, :, :, 0]
+            into[:, :, :, 2] = blocks - into[:, :, :, 0]
+
+    def update(self, columns: slice) -> None:
+        """Takes in a block that has changed: these columns of `stack`, the first a multiple of `block`."""
+        if self.parts is not None:
+            self._write(self.stack[:, :, None, columns], self.parts[:, :, 3 * columns.start : 3 * columns.stop])
+
+    def times(self, right: torch.Tensor) -> torch.Tensor:
+        """The first k columns, whole blocks or all of them, times `right` (E, k, M): (E, N, M) float32."""
+        inner = right.shape[1]
+        if self.parts is None:
+            return torch.bmm(self.stack[:, :, :inner], right)
+        high, low = parts(right, 2)
+        pieces = [
+            part[:, first : first + self.block] for first in range(0, inner, self.block) for part in (high, low, high)
+        ]
+        return torch.bmm(self.parts[:, :, : 3 * inner], torch.cat(pieces, dim=1), out_dtype=torch.float32)
