@@ -5,8 +5,9 @@ of experts and the float32 copy of one expert. Interruptible: whatever is finish
 call continues behind it. The files do not depend on how often that happened: nothing in them tells of time, place or
 run.
 
-Order of a job: lock, plan, calibration where a method needs it (calibration/job.py), shards one by one, other files,
-qmoe.json, config.json, journal removed. config.json comes last since without it nothing loads the directory.
+Order of a job: the choice of formats where a budget is given (allocation/choose.py), lock, plan, calibration where a
+method needs it (calibration/job.py), shards one by one, other files, qmoe.json, config.json, journal removed.
+config.json comes last since without it nothing loads the directory.
 
 Several processes (calibration/distributed.py) share the calibration; everything else the one that leads does alone.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _C, __version__
+from .allocation.choose import Fit, Planned, plan_output
 from .calibration import CalibrationSpec
 from .calibration.distributed import processes
 from .calibration.job import CalibratedRecords, Calibration, follow, packed_entry, prepare
@@ -47,11 +49,12 @@ Progress = Callable[[ProgressEvent], None]
 def compress(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    recipe: Recipe,
+    recipe: Recipe | Fit,
     *,
     calibration: CalibrationSpec | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    planned: Callable[[dict[str, Any]], None] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> CompressionReport:
     """Compresses a Hugging Face MoE checkpoint into a new directory.
@@ -60,11 +63,13 @@ def compress(
         source: directory with config.json and safetensors weights (16-, 32- or 64-bit floats).
         output: the directory to make: absent, empty, or left by an interrupted call with the same arguments, which is
             continued.
-        recipe: which weights get which format.
+        recipe: which weights get which format; or a budget, for which formats are chosen.
         calibration: on which tokens, and how; needed where the recipe names a calibrated method, refused where not.
+            With a budget both are right: it decides what formats there are to choose from.
         device: where calibrated methods compute: "cpu" or "cuda".
         progress: called with a `ProgressEvent` after each tensor, and in calibration (stage "calibrate") after each
-            chunk of experts: bytes of the source done and in total.
+            chunk of experts: bytes of the source done and in total; with a budget before that (stage "sensitivity").
+        planned: called with `CompressionReport.fit` when formats have been chosen for a budget, on the first process.
         max_shard_bytes: an output shard is closed before it grows beyond this (a single larger tensor gets its own).
 
     Called by several processes (of torchrun, or of a torch.distributed process group that is there) with the same
@@ -78,8 +83,9 @@ def compress(
     Raises:
         QmoeError: E_SAME_FILE (output is, contains or lies in the source), E_BUSY, E_CHANGED, E_UNSAFE_SOURCE,
             E_MISSING, E_LAYOUT, E_VALUE (NaN or infinite weights, recipe, a non-empty output, calibration missing or
-            too short), E_NO_KERNEL (device), E_NO_SPACE, E_IO, and what the safetensors parser refuses. After any of
-            them the source is untouched and what is finished stays, to be continued.
+            too short, too small a budget, or one that the finished output, which stays, exceeds because ternary records
+            took more than was predicted), E_NO_KERNEL (device), E_NO_SPACE, E_IO, and what the safetensors parser
+            refuses. After any of them the source is untouched and what is finished stays, to be continued.
     """
     started, meter, io = time.monotonic(), MemoryMeter(), IoMeter()
     source, output = Path(source), Path(output)
@@ -90,6 +96,18 @@ def compress(
         _check_places(source, output)
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         layout = analyze(source, shapes)
+        chosen: Planned | None = None
+        if isinstance(recipe, Fit):
+            found = read_qmoe_json(output) if group.leads and _is_finished(output) else None
+            chosen = plan_output(
+                checkpoint, layout, output, recipe, calibration, device=device, group=group,
+                max_shard_bytes=max_shard_bytes, progress=progress, finished=group.from_leader(found),
+            )  # fmt: skip
+            recipe = chosen.recipe
+            if planned is not None and group.leads:
+                planned(chosen.summary)
+            if not recipe.calibrated:
+                calibration, device = None, "cpu"
         plan = make_plan(checkpoint, layout, recipe, max_shard_bytes)
         prepared = prepare(checkpoint, plan, calibration, device, group)
         job: dict[str, Any] = {
@@ -100,6 +118,8 @@ def compress(
             "recipe": recipe.to_dict(),
             "max_shard_bytes": max_shard_bytes,
         }
+        if chosen is not None:
+            job["fit"] = chosen.summary
         if prepared is not None:
             job["calibration"] = prepared.description
         check_same_job(group.from_leader(job), job, output, "is not the same for all processes of this run")
@@ -113,6 +133,12 @@ def compress(
         assert outcome is not None
         result, resumed = outcome
         report = _report(output, result)
+        if chosen is not None and report.bytes_on_disk > chosen.summary["budget"]:
+            raise QmoeError(
+                "E_VALUE",
+                "the output is whole, but larger than the budget: its ternary records took more than was predicted",
+                file=output, expected=f"<= {chosen.summary['budget']} bytes", actual=report.bytes_on_disk,
+            )  # fmt: skip
     return CompressionReport(
         **{
             **vars(report),
@@ -184,9 +210,13 @@ def _check_output(output: Path) -> None:
             )
 
 
+def _is_finished(output: Path) -> bool:
+    return (output / "config.json").exists() and (output / QMOE_JSON).exists()
+
+
 def _finished(output: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     """qmoe.json of a finished output of the same job; None if there is none. `E_CHANGED` if it is of another job."""
-    if not ((output / "config.json").exists() and (output / QMOE_JSON).exists()):
+    if not _is_finished(output):
         return None
     result = read_qmoe_json(output)
     check_same_job(result["job"], job, output)
@@ -231,6 +261,7 @@ def _report(output: Path, result: dict[str, Any]) -> CompressionReport:
         bytes_on_disk=totals["bytes_on_disk"],
         files=result["files"],
         calibration=result["job"].get("calibration"),
+        fit=result["job"].get("fit"),
     )
 
 

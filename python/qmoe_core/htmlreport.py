@@ -1,4 +1,4 @@
-"""A comparison of formats as one self-contained HTML page, with its plots also as PNG files beside it.
+"""A comparison of formats, or one compression, as one self-contained HTML page, its plots also as PNG files beside it.
 
 matplotlib and jinja2 are imported when a report is written; importing this module needs neither.
 """
@@ -10,18 +10,20 @@ import datetime
 import io
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .evaluation import EvalResult
-from .store import write_atomic
+from .store import io_errors, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from .report import CompressionReport
 
 # Readable on white, distinct without red against green, one per format in order.
 COLOURS = ("#4c566a", "#3366aa", "#11889a", "#e0912f", "#b8487a", "#6b4fa0", "#8a6d3b", "#5b8c3e")
@@ -54,15 +56,13 @@ class FormatRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page. `model`: what was compressed; `text`: what it was judged on; `rows`: original first;
-    `frontier`: (bytes of the records, least predicted loss), as `allocation.frontier` gives them, or nothing."""
+    """Everything on the page. `model`: what was compressed; `text`: what it was judged on; `rows`: original first."""
 
     title: str
     model: str
     text: str
     prompt: str
     rows: tuple[FormatRow, ...]
-    frontier: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,37 @@ def write_report(output: str | os.PathLike[str], report: Report) -> ReportFiles:
         QmoeError: `E_NO_SPACE`, `E_IO`.
         ModuleNotFoundError: matplotlib or jinja2 is not installed.
     """
-    import jinja2
-
-    output = Path(output)
     plots = {
         "quality": ("Quality against size", _plot_quality(report)),
         "agreement": ("Agreement with the original", _plot_agreement(report)),
         "size": ("Size on disk", _plot_size(report)),
         "error": ("Error of the weights", _plot_error(report)),
     }
-    if report.frontier:
-        plots["frontier"] = ("What a budget buys", plot_frontier(report.frontier))
+    return _write(Path(output), "report.html.j2", plots, report=report, quality=report.rows[0].quality)
+
+
+def write_compression(output: str | os.PathLike[str], report: CompressionReport) -> ReportFiles:
+    """The page of one compression, without an evaluation: sizes, errors tensor by tensor and, where formats were chosen
+    for a budget, what every other budget would have bought. Arguments and errors as of `write_report`."""
+    series = [("relative error ||W - Q|| / ||W||", {entry.name: entry.relative_error for entry in report.tensors})]
+    outputs = {e.name: e.relative_output_error for e in report.tensors if e.relative_output_error is not None}
+    if outputs:
+        series.append(("the same of the outputs", outputs))
+    plots = {}
+    if report.fit is not None:
+        chosen = (report.fit["predicted_bytes"], report.fit["allocation"]["loss"])
+        plots["frontier"] = ("What a budget buys", plot_frontier(report.fit["frontier"], chosen, report.fit["basis"]))
+    plots["bits"] = ("Bits by tensor", _plot_bits(report))
+    plots["error"] = ("Error by tensor", _plot_errors(series))
+    return _write(Path(output), "compression.html.j2", plots, report=report)
+
+
+def _write(output: Path, template: str, plots: Mapping[str, tuple[str, Figure]], **values: Any) -> ReportFiles:
+    """Writes plots, and the page that a template makes of them and of the values."""
+    import jinja2
+
+    with io_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
     paths, embedded = [], {}
     for name, (heading, figure) in plots.items():
         buffer = io.BytesIO()
@@ -100,17 +120,24 @@ def write_report(output: str | os.PathLike[str], report: Report) -> ReportFiles:
         data = base64.b64encode(buffer.getvalue()).decode()
         embedded[name] = {"heading": heading, "data": data, "file": paths[-1].name}
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(_template),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["megabytes"] = lambda size: f"{size / 1e6:.2f}"
-    template = (resources.files(__package__) / "templates" / "report.html.j2").read_text(encoding="utf-8")
-    page = environment.from_string(template).render(
-        report=report, plots=embedded, quality=report.rows[0].quality, machine=_machine(),
-        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    page = environment.get_template(template).render(
+        plots=embedded, machine=_machine(),
+        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), **values,
     )  # fmt: skip
     html = output / "report.html"
     write_atomic(html, page.encode())
     return ReportFiles(html, tuple(paths))
+
+
+def _template(name: str) -> str:
+    return (resources.files(__package__) / "templates" / name).read_text(encoding="utf-8")
 
 
 def _machine() -> dict[str, Any]:
@@ -277,39 +304,72 @@ def _plot_size(report: Report) -> Figure:
 
 def _plot_error(report: Report) -> Figure:
     """Relative error of every packed tensor, one line per format."""
+    return _plot_errors([(row.name, row.errors) for row in report.rows if row.errors], _colours(report))
+
+
+def _plot_errors(series: Sequence[tuple[str, Mapping[str, float]]], colours: Mapping[str, str] | None = None) -> Figure:
+    """One line per series of (name, packed tensor -> error)."""
     figure, (ax,) = _figure(7.4, 4.4)
-    colours = _colours(report)
-    names: list[str] = []
+    names = sorted({name for _, errors in series for name in errors}, key=_place)
     labels = []
-    for row in report.rows:
-        if not row.errors:
-            continue
-        names = sorted(row.errors, key=_place)
-        values = [row.errors[name] for name in names]
-        ax.plot(range(len(values)), values, "o-", markersize=4, linewidth=1.4, color=colours[row.name])
-        labels.append((len(values) - 1.0, values[-1], row.name, colours[row.name]))
+    for number, (title, errors) in enumerate(series):
+        colour = COLOURS[number + 1] if colours is None else colours[title]
+        points = [(place, errors[name]) for place, name in enumerate(names) if name in errors]
+        ax.plot(*zip(*points, strict=True), "o-", markersize=4, linewidth=1.4, color=colour, label=title)
+        labels.append((float(points[-1][0]), points[-1][1], title, colour))
     _plain_log(ax)
     ax.set_xlim(-0.4, len(names) - 1 + max(1.0, 0.2 * len(names)))
-    _label_points(ax, labels)
-    # Names of many tensors would cover each other: then every second, third, ... is written.
+    if colours is None:
+        ax.legend(frameon=False, fontsize=9)
+    else:
+        _label_points(ax, labels)
+    _tensor_axis(ax, names)
+    ax.set_ylabel("relative error" if colours is None else "relative error ||W - Q|| / ||W||")
+    _title(
+        ax,
+        "Error of the weights, tensor by tensor"
+        if colours is None
+        else "Error of the expert weights, tensor by tensor",
+    )
+    return figure
+
+
+def _tensor_axis(ax: Axes, names: Sequence[str]) -> None:
+    """Names of tensors below the axis; of many, which would cover each other, every second, third, ..."""
     step = -(-len(names) // 24)
     ticks = list(range(0, len(names), step or 1))
     ax.set_xticks(ticks, [" ".join(map(str, _place(names[tick]))) for tick in ticks], rotation=40, ha="right")
     ax.set_xlabel("layer and tensor")
-    ax.set_ylabel("relative error ||W - Q|| / ||W||")
-    _title(ax, "Error of the expert weights, tensor by tensor")
+
+
+def _plot_bits(report: CompressionReport) -> Figure:
+    """Bits per weight of every packed tensor, one colour per format."""
+    figure, (ax,) = _figure(7.4, 4.0)
+    entries = sorted(report.tensors, key=lambda entry: _place(entry.name))
+    formats = sorted({entry.format for entry in entries})
+    for number, format in enumerate(formats):
+        places = [place for place, entry in enumerate(entries) if entry.format == format]
+        heights = [entries[place].bits_per_weight for place in places]
+        ax.bar(places, heights, 0.8, color=COLOURS[(number + 1) % len(COLOURS)], label=format)
+    ax.legend(frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.22))
+    _tensor_axis(ax, [entry.name for entry in entries])
+    ax.set_ylabel("bits per weight")
     return figure
 
 
-def plot_frontier(points: Sequence[tuple[int, float]]) -> Figure:
-    """The least predicted loss for every size of the records: (bytes, loss) from small to large."""
+def plot_frontier(points: Sequence[Sequence[float]], chosen: tuple[float, float], basis: str) -> Figure:
+    """The least predicted loss for every size of the directory, (bytes, loss) from small to large, and the choice."""
     figure, (ax,) = _figure(7.4, 4.4)
     shown = [(nbytes / 1e6, loss) for nbytes, loss in points if loss > 0]  # what a logarithmic axis can show
     ax.plot([x for x, _ in shown], [y for _, y in shown], color=COLOURS[1], linewidth=1.8)
+    ax.plot([chosen[0] / 1e6], [chosen[1]], "o", markersize=8, color=COLOURS[3], zorder=3)
     if shown:
         _plain_log(ax)
-    ax.set_xlabel("MB of packed weights, all metadata included")
-    ax.set_ylabel("predicted loss (lower is better)")
+    if chosen[1] > 0:
+        _label_points(ax, [(chosen[0] / 1e6, chosen[1], f"{chosen[0] / 1e6:.1f} MB, {chosen[1]:.3g}", COLOURS[3])], 10)
+    ax.set_xlabel("MB of the whole directory")
+    unit = ", nats per token" if basis == "streamed" else ""
+    ax.set_ylabel(f"predicted loss{unit} (lower is better)")
     _title(ax, "The best mix of formats for each size")
     return figure
 

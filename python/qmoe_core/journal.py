@@ -8,6 +8,8 @@
     progress      one line per finished step: CRC32C in hex, a space, JSON. Lines are appended only after what they
                   tell is durable; a torn last line fails its CRC and is cut off.
     *.part        the shard that is being written.
+A job of another `name` (the planning of a budget, before the compression) has its own job.json and progress there,
+with the name before them; the lock is one for all.
 The directory is removed when the job is done; until then OUT has no config.json and nothing can load it.
 """
 
@@ -55,10 +57,11 @@ def check_same_job(old: dict[str, Any], new: dict[str, Any], file: Path, what: s
 class Journal:
     """An exclusively locked job directory. Use as a context manager; leaving it releases the lock."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, name: str = "") -> None:
         """Creates `output` where needed and takes the lock. Raises `E_BUSY` if another process holds it."""
-        self.output = output
+        self.output, self.name = output, name
         self.path = output / DIRECTORY
+        self._progress = self.path / f"{name}progress"
         self._progress_fd = -1
         self._pending: list[bytes] = []
         self.steps: list[dict[str, Any]] = []
@@ -106,14 +109,14 @@ class Journal:
 
     def begin(self, job: dict[str, Any]) -> bool:
         """Starts the job or continues it. Returns True when it continues. Raises `E_CHANGED` if it is another job."""
-        file = self.path / "job.json"
+        file = self.path / f"{self.name}job.json"
         self._remove_temporaries()
         resumed = file.exists()
         if resumed:
             check_same_job(self._load(file), job, self.output)
         else:
             with io_errors(self.path), contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path / "progress")
+                os.unlink(self._progress)
             write_atomic(file, canonical_json(job))
         self._open_progress()
         return resumed
@@ -135,7 +138,7 @@ class Journal:
                         os.unlink(directory / name)
 
     def _open_progress(self) -> None:
-        file = self.path / "progress"
+        file = self._progress
         with io_errors(file):
             self._progress_fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
             data = file.read_bytes()
@@ -159,7 +162,7 @@ class Journal:
     def commit(self) -> None:
         """Makes all noted steps durable. The caller has already made durable what they tell."""
         if self._pending:
-            with io_errors(self.path / "progress"):
+            with io_errors(self._progress):
                 write_all(self._progress_fd, b"".join(self._pending))
                 os.fsync(self._progress_fd)
             self._pending.clear()
@@ -172,7 +175,7 @@ class Journal:
             body = canonical_json(step)
             lines.append(b"%08x %s\n" % (crc32c(body), body))
         os.close(self._progress_fd)
-        write_atomic(self.path / "progress", b"".join(lines))
+        write_atomic(self._progress, b"".join(lines))
         self.steps.clear()
         self._open_progress()
 

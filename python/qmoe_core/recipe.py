@@ -284,6 +284,11 @@ class Recipe:
             lines += ["", "[[rule]]", *(f"{key} = {_toml(value)}" for key, value in rule.to_dict().items())]
         return "\n".join(lines) + "\n"
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether a rule names a calibrated method, so that `compress` needs calibration, and refuses it where not."""
+        return any(rule.spec is not None and METHODS[rule.spec.method].needs_statistics for rule in self.rules)
+
     def choose(self, name: str, role: str) -> tuple[int, MethodSpec] | None:
         """(number of the deciding rule, what to do) for a run-time weight, or None to keep it."""
         for index, rule in enumerate(self.rules):

@@ -76,6 +76,9 @@ class CompressionReport:
             where nothing was left to do.
         read_bytes, written_bytes: what this run read from and wrote to files, caches of the system included.
         calibration: settings of a calibrated compression and the SHA-256 of its tokens, else None.
+        fit: where formats were chosen for a budget (allocation/fit.py, `FitPlan.summary`): "budget" and
+            "predicted_bytes" of the directory, "basis" of the losses, "allocation" (loss, bound, gap, price, optimal),
+            "counts" of tensors by role and format, "frontier" as [bytes of the directory, least loss]; else None.
         seconds: wall time of this run. `resumed`: it continued an interrupted one.
     """
 
@@ -95,6 +98,7 @@ class CompressionReport:
     read_bytes: int = 0
     written_bytes: int = 0
     calibration: dict[str, Any] | None = None
+    fit: dict[str, Any] | None = None
     seconds: float = 0.0
     resumed: bool = False
 

@@ -185,6 +185,8 @@ def test_recipe_names_tensors_that_differ_and_survives_toml(tmp_path) -> None:
 def test_frontier_is_drawn() -> None:
     from qmoe_core.htmlreport import plot_frontier
 
-    figure = plot_frontier([(10, 2.0), (20, 0.5), (1_000_000, 0.0)])
-    (line,) = figure.axes[0].lines
+    figure = plot_frontier([(10, 2.0), (20, 0.5), (1_000_000, 0.0)], (25, 0.45), "streamed")
+    line, point = figure.axes[0].lines
     assert list(line.get_ydata()) == [2.0, 0.5]
+    assert (list(point.get_xdata()), list(point.get_ydata())) == ([25e-6], [0.45])
+    assert "nats" in figure.axes[0].get_ylabel()

@@ -14,22 +14,17 @@ from typer.testing import CliRunner
 from qmoe_core.allocation import (
     CompressedTrials,
     Item,
-    SensitivityCollector,
     bytes_for_bits,
     measure_sensitivity,
-    output_energy,
     plan_fit,
-    predicted_loss,
     weight_errors,
 )
 from qmoe_core.checkpoint import compress
 from qmoe_core.cli.app import app
 from qmoe_core.errors import QmoeError
 from qmoe_core.evaluation import evaluate
-from qmoe_core.families import analyze
 from qmoe_core.formats import PackedTensor
 from qmoe_core.generation import load_model
-from qmoe_core.quantize import StackStatistics
 from qmoe_core.recipe import Recipe, Rule
 from qmoe_core.source import SourceCheckpoint
 
@@ -149,39 +144,6 @@ def test_weight_errors_need_no_tokens(source):
     plan_fit(source, 10**9, items)
 
 
-def test_predicted_loss_is_the_energy_of_the_outputs_error():
-    generator = torch.Generator().manual_seed(0)
-    weights, quantized = (torch.randn(3, 5, 8, generator=generator) for _ in range(2))
-    inputs = torch.randn(3, 40, 8, generator=generator)
-    hessian = torch.bmm(inputs.transpose(1, 2), inputs)
-    statistics = StackStatistics(torch.full((3,), 40), hessian)
-    errors = torch.bmm(inputs.double(), (weights - quantized).double().transpose(1, 2))
-    torch.testing.assert_close(
-        predicted_loss(weights, statistics, quantized), errors.square().sum((1, 2)), rtol=1e-4, atol=0
-    )
-    torch.testing.assert_close(output_energy(weights, None), weights.double().square().sum((1, 2)), rtol=1e-5, atol=0)
-
-
-def test_collector_adds_up_chunks_and_weighs_tensors(source):
-    with SourceCheckpoint(source) as checkpoint:
-        layout = analyze(source, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
-        target = next(target for target in layout.targets if target.role == "expert")
-        weights = torch.stack(list(target.matrices(checkpoint.read)))
-    experts, _, columns = weights.shape
-    inputs = torch.randn(experts, 64, columns, generator=torch.Generator().manual_seed(1))
-    statistics = StackStatistics(torch.full((experts,), 64), torch.bmm(inputs.transpose(1, 2), inputs))
-    whole, parts = SensitivityCollector(CANDIDATES), SensitivityCollector(CANDIDATES)
-    whole.add(target, weights, statistics)
-    for half in (slice(0, 1), slice(1, None)):
-        parts.add(target, weights[half], statistics.select(half))
-    one, other = whole.items()[0], parts.items(importance=lambda name: 2.0)[0]
-    assert one.weights == other.weights == weights.numel()
-    for a, b in zip(one.candidates, other.candidates, strict=True):
-        assert b.loss == pytest.approx(2 * a.loss, rel=1e-5)
-    assert json.loads(json.dumps(whole.table)) == whole.table
-    assert 0 < one.candidates[3].loss < one.candidates[0].loss < 1
-
-
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("qwen")
@@ -194,11 +156,14 @@ def test_command_line_keeps_the_budget(qwen, tmp_path):
         result = CliRunner().invoke(app, ["compress", str(qwen), "-o", str(tmp_path / "out"), "--json", *options])
         return result.exit_code, json.loads(result.stdout)
 
-    code, failed = run("--fit", "1kB")
+    code, failed = run("--fit", "1kB", "--allow", "attention")
     assert code == 3 and "smallest size" in json.dumps(failed)
     code, report = run("--fit", "200kB", "--allow", "attention")
     assert code == 0 and report["bytes_on_disk"] <= 200_000
     assert {entry["role"] for entry in report["tensors"]} >= {"expert"}
+    assert report["fit"]["basis"] == "weights" and report["fit"]["budget"] == 200_000
+    code, failed = run("--fit", "300kB", "--allow", "attention")
+    assert code == 3 and failed["error"]["code"] == "E_CHANGED"
 
 
 @pytest.mark.parametrize(

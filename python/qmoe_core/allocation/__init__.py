@@ -1,44 +1,42 @@
 """Budgeted allocation: which tensor gets which format, so that the model fits into so many bytes and loses least.
 
-items = measure_sensitivity("MODEL", calibration_tokens)
+compress("MODEL", "OUT", Fit("24GiB"), calibration=CalibrationSpec("book.txt"))
+
+or with losses of one's own:
+
 plan = plan_fit("MODEL", parse_bytes("24GiB"), items)
 compress("MODEL", "OUT", plan.recipe)
 """
 
 from .budget import bytes_for_bits, directory_overhead, parse_bytes
-from .choose import fit_recipe
+from .choose import Fit, Planned, plan_output
 from .fit import FitPlan, FrontierPoint, frontier, plan_fit, plan_recipe
 from .problem import Candidate, Item
-from .sensitivity import (
-    DATA_FREE,
-    CompressedTrials,
-    SensitivityCollector,
-    measure_sensitivity,
-    output_energy,
-    predicted_loss,
-    weight_errors,
-)
+from .sensitivity import DATA_FREE, CompressedTrials, measure_sensitivity, weight_errors
 from .solver import Allocation, solve
+from .streamed import CALIBRATED, measure_streamed, streamed_losses
 
 __all__ = [
+    "CALIBRATED",
     "DATA_FREE",
     "Allocation",
     "Candidate",
     "CompressedTrials",
+    "Fit",
     "FitPlan",
     "FrontierPoint",
     "Item",
-    "SensitivityCollector",
+    "Planned",
     "bytes_for_bits",
     "directory_overhead",
-    "fit_recipe",
     "frontier",
     "measure_sensitivity",
-    "output_energy",
+    "measure_streamed",
     "parse_bytes",
     "plan_fit",
+    "plan_output",
     "plan_recipe",
-    "predicted_loss",
     "solve",
+    "streamed_losses",
     "weight_errors",
 ]

@@ -20,8 +20,9 @@ _UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
 _UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
 
 # Room for what is written as text: the settings of one recipe rule, one file's name and size, one matrix's calibration
-# (its tokens and a note), and all fixed keys of config.json and qmoe.json together.
-_RULE, _FILE, _MATRIX, _FIXED = 400, 120, 140, 4096
+# (its tokens and a note), what qmoe.json says of the budget and its frontier, and all fixed keys of config.json and
+# qmoe.json together.
+_RULE, _FILE, _MATRIX, _FIT, _FIXED = 400, 120, 140, 8192, 4096
 
 
 def parse_bytes(text: str | int) -> int:
@@ -87,7 +88,7 @@ def directory_overhead(
         )
     )
     plan = make_plan(checkpoint, layout, recipe, max_shard_bytes)
-    total = _FIXED
+    total = _FIXED + _FIT
     plain_text: dict[str, object] = {}
     weight_map: dict[str, str] = {}
     # One more shard than planned: an estimate decides where the next one begins.

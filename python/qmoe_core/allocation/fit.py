@@ -6,7 +6,7 @@ import glob
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,13 @@ import numpy as np
 
 from ..errors import QmoeError
 from ..families import analyze
-from ..quantize import METHODS
 from ..recipe import Recipe, Rule
 from ..source import SourceCheckpoint
 from .budget import directory_overhead, source_bytes
 from .problem import Candidate, Item, Tables
 from .solver import Allocation, hull_steps, solve
 
-MAX_POINTS = 200
+MAX_POINTS = 64
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ class FitPlan:
         recipe: what to compress with. budget: bytes of the whole directory; `overhead`: of everything but the records.
         allocation: the choice, its predicted loss and how far the best choice can be from it. items: what it was
             chosen from. frontier: the least loss for other sizes of the records.
-        basis: what the losses are: "measured" (nats per token of KL divergence), "weights" (mean relative error energy
-            of the weights), or "" where the items came from elsewhere.
+        basis: what the losses are: "streamed" (nats per token of KL divergence, predicted while the model streamed by),
+            "weights" (mean relative error energy of the weights), or "" where the items came from elsewhere.
     """
 
     recipe: Recipe
@@ -54,27 +53,46 @@ class FitPlan:
     basis: str = ""
 
     @property
-    def calibrated(self) -> bool:
-        """Whether the recipe has calibrated methods, and so `compress` needs calibration (and refuses it where not)."""
-        return any(rule.spec is not None and METHODS[rule.spec.method].needs_statistics for rule in self.recipe.rules)
-
-    @property
     def predicted_bytes(self) -> int:
         """Predicted size of the directory."""
         return self.overhead + self.allocation.nbytes
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types: the choice by tensor, the certificate, the frontier."""
-        chosen = zip(self.items, self.allocation.choice, strict=True)
+    def summary(self) -> dict[str, Any]:
+        """What qmoe.json and the report say: plain JSON types, losses to 7 digits. `counts`: how many tensors of each
+        role get each format; `frontier`: bytes of the whole directory and the least loss."""
+        counts: dict[str, dict[str, int]] = {}
+        for item, number in zip(self.items, self.allocation.choice, strict=True):
+            of_role = counts.setdefault(item.role, {})
+            name = short_name(item.candidates[number].settings)
+            of_role[name] = of_role.get(name, 0) + 1
+        certificate = self.allocation.to_dict()
         return {
             "budget": self.budget,
             "basis": self.basis,
             "overhead": self.overhead,
             "predicted_bytes": self.predicted_bytes,
-            "allocation": self.allocation.to_dict(),
-            "choice": {item.name: dict(item.candidates[number].settings) for item, number in chosen},
-            "frontier": [[point.nbytes, point.loss] for point in self.frontier],
+            "allocation": {name: _digits(value) for name, value in certificate.items()},
+            "counts": counts,
+            "frontier": [[self.overhead + point.nbytes, _digits(point.loss)] for point in self.frontier],
         }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary and the choice by tensor, as plain JSON types."""
+        chosen = zip(self.items, self.allocation.choice, strict=True)
+        choice = {item.name: dict(item.candidates[number].settings) for item, number in chosen}
+        return {**self.summary(), "choice": choice}
+
+
+def short_name(settings: Mapping[str, Any]) -> str:
+    """What a candidate is called in tables: its format's name and the method's options."""
+    spec = Rule.make(**settings).spec
+    if spec is None:
+        return "kept"
+    return " ".join([spec.format.name, *(f"{key} {value}" for key, value in spec.options.items())])
+
+
+def _digits(value: Any) -> Any:
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def plan_recipe(items: Sequence[Item], allocation: Allocation) -> Recipe:
@@ -116,13 +134,15 @@ def plan_fit(
     *,
     max_shard_bytes: int = 5 * 10**9,
     calibrated: bool = False,
+    basis: str = "",
 ) -> FitPlan:
     """The recipe of least predicted loss whose directory takes `budget` bytes at most.
 
     Args:
         source: the checkpoint. budget: bytes of the whole output directory.
-        items: all targets of the roles to compress, as `measure_sensitivity` or `SensitivityCollector` give them.
+        items: all targets of the roles to compress, as `measure_streamed` or `weight_errors` gives them.
         calibrated: whether the compression will be calibrated (its qmoe.json says more).
+        basis: as in `FitPlan`.
 
     Raises:
         QmoeError: `E_VALUE` where the budget is below the smallest possible directory, naming that size.
@@ -148,7 +168,7 @@ def plan_fit(
         )  # fmt: skip
     allocation = solve(items, budget - overhead)
     recipe = plan_recipe(items, allocation)
-    return FitPlan(recipe, budget, overhead, allocation, tuple(items), frontier(items))
+    return FitPlan(recipe, budget, overhead, allocation, tuple(items), frontier(items), basis)
 
 
 def _kept_exactly(item: Item, nbytes: int) -> Item:

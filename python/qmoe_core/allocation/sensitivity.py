@@ -1,23 +1,20 @@
 """What storing a tensor in each candidate format would cost: the losses that an allocation adds up.
 
-Two ways, by the size of the model:
+Streamed (`streamed.py`): with calibration, whatever the model's size. What `qmoe compress --fit --calibration` uses.
 
-Measured (`measure_sensitivity`), where the model fits into memory: each tensor alone is put into each candidate format,
-and the KL divergence of the predictions from the original's is measured on some calibration tokens. To second order
-in the weights' errors these divergences add up over tensors whose errors are independent.
+Weights (`weight_errors`): without calibration, the relative error energy of the weights alone.
 
-Local (`SensitivityCollector`), for models too large for that, layer by layer: the relative error energy of the tensor's
-own outputs, tr((W - Q) H (W - Q)^T) / tr(W H W^T) summed over its matrices, times an importance per tensor. Nothing
-tells the importance without running the rest of the model; it is the tensor's share of all weights unless the caller
-knows better, so that the relative errors of all weights count alike. Without calibration H is the identity.
+Measured (`measure_sensitivity`): where the model fits into memory, each tensor alone is put into each candidate format,
+and the KL divergence of the predictions from the original's is measured on some tokens. To second order in the weights'
+errors these divergences add up over tensors whose errors are independent. It judges what the others predict.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +22,10 @@ import numpy as np
 import torch
 
 from ..errors import QmoeError
-from ..families import Target, analyze
+from ..families import ModelLayout, Target, analyze
 from ..formats import Matrix, PackedTensor
 from ..progress import ProgressEvent
-from ..quantize import METHODS, MethodSpec, StackStatistics, default_method, quantize
+from ..quantize import METHODS, MethodSpec, default_method, quantize
 from ..recipe import Rule
 from ..source import SourceCheckpoint
 from .budget import source_bytes
@@ -55,7 +52,7 @@ DATA_FREE: tuple[Settings, ...] = (
 )
 
 
-def _tries(target: Target, candidates: Sequence[Settings]) -> list[tuple[int, Settings, MethodSpec | None]]:
+def tries_of(target: Target, candidates: Sequence[Settings]) -> list[tuple[int, Settings, MethodSpec | None]]:
     """(number, settings, what a rule of these settings would do) of the candidates that a target can have: "keep",
     where that is None, for linear layers only, since a packed experts module has all its tensors packed.
     Raises as `Rule.make`."""
@@ -65,25 +62,6 @@ def _tries(target: Target, candidates: Sequence[Settings]) -> list[tuple[int, Se
         if spec is not None or target.kind == "linear":
             tries.append((number, settings, spec))
     return tries
-
-
-def output_energy(matrices: torch.Tensor, statistics: StackStatistics | None) -> torch.Tensor:
-    """tr(M H M^T) of each of E float32 matrices (N, K): the energy of the outputs M x over all tokens that matrix saw.
-    (E,) float64. With M = W - Q it is the loss that calibrated methods minimise. Without statistics H = I."""
-    through = matrices if statistics is None else torch.bmm(matrices, statistics.hessian)
-    return (through * matrices).sum(dim=2, dtype=torch.float64).sum(dim=1)
-
-
-def predicted_loss(
-    weights: torch.Tensor, statistics: StackStatistics | None, matrices: Sequence[Matrix] | torch.Tensor
-) -> torch.Tensor:
-    """tr((W - Q) H (W - Q)^T) of each matrix of a stack, (E,) float64.
-
-    Args:
-        weights: (E, N, K) float32. matrices: Q, quantized or as a tensor (E, N, K).
-    """
-    quantized = matrices if isinstance(matrices, torch.Tensor) else _stacked(matrices)
-    return output_energy(weights - quantized.to(weights.device), statistics)
 
 
 def _stacked(matrices: Sequence[Matrix]) -> torch.Tensor:
@@ -125,71 +103,16 @@ class CompressedTrials:
         return packed.nbytes, torch.from_numpy(stack)
 
 
-@dataclass
-class SensitivityCollector:
-    """Collects local losses of candidates while something streams through the layers.
-
-    Attributes:
-        candidates: settings of the formats to choose from. trial: how they are tried.
-        table: target name -> {"role", "weights", "energy", "candidates": [[number, nbytes, error energy], ...]}: plain
-            JSON types, so that a journal can keep it.
-    """
-
-    candidates: Sequence[Settings] = DATA_FREE
-    trial: Trial = data_free
-    table: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, target: Target, weights: torch.Tensor, statistics: StackStatistics | None = None) -> None:
-        """Tries every candidate on some matrices of a target; call it once for each of them.
-
-        Args:
-            weights: (E', N, K) float32, any of the target's matrices, on any device.
-            statistics: of the same matrices on the same device, or None for the errors of the weights themselves.
-        """
-        tries = _tries(target, self.candidates)
-        new = {
-            "role": target.role,
-            "weights": 0,
-            "energy": 0.0,
-            "candidates": [[number, 0, 0.0] for number, *_ in tries],
-        }
-        row = self.table.setdefault(target.name, new)
-        row["weights"] += weights.numel()
-        row["energy"] += float(output_energy(weights, statistics).sum())
-        for entry, (number, _, spec) in zip(row["candidates"], tries, strict=True):
-            if spec is None:
-                entry[1] += 2 * weights.numel()
-                continue
-            nbytes, quantized = self.trial(target, weights, number, spec)
-            entry[1] += nbytes
-            entry[2] += float(predicted_loss(weights, statistics, quantized).sum())
-
-    def items(self, importance: Callable[[str], float] | None = None) -> list[Item]:
-        """The items to allocate: loss = importance of the tensor x relative error energy of its outputs. The importance
-        is the share of all weights that are the tensor's, unless a function of the tensor's name says otherwise."""
-        total = sum(row["weights"] for row in self.table.values())
-        result = []
-        for name, row in self.table.items():
-            scale = row["weights"] / total if importance is None else importance(name)
-            scale = scale / row["energy"] if row["energy"] > 0 else 0.0
-            candidates = tuple(
-                Candidate(nbytes, error * scale, dict(self.candidates[number]))
-                for number, nbytes, error in row["candidates"]
-            )
-            result.append(Item(name, row["weights"], candidates, row["role"]))
-        return result
-
-
 @contextmanager
-def _targets(directory: Path, roles: Iterable[str]) -> Iterator[tuple[SourceCheckpoint, list[Target]]]:
-    """The open source and its targets of these roles. `E_VALUE` where there are none."""
+def targets_of(directory: Path, roles: Iterable[str]) -> Iterator[tuple[SourceCheckpoint, ModelLayout, list[Target]]]:
+    """The open source, its layout, and its targets of these roles. `E_VALUE` where there are none."""
     wanted = frozenset(roles)
     with SourceCheckpoint(directory) as checkpoint:
         layout = analyze(directory, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
         targets = [target for target in layout.targets if target.role in wanted]
         if not targets:
             raise QmoeError("E_VALUE", "no weights of these roles in this model", file=directory, actual=sorted(wanted))
-        yield checkpoint, targets
+        yield checkpoint, layout, targets
 
 
 def weight_errors(
@@ -199,19 +122,38 @@ def weight_errors(
     roles: Iterable[str] = ("expert",),
     progress: Progress | None = None,
 ) -> list[Item]:
-    """Items by the relative errors of the weights alone: no tokens, no forward pass, one matrix in memory at a time.
+    """Items by the errors of the weights alone: no tokens, no forward pass, one matrix in memory at a time. The loss is
+    the relative error energy times the tensor's share of all weights.
 
-    A poor judge of what matters to the model: prefer `measure_sensitivity`. Sizes are those of records of one matrix
-    each, so a little too large. Arguments and errors as there.
+    A poor judge of what matters to the model. Sizes are those of records of one matrix each, so a little too large.
+    Arguments and errors as of `measure_sensitivity`.
     """
-    collector = SensitivityCollector(candidates)
-    with _targets(Path(directory), roles) as (checkpoint, targets):
+    rows = []
+    with targets_of(Path(directory), roles) as (checkpoint, _, targets):
         for number, target in enumerate(targets):
+            tries, energy = tries_of(target, candidates), 0.0
+            sizes, errors = [0] * len(tries), [0.0] * len(tries)
             for weight in target.matrices(checkpoint.read):
-                collector.add(target, weight.unsqueeze(0))
+                energy += float(weight.square().sum(dtype=torch.float64))
+                for place, (candidate, _, spec) in enumerate(tries):
+                    if spec is None:
+                        sizes[place] = source_bytes(checkpoint, target)
+                        continue
+                    nbytes, quantized = data_free(target, weight.unsqueeze(0), candidate, spec)
+                    sizes[place] += nbytes
+                    errors[place] += float((weight - quantized[0]).square().sum(dtype=torch.float64))
+            rows.append((target, tries, energy, sizes, errors))
             if progress is not None:
                 progress(ProgressEvent("sensitivity", number + 1, len(targets), target.name))
-    return collector.items()
+    total = sum(math.prod(target.shape) for target, *_ in rows)
+    items = []
+    for target, tries, energy, sizes, errors in rows:
+        weights = math.prod(target.shape)
+        scale = weights / total / energy if energy > 0 else 0.0
+        made = zip(sizes, errors, tries, strict=True)
+        candidates_of = tuple(Candidate(size, error * scale, dict(settings)) for size, error, (_, settings, _) in made)
+        items.append(Item(target.name, weights, candidates_of, target.role))
+    return items
 
 
 def measure_sensitivity(
@@ -248,17 +190,17 @@ def measure_sensitivity(
     from ..generation import load_model
 
     directory, items = Path(directory), []
-    with _targets(directory, roles) as (checkpoint, targets):
+    with targets_of(directory, roles) as (checkpoint, _, targets):
         model = load_model(directory, dtype=torch.float32)
         ids = _windows(tokens, window, max_tokens, model.config.get_text_config(decoder=True).vocab_size)
         batches = [ids[first : first + batch_size] for first in range(0, len(ids), batch_size)]
-        done, total = 0, sum(len(_tries(target, candidates)) for target in targets)
+        done, total = 0, sum(len(tries_of(target, candidates)) for target in targets)
         with _evaluating(model), torch.inference_mode():
             expected = [_predict(model, batch)[0] for batch in batches]
             for target in targets:
                 weights = torch.stack(list(target.matrices(checkpoint.read)))
                 parameter = model.get_submodule(target.module).get_parameter(target.parameter)
-                kept, measured, tries = parameter.data, [], _tries(target, candidates)
+                kept, measured, tries = parameter.data, [], tries_of(target, candidates)
                 for number, settings, spec in tries:
                     if spec is None:
                         measured.append(Candidate(source_bytes(checkpoint, target), 0.0, dict(settings)))

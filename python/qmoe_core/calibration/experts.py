@@ -41,6 +41,12 @@ def add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total.addmm_(left[first : first + ROWS].T, right[first : first + ROWS])
 
 
+# Takes a target, some of its matrices (E', N, K) float32, their statistics with `row_importance`, and by what to
+# multiply an error that these give to have it as a share of the energy of the layer's output without routed experts:
+# (E',) float32, 1 where tokens are weighted by the gate already.
+Measure = Callable[[Target, torch.Tensor, StackStatistics, torch.Tensor], None]
+
+
 @dataclass
 class StackResult:
     """One quantized stack, growing chunk by chunk; matrices and reports only on the process that leads."""
@@ -76,6 +82,7 @@ class ExpertsStage:
         energy: float,
         tell: Callable[[int, int], None],
         group: Group,
+        measure: Measure | None = None,
     ) -> None:
         """
         Args:
@@ -85,10 +92,13 @@ class ExpertsStage:
             energy: mean squared norm of the layer's output per token, without these experts.
             tell: called with experts done and in total.
             group: the processes that share the tokens.
+            measure: gets the matrices and their statistics, and nothing is quantized.
         """
+        self.measure = measure
         self.module, self.first, self.down, self.results, self.read = module, first, down, results, read
         self.device, self.gate_weighted, self.energy, self.tell = device, gate_weighted, max(energy, 1e-30), tell
         self.group, self.rows = group, 0  # tokens of all processes
+        self.gates = torch.empty(0)  # (experts,): mean squared routing weight, 1 where tokens carry it already
         self.counts = torch.empty(0, 0, dtype=torch.int64)  # (processes, experts): whose tokens each expert saw
         (experts, n1, k1), (_, n2, k2) = first.shape, down.shape
         each = 4 * (2 * max(k1 * k1, k2 * k2) + 2 * n1 * k1 + 2 * n2 * k2)
@@ -105,8 +115,10 @@ class ExpertsStage:
             original.make_outputs()
         experts = self.first.shape[0]
         self.counts = torch.stack(self.group.gather_all(tap.counts(experts)))
-        self.rows = sum(self.group.gather_all(tap.rows))
+        self.rows = sum(self.group.gather_all(tap.counted))
         pooled = self._pooled(tap) if self._calibrated(self.first) else None
+        if self.measure is not None:
+            self.gates = self._gates(tap)
         for work in rounds(experts, self.chunk, self.group.size):
             self._round(work, tap, original, pooled)
             self.tell(work.experts.stop, experts)
@@ -171,17 +183,20 @@ class ExpertsStage:
         module: Any = self.module
         assert tap.outputs is not None
         for expert in experts:
-            for rows, gate, x in self._rows(tap, expert):
+            for rows, gate, x in self._rows(tap, tap.routed(expert)):
                 states = self._hidden(expert, x, up[expert - experts.start]) @ down[expert - experts.start].T
                 states = states + self._bias(self.down.parameter, expert)
                 if getattr(module, "has_post_expert_norm", False):
                     states = module.post_expert_norm(states)
                 tap.outputs.add(rows, states * gate)
 
-    def _rows(self, tap: ExpertsTap, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(rows, routing weights (n, 1), inputs (n, K)) of an expert, piece by piece; the last two on the device."""
+    def _rows(
+        self, tap: ExpertsTap, routed: tuple[torch.Tensor, torch.Tensor]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(rows, routing weights (n, 1), inputs (n, K)) of an expert's tokens, as the tap gives them, piece by piece;
+        the last two on the device."""
         assert tap.inputs is not None
-        rows, gate = tap.routed(expert)
+        rows, gate = routed
         for first in range(0, len(rows), ROWS):
             piece = rows[first : first + ROWS]
             x = tap.inputs.gather(piece).to(self.device)
@@ -194,12 +209,20 @@ class ExpertsStage:
         assert tap.inputs is not None and tap.weight is not None
         width = self.first.shape[2]
         total = torch.zeros(width, width, device=self.device)
-        for first in range(0, tap.rows, ROWS):
-            x = tap.inputs.read(first, min(first + ROWS, tap.rows)).to(self.device)
+        for first in range(0, tap.counted, ROWS):
+            last = min(first + ROWS, tap.counted)
+            x = tap.inputs.read(first, last).to(self.device)
             if self.gate_weighted:
-                x = x * tap.weight[first : first + ROWS].square().mean(1, keepdim=True).sqrt().to(self.device)
+                x = x * tap.weight[first:last].square().mean(1, keepdim=True).sqrt().to(self.device)
             total.addmm_(x.T, x)
         return self.group.sum(total)
+
+    def _gates(self, tap: ExpertsTap) -> torch.Tensor:
+        experts = self.first.shape[0]
+        if self.gate_weighted:
+            return torch.ones(experts)
+        sums = torch.tensor([float(tap.seen(expert)[1].square().sum()) for expert in range(experts)])
+        return self.group.sum(sums) / self.counts.sum(0).clamp(min=1)
 
     def _statistics(
         self,
@@ -248,7 +271,7 @@ class ExpertsStage:
         hessian = torch.zeros(len(experts), width, width, device=self.device)
         drift = torch.zeros_like(hessian if original is not None else hessian[:0])
         for at, expert in enumerate(experts):
-            for rows, gate, x in self._rows(tap, expert):
+            for rows, gate, x in self._rows(tap, tap.seen(expert)):
                 y = transform(expert, x)
                 y_original = None
                 if original is not None:
@@ -283,7 +306,7 @@ class ExpertsStage:
         totals: list[int] = self.counts.sum(0).tolist()
         before: list[int] = self.counts[: self.group.rank].sum(0).tolist()
         for at, expert in enumerate(work.experts):
-            rows, gate = tap.routed(expert)
+            rows, gate = tap.seen(expert)
             if totals[expert] == 0:
                 importance[at] = 1.0 / self.group.size
             if len(rows) == 0:
@@ -313,6 +336,10 @@ class ExpertsStage:
             return weights
         mine = work.shares[self.group.rank]
         own = weights[work.places(mine)]
+        if self.measure is not None:
+            if statistics is not None and len(mine):
+                self.measure(target, own, statistics, self.gates[mine.start : mine.stop])
+            return weights
         if statistics is None:
             pairs = [
                 methods.quantize(weight.cpu(), result.spec, tensor=f"{target.name}[{expert}]")

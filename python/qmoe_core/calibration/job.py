@@ -33,6 +33,7 @@ from ..quantize import MethodSpec, TensorReport
 from ..source import SourceCheckpoint
 from ..store import ShardWriter, crc32c, io_errors, read_chunks, write_atomic
 from .distributed import Group
+from .experts import Measure
 from .layer import LayerResult, needs_statistics
 from .pipeline import Decisions, Pipeline, check_device
 from .spec import CalibrationSpec, CalibrationTokens, load_tokens
@@ -76,6 +77,17 @@ def prepare(
             f"method '{method}' needs calibration: give text or tokens to calibrate on",
             tensor=calibrated[0].removesuffix("_qmoe"),
         )
+    return load_calibration(checkpoint, spec, device, group)
+
+
+def load_calibration(checkpoint: SourceCheckpoint, spec: CalibrationSpec, device: str, group: Group) -> Calibration:
+    """The tokens that `spec` describes, once this model is known to run layer by layer on them.
+
+    Raises:
+        QmoeError: `E_VALUE` (too few tokens, settings), `E_NO_KERNEL`, `E_MISSING`, `E_CORRUPT`, `E_LAYOUT` (not a
+            decoder-only model).
+    """
+    check_device(device)
     if spec.dtype != "float32" and not device.startswith("cuda"):
         raise QmoeError("E_VALUE", "calibration on the CPU is in float32", expected="float32", actual=spec.dtype)
     config = checkpoint.config
@@ -175,10 +187,10 @@ class CalibratedRecords:
             self._entries |= step["records"]
         if steps and steps[-1]["layer"] + 1 == steps[-1]["layers"]:
             self.calibration.group.from_leader(None)
-            self._remove_activations()
+            remove_activations(self.journal.path)
             return
         start = self.calibration.group.from_leader(Start(len(steps), steps[-1]["states"] if steps else []))
-        _run(
+        run_layers(
             self.checkpoint,
             self.layout,
             self.decisions,
@@ -189,9 +201,9 @@ class CalibratedRecords:
             lambda: self._start_anew(finished),
             self._keep,
         )
-        self._remove_activations()
+        remove_activations(self.journal.path)
 
-    def _keep(self, result: LayerResult, layers: int, states: list[dict[str, int]]) -> None:
+    def _keep(self, result: LayerResult, layers: int, states: list[dict[str, int]], _: list[None]) -> None:
         """Makes a finished layer's records durable, and then the journal say so; `states`: of every process."""
         records = {}
         for stack in result.stacks:
@@ -228,11 +240,13 @@ class CalibratedRecords:
         self._entries.clear()
         self.journal.rewind(0)
 
-    def _remove_activations(self) -> None:
-        with io_errors(self.journal.path):
-            for pattern in ("activations-*", "experts-*"):
-                for file in self.journal.path.glob(pattern):
-                    file.unlink()
+
+def remove_activations(directory: Path) -> None:
+    """Deletes the activations of a finished run over the layers."""
+    with io_errors(directory):
+        for pattern in ("activations-*", "experts-*"):
+            for file in directory.glob(pattern):
+                file.unlink()
 
 
 @dataclass(frozen=True)
@@ -258,7 +272,7 @@ def follow(
         return
     if not directory.is_dir():
         raise QmoeError("E_MISSING", "the output must be where all processes see it", file=directory.parent)
-    _run(
+    run_layers(
         checkpoint,
         layout,
         _decisions(packed_items(plan)),
@@ -271,7 +285,7 @@ def follow(
     )
 
 
-def _run(
+def run_layers(
     checkpoint: SourceCheckpoint,
     layout: ModelLayout,
     decisions: Decisions,
@@ -280,13 +294,17 @@ def _run(
     tell: Callable[[int, int, str], None],
     start: Start,
     start_anew: Callable[[], None],
-    keep: Callable[[LayerResult, int, list[dict[str, int]]], None],
+    keep: Callable[[LayerResult, int, list[dict[str, int]], list[Any]], None],
+    measure: Measure | None = None,
+    found: Callable[[LayerResult], Any] = lambda _: None,
 ) -> None:
     """Runs the layers from `start`, or all of them (after `start_anew`) where the activations of any process are not
-    sound. `keep` takes each layer's results on the leading process, once all processes have made theirs durable."""
+    sound. `keep` takes each layer's results on the leading process, once all processes have made theirs durable: the
+    layer, how many there are, the CRC32Cs of all processes' activations, and what `found` says on each of them.
+    `measure`: see `Pipeline`."""
     group, spec = calibration.group, calibration.spec
     with Pipeline(
-        checkpoint, layout, decisions, calibration.tokens.ids, spec, calibration.device, directory, tell, group
+        checkpoint, layout, decisions, calibration.tokens.ids, spec, calibration.device, directory, tell, group, measure
     ) as pipeline:
         first = start.layer
         states = start.states[group.rank] if start.states else {}
@@ -295,9 +313,9 @@ def _run(
             first = 0
             pipeline.begin(0, {})
         for result in pipeline.layers(first):
-            gathered = group.gather(result.states)
+            gathered = group.gather((result.states, found(result)))
             if gathered is not None:
-                keep(result, pipeline.count, gathered)
+                keep(result, pipeline.count, [states for states, _ in gathered], [part for _, part in gathered])
     group.barrier()  # nobody uses files any more
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import nn
 from .. import quantize as methods
 from ..errors import QmoeError
 from ..families import FUSED_PARAMETERS, Target
-from ..quantize import MethodSpec
+from ..quantize import MethodSpec, StackStatistics
+from ..quantize.feedback import output_error
 from ..source import CheckedReader
 from .buffers import States
 from .experts import ExpertsStage, StackResult
@@ -24,6 +25,8 @@ from .tap import ExpertsTap
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
+NOISE = 0.05  # relative change of a weight that tells what its errors do
+
 
 def needs_statistics(spec: MethodSpec) -> bool:
     return methods.METHODS[spec.method].needs_statistics
@@ -31,11 +34,17 @@ def needs_statistics(spec: MethodSpec) -> bool:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A finished layer: its quantized stacks, and the CRC32C of the next layer's inputs by stream, already durable."""
+    """A finished layer: its quantized stacks, and the CRC32C of the next layer's inputs by stream, already durable.
+
+    Where layers are measured, `routed` is the energy of the layer's output over what it is without the routed experts,
+    and the last one's `gains` are those of all layers (`probes.py`).
+    """
 
     index: int
     stacks: list[StackResult]
     states: dict[str, int]
+    routed: float = 1.0
+    gains: list[float] | None = None
 
 
 class Layer:
@@ -54,6 +63,8 @@ class Layer:
                 reader = CheckedReader(pipeline.checkpoint)
                 self.results[target.name] = StackResult(target, pipeline.decisions[target.name][1], reader)
         self.taps: dict[str, list[ExpertsTap]] = {}  # by module: of the compressed layer, and of the original one
+        self.energy = 0.0  # of the layer's output, per token, without the routed experts
+        self.routed = 1.0
 
     def _relative(self, module: str) -> str:
         return module.removeprefix(f"{self.path}.")
@@ -92,7 +103,7 @@ class Layer:
             pipeline.skeleton.weights.release(replaced)
         self._tell(1.0, self.path)
         ordered = [self.results[target.name] for target in self.targets if target.name in self.results]
-        return LayerResult(self.index, ordered, states)
+        return LayerResult(self.index, ordered, states, self.routed)
 
     # Running the layer.
 
@@ -101,7 +112,8 @@ class Layer:
         for number, module in enumerate(sorted(self.fused)):
             for stream in ("compressed", "original")[: 1 if self.original is None else 2]:
                 spill = self.p.directory / f"experts-{number}-{stream}{self.p.group.suffix}"
-                self.taps.setdefault(module, []).append(ExpertsTap(module, rows, self.p.budget, spill))
+                tap = ExpertsTap(module, rows, self.p.budget, spill, self.p.counted * self.p.ids.shape[1])
+                self.taps.setdefault(module, []).append(tap)
 
     def _call(self, module: nn.Module, states: States, first: int, last: int) -> torch.Tensor:
         """The layer on some windows, (n, window, ...) float32 on the device."""
@@ -117,7 +129,7 @@ class Layer:
         """Runs the layer on all windows, the original one (if there is one) before the compressed one. Returns the mean
         squared norm of the compressed one's output per token, of all processes."""
         pipeline, energy = self.p, 0.0
-        for first, last in pipeline.batches():
+        for first, last in pipeline.batches(counted=statistics is not None):
             for taps in self.taps.values():
                 for tap in taps:
                     tap.position = first * pipeline.ids.shape[1]
@@ -134,10 +146,12 @@ class Layer:
                 if statistics is not None:
                     stack.enter_context(statistics.compressed(self.module, self.path))
                 out = self._call(self.module, states, first, last)
-            energy += float(out.square().sum(dtype=torch.float64))
+            energy += float(out[: max(0, pipeline.counted - first)].square().sum(dtype=torch.float64))
             if write:
+                if pipeline.probes is not None:
+                    pipeline.probes.disturb(self.index, first, states.read(self.index, first, last), out)
                 states.write(first, out)
-        sums = pipeline.group.gather_all((energy, pipeline.ids.numel()))
+        sums = pipeline.group.gather_all((energy, pipeline.counted * pipeline.ids.shape[1]))
         return sum(energy for energy, _ in sums) / sum(tokens for _, tokens in sums)
 
     def _stages(self) -> list[str | list[Target]]:
@@ -201,6 +215,10 @@ class Layer:
         assert used is not None
         group, pairs = self.p.group, []
         owner = 0 if statistics is None else statistics.owner(target, group)
+        if self.p.measure is not None:
+            if statistics is not None and group.rank == owner:
+                self._measure_linear(target, weight.to(self.p.device), used, statistics.of(target))
+            return
         if statistics is not None:
             result.tokens.append(statistics.tokens[target.name])
         if group.rank == owner:
@@ -217,12 +235,32 @@ class Layer:
         group.copy_from(used, owner)
         result.take(group.gather(pairs))
 
+    def _measure_linear(
+        self, target: Target, weight: torch.Tensor, used: torch.Tensor, statistics: StackStatistics
+    ) -> None:
+        """Measures a linear layer. What an error in its outputs does to the layer's own output is not known in advance,
+        unlike that of an expert: a small random change of the weight tells, on the first windows."""
+        assert self.p.measure is not None
+        generator = torch.Generator().manual_seed(0)
+        change = torch.randn(weight.shape, generator=generator).to(weight) * (NOISE * weight.square().mean().sqrt())
+        first, last = next(self.p.batches())
+        states = self.p.streams["compressed"]
+        before = self._call(self.module, states, first, last)
+        kept = used.clone()
+        used.copy_(weight + change)
+        moved = self._call(self.module, states, first, last) - before
+        used.copy_(kept)
+        share = moved.square().sum(dtype=torch.float64) / before.square().sum(dtype=torch.float64)
+        energy = output_error(change[None], statistics.hessian) / statistics.tokens.clamp(min=1)
+        importance = (share / energy.clamp(min=1e-30)).float().unsqueeze(1).expand(1, target.shape[1])
+        self.p.measure(target, weight[None], replace(statistics, row_importance=importance), torch.ones(1))
+
     def _experts(self, module: str) -> None:
         self._set_taps("skip")
         taps = self.taps[module]
         for tap in taps:
             tap.mode = "record"
-        energy = self._pass()
+        energy = self.energy = self._pass()
         by_parameter = {target.parameter: target for target in self.targets if target.module == module}
         first = by_parameter.get("gate_up_proj") or by_parameter["up_proj"]
         experts_bytes = sum(
@@ -242,18 +280,22 @@ class Layer:
             gate_weighted=self.p.spec.gate_weighted,
             group=self.p.group,
             energy=energy,
+            measure=self.p.measure,
             tell=lambda done, total: self._tell(share * done / total, f"{module} ({done} of {total} experts)"),
         )
         stage.run(taps[0], taps[1] if len(taps) > 1 else None)
 
     def _write(self) -> dict[str, int]:
-        """Makes the next layer's inputs and makes them durable; behind the last layer nobody needs them."""
-        if self.index + 1 == self.p.count:
+        """Makes the next layer's inputs and makes them durable; behind the last layer nobody needs them, but measuring
+        takes their energy."""
+        if self.index + 1 == self.p.count and self.p.measure is None:
             return {}
         self.p.group.barrier()  # what is overwritten here nobody needs once the layer before is in the journal
         streams = self.p.streams
         for states in streams.values():
             states.begin(self.index + 1)
         self._set_taps("replay")
-        self._pass(write=True)
+        energy = self._pass(write=True)
+        if self.energy > 0:
+            self.routed = energy / self.energy
         return {name: states.commit() for name, states in streams.items()}

@@ -18,6 +18,7 @@ many processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ from ..quantize import MethodSpec
 from ..source import SourceCheckpoint
 from .buffers import Budget, States
 from .distributed import Group
+from .experts import Measure
 from .layer import Layer, LayerResult, needs_statistics
+from .probes import Probes
 from .skeleton import Arguments, Skeleton, cast_arguments, same_arguments
 from .spec import CalibrationSpec
 
@@ -70,6 +73,7 @@ class Pipeline:
         directory: Path,
         tell: Callable[[int, int, str], None],
         group: Group,
+        measure: Measure | None = None,
     ) -> None:
         """
         Args:
@@ -77,12 +81,16 @@ class Pipeline:
             directory: for activations and what does not fit in memory.
             tell: progress: bytes of the source done and in total, and where.
             group: the processes that share the windows.
+            measure: where given, nothing is compressed: every layer, to the last, sees the original's activations, and
+                this is called with the matrices that would be compressed and their statistics, on the process that owns
+                them. The last layer's result then has the gains of all (`probes.py`).
 
         Raises:
             QmoeError: `E_LAYOUT` for a model that cannot be run layer by layer, or with a calibrated target outside of
                 its decoder layers.
         """
         self.checkpoint, self.decisions, self.spec, self.group = checkpoint, decisions, spec, group
+        self.measure = measure
         windows = group.part(range(len(ids)))
         self.ids = torch.tensor(ids[windows.start : windows.stop])
         self.device, self.directory, self.tell = check_device(device), directory, tell
@@ -104,6 +112,12 @@ class Pipeline:
                     )
                 calibrated = max(calibrated, layer)
         self.count = calibrated + 1
+        self.counted = len(self.ids)  # windows that statistics are taken of; behind them are copies for probes
+        self.probes: Probes | None = None
+        if measure is not None:
+            self.count = len(self.skeleton.layers)
+            self.probes = Probes(self.count, self.ids)
+            self.ids = self.probes.extended(self.ids)
         self.bytes = self._layer_bytes(layout)
         self.arguments: dict[int, list[Arguments]] = {}  # by batch size, then by layer
         self.budget = Budget(spec.buffer_bytes)
@@ -134,22 +148,27 @@ class Pipeline:
 
     # Activations.
 
-    def batches(self) -> Iterator[tuple[int, int]]:
-        for first in range(0, len(self.ids), self.spec.batch_size):
-            yield first, min(first + self.spec.batch_size, len(self.ids))
+    def batches(self, counted: bool = False) -> Iterator[tuple[int, int]]:
+        """(first, last) windows of each batch; `counted`: of windows that statistics are taken of only. No batch has
+        windows of both kinds."""
+        ends = [self.counted] if counted or self.counted == len(self.ids) else [self.counted, len(self.ids)]
+        start = 0
+        for end in ends:
+            for first in range(start, end, self.spec.batch_size):
+                yield first, min(first + self.spec.batch_size, end)
+            start = end
 
     @torch.no_grad()
     def begin(self, layer: int, crcs: dict[str, int]) -> bool:
         """Makes the inputs of `layer` available: 0 starts anew; a later one takes up what a killed run left durable,
         whose CRC32C by stream are `crcs`. False if that is not sound."""
-        batches = list(self.batches())
         names = ["compressed", "original"] if self.spec.drift else ["compressed"]
         suffix, self.arguments = self.group.suffix, {}
         for states in self.streams.values():
             states.begin(layer)
         with self.skeleton.surroundings():
-            for number, (first, last) in enumerate(batches):
-                if layer > 0 and number not in (0, len(batches) - 1):
+            for first, last in self.batches():
+                if layer > 0 and last - first in self.arguments:
                     continue
                 hidden, arguments = self.skeleton.trace(self.ids[first:last])
                 if not self.streams:
@@ -175,5 +194,16 @@ class Pipeline:
         """Runs the layers from `start`, whose inputs `begin` has made available."""
         done = sum(self.bytes[:start])
         for index in range(start, self.count):
-            yield Layer(self, index, done).run()
+            result = Layer(self, index, done).run()
+            if self.probes is not None and index + 1 == self.count:
+                result = replace(result, gains=self._gains(self.probes))
+            yield result
             done += self.bytes[index]
+
+    @torch.no_grad()
+    def _gains(self, probes: Probes) -> list[float]:
+        """The mean over the processes, which have different windows."""
+        states = self.streams["compressed"]
+        with self.skeleton.surroundings(head=True):
+            gains = probes.gains(lambda window: states.read(self.count, window, window + 1)[0], self.skeleton.predict)
+        return np.mean(self.group.gather_all(gains), axis=0).tolist()

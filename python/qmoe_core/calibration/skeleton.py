@@ -36,7 +36,7 @@ class Skeleton:
 
     def __init__(self, directory: Path, layout: ModelLayout, checkpoint: SourceCheckpoint, device: str) -> None:
         """Raises `E_LAYOUT` for models that have no single stack of decoder layers with experts."""
-        self.device = device
+        self.device, self._as_tuple = device, False
         self.model: PreTrainedModel = build_meta_model(directory).eval()
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise QmoeError(
@@ -78,17 +78,41 @@ class Skeleton:
         return int(number) if head == "" and number.isdigit() else None
 
     @contextlib.contextmanager
-    def surroundings(self) -> Iterator[None]:
-        """Everything of the decoder but its layers is in memory inside the block."""
+    def surroundings(self, head: bool = False) -> Iterator[None]:
+        """Everything of the decoder but its layers is in memory inside the block; with `head` also what makes
+        predictions of it."""
         decoder = self.path.rpartition(".")[0]
         layers = f"{self.path}."
         inside = [name for name, _ in self.model.named_parameters() if name.startswith(layers)]
         inside += [name for name, _ in self.model.named_buffers() if name.startswith(layers)]
-        replaced = self.weights.fill(decoder, inside, self.device, torch.float32)
+        replaced: dict[str, nn.Parameter] = {}
         try:
+            if head:  # first, since it may be tied to the embeddings, which are then no longer what the head knows
+                replaced |= self.weights.fill(self._head(), [], self.device, torch.float32)
+            replaced |= self.weights.fill(decoder, inside, self.device, torch.float32)
             yield
         finally:
             self.weights.release(replaced)
+
+    def _head(self) -> str:
+        """The path of the module that makes logits of the last activations."""
+        head = self.model.get_output_embeddings()
+        path = next((name for name, module in self.model.named_modules() if module is head), None)
+        if head is None or path is None:
+            raise self._refuse("has no head for predictions")
+        return path
+
+    def predict(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model makes of the last layer's output: (n, ...) float32 -> logits (n, vocabulary). Call it inside
+        `surroundings(head=True)`."""
+        last = hidden.unsqueeze(0).to(self.device)
+
+        def forward(*_: Any, **__: Any) -> Any:
+            return (last,) if self._as_tuple else last
+
+        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
+        with replaced_forwards({layer: forward for layer in self.layers}), torch.no_grad():
+            return self.model(input_ids=ids, use_cache=False).logits[0].float()
 
     def trace(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
         """What the layers get for a batch of windows. Call inside `surroundings`.
@@ -104,7 +128,9 @@ class Skeleton:
         """
         for as_tuple in (False, True):  # layers return their output bare, or, in older models, as the first of a tuple
             with contextlib.suppress(_WrongReturn):
-                return self._trace(ids, as_tuple)
+                result = self._trace(ids, as_tuple)
+                self._as_tuple = as_tuple
+                return result
         raise self._refuse("does not pass each layer's output to the next")
 
     def _trace(self, ids: torch.Tensor, as_tuple: bool) -> tuple[torch.Tensor, list[Arguments]]:

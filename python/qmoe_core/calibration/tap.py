@@ -16,11 +16,12 @@ class ExpertsTap:
     Attributes:
         inputs: (T, H) what the experts were given; index: (T, k) int64, weight: (T, k) float32; outputs: (T, H).
         position: the row that the next call begins with; whoever runs the layer keeps it right.
+        counted: how many leading rows statistics are taken of; those behind them only run along.
         mode: "record"; "replay" to hand back `outputs`; "skip" to return zeros and note nothing.
     """
 
-    def __init__(self, name: str, rows: int, budget: Budget, spill: Path) -> None:
-        self.name, self.rows, self.position = name, rows, 0
+    def __init__(self, name: str, rows: int, budget: Budget, spill: Path, counted: int) -> None:
+        self.name, self.rows, self.position, self.counted = name, rows, 0, counted
         self.mode = "skip"
         self.inputs: RowBuffer | None = None
         self.outputs: RowBuffer | None = None
@@ -76,9 +77,15 @@ class ExpertsTap:
         places = order[first:last]
         return places // self.index.shape[1], self.weight.reshape(-1)[places]
 
+    def seen(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`routed`, of the tokens that count for statistics."""
+        rows, weights = self.routed(expert)
+        count = int(torch.searchsorted(rows, self.counted))
+        return rows[:count], weights[:count]
+
     def counts(self, experts: int) -> torch.Tensor:
-        """(experts,) int64: how many tokens each expert was given."""
-        return torch.tensor([len(self.routed(expert)[0]) for expert in range(experts)])
+        """(experts,) int64: how many tokens that count each expert was given."""
+        return torch.tensor([len(self.seen(expert)[0]) for expert in range(experts)])
 
     def close(self) -> None:
         for buffer in (self.inputs, self.outputs):

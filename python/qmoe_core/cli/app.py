@@ -153,6 +153,10 @@ def compress(
         ),
     ] = False,
     recover_steps: Annotated[int | None, typer.Option(help="Its optimizer steps.", min=1, show_default="400")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write report.html and its plots into this directory.", show_default=False),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where calibrated methods compute: cpu or cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -168,7 +172,6 @@ def compress(
         if method is None and recipe is None and calibration is not None and not budgeted:
             method = Method.gptq
         settings = _calibration(calibration, calibration_tokens, calibration_window, drift, gate_weighted)
-        recovery_text = settings  # also where the plan of a budget needs no calibration
         if recover and settings is None:
             raise UsageError("--recover tunes on the text of --calibration")
         if recover_steps is not None and not recover:
@@ -187,38 +190,37 @@ def compress(
         elif allow is not None:
             raise UsageError("--allow needs --fit or --bits")
         else:
-            chosen = _recipe(format, group, method, symmetric, half_step, scale_dtype, option or [], recipe)
+            chosen: Recipe | Fit = _recipe(
+                format, group, method, symmetric, half_step, scale_dtype, option or [], recipe
+            )
         from .. import compress as run
         from ..calibration.distributed import processes
         from ..calibration.spec import tokens_for
 
-        team = outer.enter_context(processes())
-        with out.progress() as progress:
-            if budgeted:
-                from ..allocation import fit_recipe
+        if budgeted:
+            from ..allocation import Fit
 
-                with team.shared_errors():  # one process plans for all
-                    planned: tuple[Recipe, bool] | None = None
-                    if team.leads:
-                        plan = fit_recipe(
-                            source, size=fit, bits=bits, allow=allow.split(",") if allow else (), calibration=settings,
-                            progress=progress,
-                        )  # fmt: skip
-                        planned = plan.recipe, plan.calibrated
-                    planned = team.from_leader(planned)
-                assert planned is not None
-                chosen, calibrated = planned
-                settings = settings if calibrated else None
-            # What is still to be recovered lies beside the output, until that is whole.
-            first = output.with_name(output.name + ".unrecovered") if recover else output
-            report = run(source, first, chosen, calibration=settings, device=device, progress=progress)
+            chosen = Fit(fit, bits, tuple(allow.split(",")) if allow else ())
+        team = outer.enter_context(processes())
+        # What is still to be recovered lies beside the output, until that is whole.
+        first = output.with_name(output.name + ".unrecovered") if recover else output
+        with out.progress() as progress:
+            report = run(
+                source, first, chosen, calibration=settings, device=device, progress=progress,
+                planned=lambda plan: out.show(tables.plan(plan)),
+            )  # fmt: skip
         out.show(tables.compression(report))
         result = report.to_dict()
-        if recover and recovery_text is not None:
+        if html is not None and team.leads:
+            from ..htmlreport import write_compression
+
+            result["html"] = str(write_compression(html, report).html)
+            out.show(f"report: {result['html']}")
+        if recover and settings is not None:
             with team.shared_errors():
                 if team.leads:
                     # Recovery takes more text than calibration does: all of it.
-                    text = tokens_for(source, replace(recovery_text, max_tokens=sys.maxsize, seed=None))
+                    text = tokens_for(source, replace(settings, max_tokens=sys.maxsize, seed=None))
                     recovered = run_recovery(out, source, first, output, text, device=device, steps=recover_steps)
                     result["recovery"] = recovered.to_dict()
                     shutil.rmtree(first)

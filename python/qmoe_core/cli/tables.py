@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -75,6 +75,26 @@ def compression(report: CompressionReport) -> Table:
             ("time", f"{report.seconds:.1f} s" + (", continuing an interrupted run" if report.resumed else "")),
             ("files", f"{report.read_mb_per_second:.1f} MB/s read, {report.written_mb_per_second:.1f} MB/s written"),
         ]
+    return _grid(rows)
+
+
+LOSSES = {
+    "streamed": "nats per token of KL divergence",
+    "weights": "relative error energy of the weights",
+}
+
+
+def plan(fit: Mapping[str, Any]) -> Table:
+    """The formats that were chosen for a budget, and how good that choice is known to be: `CompressionReport.fit`."""
+    solution = fit["allocation"]
+    proof = "no choice is better" if solution["optimal"] else f"no choice is below {solution['bound']:.4g}"
+    rows = [
+        ("budget", f"{decimal(fit['budget'])}, {decimal(fit['predicted_bytes'])} of it planned"),
+        ("predicted loss", f"{solution['loss']:.4g} {LOSSES[fit['basis']]}; {proof}"),
+    ]
+    for role, counts in fit["counts"].items():
+        text = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
+        rows.append((f"{role} tensors", text))
     return _grid(rows)
 
 
