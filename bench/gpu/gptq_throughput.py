@@ -157,8 +157,8 @@ def stages(
         return grid
 
     grid = stage("grids of rows", begin, read_written=12 * 4 * every if ternary else 0.0)
-    # A span of columns reads the residuals (three bfloat16 parts) of all columns before it, half of them on average; then
-    # its weights, and it writes its own residuals and codes.
+    # A span of columns reads the residuals (three bfloat16 parts) of all columns before it, half of them on average,
+    # and its weights, and writes its own residuals, parts and codes.
     codes, residual = stage(
         "feedback",
         lambda: round_with_feedback(weight, factors, grid),

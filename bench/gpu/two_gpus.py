@@ -2,17 +2,19 @@
 
     python bench/gpu/two_gpus.py [--processes 1 2] [--output FILE]
 
-Makes a checkpoint with random weights and the expert shapes of Qwen3-30B-A3B in a temporary folder and runs
-`qmoe compress --calibration` on it, alone and under torchrun, each time in processes of their own. A first, small run
-is not counted: it brings files into memory. Seconds are those of the compression itself, without the start of Python
-and of the processes, which is in `wall_seconds`. `--device cpu` and smaller numbers try it out.
+Makes a checkpoint with random weights and the expert shapes of Qwen3-30B-A3B in a temporary folder and compresses it
+with as many calibration tokens as `qmoe compress` takes, alone and under torchrun, each time in processes of their own.
+Activations are kept in memory, whatever their size. Seconds are those of the compression itself, without the start of
+Python and of the processes, which is in `wall_seconds`. `--device cpu` and smaller numbers try it out.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import os
+import pstats
 import subprocess
 import sys
 import tempfile
@@ -25,13 +27,40 @@ import numpy as np
 import torch
 from transformers import Qwen3MoeConfig
 
+from qmoe_core import Recipe, compress
+from qmoe_core.calibration import CalibrationSpec
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "compression"))
 from common import processor, write_results
 from large import make
 
 
-def run(processes: int, source: Path, output: Path, tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def work(source: Path, output: Path, arguments: argparse.Namespace) -> None:
+    """One process's part of a compression; the first one prints the result as JSON."""
+    leads = os.environ.get("RANK", "0") == "0"
+    spec = CalibrationSpec(source.parent / "tokens.npy", max_tokens=arguments.tokens, buffer_bytes=1 << 40)
+    recipe = Recipe.uniform(arguments.format, method="gptq")
+    profile = cProfile.Profile()
+    if arguments.profile:
+        profile.enable()
+    report = compress(source, output, recipe, calibration=spec, device=arguments.device)
+    if arguments.profile:
+        profile.disable()
+        with open(arguments.profile / f"{output.name}-{os.environ.get('RANK', '0')}.txt", "w") as file:
+            for order in ("tottime", "cumtime"):
+                pstats.Stats(profile, stream=file).sort_stats(order).print_stats(50)
+    if leads:
+        errors = [entry.relative_output_error for entry in report.tensors]
+        result = {
+            "seconds": report.seconds,
+            "bits_per_parameter": report.bits_per_parameter,
+            "mean_relative_output_error": mean(error for error in errors if error is not None),
+        }
+        print(json.dumps(result), flush=True)
+
+
+def run(processes: int, source: Path, output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """One compression. Threads are divided among the processes: torchrun alone would give each of them one."""
     cores = len(os.sched_getaffinity(0))
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // processes))}
@@ -39,24 +68,17 @@ def run(processes: int, source: Path, output: Path, tokens: int, arguments: argp
     if processes == 1:
         launcher = []
     command = [
-        sys.executable, *launcher, "-m", "qmoe_core", "compress", str(source), "-o", str(output), "--json",
-        "--format", arguments.format, "--calibration", str(source.parent / "tokens.npy"),
-        "--calibration-tokens", str(tokens), "--device", arguments.device,
+        sys.executable, *launcher, __file__, "--work", str(source), str(output), "--format", arguments.format,
+        "--tokens", str(arguments.tokens), "--device", arguments.device,
     ]  # fmt: skip
+    if arguments.profile:
+        command += ["--profile", str(arguments.profile.resolve())]
     begin = time.monotonic()
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    wall = time.monotonic() - begin
     if done.returncode != 0:
         raise SystemExit(f"{processes} processes: exit status {done.returncode}\n{done.stdout}")
-    report = json.loads(done.stdout)
-    errors = [entry["relative_output_error"] for entry in report["tensors"]]
-    return {
-        "processes": processes,
-        "tokens": tokens,
-        "seconds": report["seconds"],
-        "wall_seconds": time.monotonic() - begin,
-        "bits_per_parameter": report["bits_per_parameter"],
-        "mean_relative_output_error": mean(errors),
-    }
+    return {"processes": processes, "tokens": arguments.tokens, "wall_seconds": wall, **json.loads(done.stdout)}
 
 
 def main() -> None:
@@ -69,8 +91,13 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=768)
     parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--profile", type=Path, help="a folder for profiles of every process")
+    parser.add_argument("--work", type=Path, nargs=2, help=argparse.SUPPRESS)  # one of the processes
     arguments = parser.parse_args()
+    if arguments.work:
+        work(*arguments.work, arguments)
+        return
     config = Qwen3MoeConfig(
         hidden_size=arguments.hidden, num_hidden_layers=arguments.layers, num_experts=arguments.experts,
         num_experts_per_tok=8, moe_intermediate_size=arguments.intermediate, num_attention_heads=32,
@@ -81,12 +108,11 @@ def main() -> None:
         scratch = Path(folder)
         nbytes = make(scratch / "source", config)
         np.save(scratch / "tokens.npy", np.random.default_rng(0).integers(0, config.vocab_size, arguments.tokens))
-        run(1, scratch / "source", scratch / "first", min(1024, arguments.tokens), arguments)
-        rows = []
+        os.sync()  # what is written now would be written during the first run
+        rows: list[dict[str, Any]] = []
         for processes in arguments.processes:
-            output = scratch / f"of-{processes}"
-            rows.append(run(processes, scratch / "source", output, arguments.tokens, arguments))
-            rows[-1]["speedup"] = rows[0]["seconds"] / rows[-1]["seconds"]
+            row = run(processes, scratch / "source", scratch / f"of-{processes}", arguments)
+            rows.append(row | {"speedup": (rows[0] if rows else row)["seconds"] / row["seconds"]})
             print(json.dumps(rows[-1]), flush=True)
     device = processor()
     if arguments.device == "cuda":
