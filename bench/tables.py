@@ -225,7 +225,68 @@ def cpu_kernels(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def gptq_gpu(result: dict[str, Any]) -> list[str]:
+    """Calibrated quantization on a GPU, from activations to packed records (bench/gpu/gptq_throughput.py)."""
+    groups = {
+        "statistics": ("statistics",),
+        "factors": ("check, lean", "factorize"),
+        "grids, levels": ("grids of rows", "levels"),
+        "feedback, descent": ("feedback", "coordinate descent"),
+        "errors": ("errors",),
+        "to host": ("to host",),
+    }
+    lines = [
+        f"| N x K | format | M weights/s (range) | {' | '.join(groups)} | pack | of the limit |",
+        "|---|---|---:|" + "---:|" * (len(groups) + 2),
+    ]
+    for row in result["rows"]:
+        stages = row["stages"]
+
+        def total(names: tuple[str, ...], key: str, stages: dict[str, Any] = stages) -> float:
+            return sum(stages[name][key] * stages[name]["times"] for name in names if name in stages)
+
+        listed = tuple(name for names in groups.values() for name in names)
+        per_weight = 1e9 / (row["chunk"] * row["shape"][0] * row["shape"][1])
+        cells = [f"{total(names, 'seconds') * per_weight:.2f}" for names in (*groups.values(), ("pack",))]
+        share = total(listed, "limit_seconds") / total(listed, "seconds")
+        lines.append(
+            f"| {row['shape'][0]} x {row['shape'][1]} | {row['format']} | {row['weights_per_second'] / 1e6:.0f} "
+            f"({row['least'] / 1e6:.0f} to {row['most'] / 1e6:.0f}) | {' | '.join(cells)} | {share:.0%} |"
+        )
+    first = result["rows"][0]
+    rates = [result[f"{name}_flops_per_second"] / 1e12 for name in ("float32", "bfloat16")]
+    lines += [
+        "",
+        f"Stages in ns per weight; {result['sweeps']} sweeps, {first['tokens']} tokens an expert, 64 experts or more. "
+        "Packing, on the CPU, overlaps with the next chunk. The limit: operations at "
+        f"{rates[0]:.0f} (float32) and {rates[1]:.0f} TFLOP/s (bfloat16), or bytes at "
+        f"{result['copy_bytes_per_second'] / 1e12:.1f} TB/s and to the host at "
+        f"{result['to_host_bytes_per_second'] / 1e9:.0f} GB/s, as measured here, whichever takes longest in each stage. "
+        f"{origin(result)}",
+    ]
+    return lines
+
+
+def two_gpus(result: dict[str, Any]) -> list[str]:
+    """Calibrated compression by several processes with a GPU each (bench/gpu/two_gpus.py)."""
+    layers, experts, hidden, intermediate = result["shape"]
+    lines = ["| GPUs | seconds | with the start of processes | faster | output error |", "|---:|---:|---:|---:|---:|"]
+    lines += [
+        f"| {row['processes']} | {row['seconds']:.1f} | {row['wall_seconds']:.1f} | {row['speedup']:.2f}x "
+        f"| {row['mean_relative_output_error']:.4f} |"
+        for row in result["rows"]
+    ]
+    lines += [
+        "",
+        f"{result['format']}, {result['rows'][0]['tokens']} tokens, {layers} layers of {experts} experts of {hidden} x "
+        f"{intermediate}, top 8, {result['source_bytes'] / 1e9:.1f} GB. {origin(result)}",
+    ]
+    return lines
+
+
 RENDERERS = {
+    "gptq-gpu": gptq_gpu,
+    "two-gpus": two_gpus,
     "cpu-kernels": cpu_kernels,
     "calibrated": calibrated,
     "fit": fit,

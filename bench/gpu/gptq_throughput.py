@@ -29,7 +29,7 @@ from qmoe_core.quantize.feedback import SPAN, descend, factorize, output_error, 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import processor, write_results
 
-SHAPES = ["2048x768", "7168x2048", "2048x7168", "6144x2080", "2080x6144"]  # N x K
+SHAPES = ["2048x768", "7168x2048", "6144x2080", "2048x7168", "2080x6144"]  # N x K
 FORMATS: dict[str, IntFormat | TernaryFormat] = {"int4-g128": IntFormat(4, 128), "ternary": TernaryFormat("pair")}
 TOKENS = 4096
 
@@ -266,14 +266,14 @@ def main() -> None:
         n, k = map(int, shape.split("x"))
         chunk = 64 if n * k < 1 << 22 else 16
         weight, x = sample(128 if chunk == 64 else 32 if arguments.quick else 64, n, k)
-        rows += [measure(weight, x, name, chunk, repeats, arguments.sweeps, bounds) for name in FORMATS]
+        for name in FORMATS:
+            rows.append(measure(weight, x, name, chunk, repeats, arguments.sweeps, bounds))
+            if arguments.output:  # again after every row: what is measured stays, whatever comes
+                device = f"{torch.cuda.get_device_name()}, {processor()}"
+                about = {"sweeps": arguments.sweeps, "torch": torch.__version__, **bounds}
+                write_results(arguments.output, "gptq-gpu", rows, device, **about)
         del weight, x
         torch.cuda.empty_cache()
-    if arguments.output:
-        device = f"{torch.cuda.get_device_name()}, {processor()}"
-        write_results(
-            arguments.output, "gptq-gpu", rows, device, sweeps=arguments.sweeps, torch=torch.__version__, **bounds
-        )
 
 
 if __name__ == "__main__":
