@@ -261,7 +261,7 @@ def gptq_gpu(result: dict[str, Any]) -> list[str]:
         "Packing, on the CPU, overlaps with the next chunk. The limit: operations at "
         f"{rates[0]:.0f} (float32) and {rates[1]:.0f} TFLOP/s (bfloat16), or bytes at "
         f"{result['copy_bytes_per_second'] / 1e12:.1f} TB/s and to the host at "
-        f"{result['to_host_bytes_per_second'] / 1e9:.0f} GB/s, as measured here, whichever takes longest in each stage. "
+        f"{result['to_host_bytes_per_second'] / 1e9:.0f} GB/s, as measured here, what takes longest in each stage. "
         f"{origin(result)}",
     ]
     return lines
