@@ -1,0 +1,217 @@
+#include "cpu/multiply.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "half.h"
+
+namespace qmoe {
+
+extern const PanelKernels panel_kernels_generic;
+#if defined(__x86_64__)
+extern const PanelKernels panel_kernels_avx2, panel_kernels_avx512vnni;
+#elif defined(__aarch64__)
+extern const PanelKernels panel_kernels_neon;
+#endif
+
+namespace {
+
+// The set that goes with what active_isa() says: one name pins both, the kernels over records and these.
+const PanelKernels* choose() noexcept {
+    const char* const isa = active_isa();
+    if (isa == nullptr) return nullptr;
+#if defined(__x86_64__)
+    if (std::strcmp(isa, "avx512") == 0 && __builtin_cpu_supports("avx512vnni")) return &panel_kernels_avx512vnni;
+    if (std::strcmp(isa, "generic") != 0) return &panel_kernels_avx2;
+#elif defined(__aarch64__)
+    if (std::strcmp(isa, "generic") != 0) return &panel_kernels_neon;
+#endif
+    return &panel_kernels_generic;
+}
+
+}  // namespace
+
+const PanelKernels* panel_kernels() noexcept {
+    static const PanelKernels* const chosen = choose();
+    return chosen;
+}
+
+Tuning& tuning() noexcept {
+    static Tuning values;
+    return values;
+}
+
+void load_row(const void* x, ActivationType type, uint64_t at, uint64_t count, float* out) noexcept {
+    switch (type) {
+        case ActivationType::kFloat32:
+            std::memcpy(out, static_cast<const float*>(x) + at, count * sizeof(float));
+            return;
+        case ActivationType::kFloat16:
+            for (uint64_t i = 0; i < count; ++i) out[i] = half_to_float(static_cast<const uint16_t*>(x)[at + i]);
+            return;
+        case ActivationType::kBfloat16:
+            for (uint64_t i = 0; i < count; ++i) out[i] = bfloat_to_float(static_cast<const uint16_t*>(x)[at + i]);
+            return;
+    }
+}
+
+void store_row(const float* from, uint64_t count, ActivationType type, void* y, uint64_t at) noexcept {
+    switch (type) {
+        case ActivationType::kFloat32: std::memcpy(static_cast<float*>(y) + at, from, count * sizeof(float)); return;
+        case ActivationType::kFloat16:
+            for (uint64_t i = 0; i < count; ++i) static_cast<uint16_t*>(y)[at + i] = float_to_half(from[i]);
+            return;
+        case ActivationType::kBfloat16:
+            for (uint64_t i = 0; i < count; ++i) static_cast<uint16_t*>(y)[at + i] = float_to_bfloat(from[i]);
+            return;
+    }
+}
+
+void Rows::resize(const Prepacked& weights, const Prepacked::Expert& expert, uint64_t rows, Precision precision) {
+    cols_ = weights.cols();
+    chunk_ = expert.chunk;
+    chunks_ = ceil_div(cols_, chunk_);
+    stride_ = chunks_ * chunk_;
+    offset_ = expert.offset;
+    if (precision == Precision::kFloat) {
+        if (floats_.size() < rows * stride_) floats_.resize(rows * stride_);
+        values_.clear();
+    } else {
+        if (values_.size() < rows * stride_) values_.resize(rows * stride_);
+        if (scales_.size() < rows * 3 * chunks_) scales_.resize(rows * 3 * chunks_);
+        floats_.clear();
+    }
+}
+
+void Rows::set(const PanelKernels& kernels, uint64_t row, const float* values) noexcept {
+    if (values_.empty()) {
+        float* const to = floats_.data() + row * stride_;
+        std::memcpy(to, values, cols_ * sizeof(float));
+        std::fill(to + cols_, to + stride_, 0.0f);
+        return;
+    }
+    float* const scales = scales_.data() + row * 3 * chunks_;
+    kernels.quantize(values, cols_, chunk_, offset_, values_.data() + row * stride_, scales, scales + chunks_,
+                     scales + 2 * chunks_);
+}
+
+void Rows::copy(uint64_t row, const Rows& from, uint64_t from_row) noexcept {
+    if (values_.empty()) {
+        std::memcpy(floats_.data() + row * stride_, from.floats_.data() + from_row * stride_, stride_ * sizeof(float));
+        return;
+    }
+    std::memcpy(values_.data() + row * stride_, from.values_.data() + from_row * stride_, stride_);
+    std::memcpy(scales_.data() + row * 3 * chunks_, from.scales_.data() + from_row * 3 * chunks_,
+                3 * chunks_ * sizeof(float));
+}
+
+QuantizedView Rows::quantized(uint64_t first) const noexcept {
+    const float* const scales = scales_.data() + first * 3 * chunks_;
+    return {values_.data() + first * stride_, stride_, scales, scales + chunks_, scales + 2 * chunks_, 3 * chunks_};
+}
+
+namespace {
+
+// Buffers that a thread keeps between calls, so that steady-state calls do not allocate.
+struct Scratch {
+    std::vector<uint8_t> codes;
+    std::vector<float> weights;
+};
+
+uint8_t* aligned(std::vector<uint8_t>& buffer, uint64_t bytes) {
+    if (buffer.size() < bytes + kLine) buffer.resize(bytes + kLine);
+    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+    return buffer.data() + (kLine - address % kLine) % kLine;
+}
+
+QuantizedView advance(QuantizedView x, uint64_t tokens) noexcept {
+    return {x.x + tokens * x.x_stride,
+            x.x_stride,
+            x.scale + tokens * x.chunk_stride,
+            x.correction + tokens * x.chunk_stride,
+            x.negative_sum + tokens * x.chunk_stride,
+            x.chunk_stride};
+}
+
+}  // namespace
+
+void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64_t expert, uint64_t unit,
+                   const Rows& rows, uint64_t first, uint64_t tokens, Precision precision, float* y) {
+    const Prepacked::Expert& e = weights.expert(expert);
+    UnitView view = unit_view(weights, expert, unit, tuning().prefetch);
+    const auto codes = static_cast<size_t>(e.codes), scales = static_cast<size_t>(e.scales),
+               zeros = static_cast<size_t>(e.zeros);
+    const bool direct = precision == Precision::kInt8 && tokens <= tuning().direct_tokens;
+    if (direct) {
+        const auto& table = kernels.direct[codes][scales][zeros];
+        const QuantizedView x = rows.quantized(first);
+        for (uint64_t t = 0; t < tokens;) {
+            const uint32_t size = tokens - t >= 4 ? 2 : tokens - t >= 2 ? 1 : 0;
+            table[size](view, advance(x, t), y + t * kUnitRows, kUnitRows);
+            t += uint64_t{1} << size;
+        }
+        return;
+    }
+    // From here on a step is a quad: one line of unpacked codes.
+    thread_local Scratch scratch;
+    const uint64_t steps = uint64_t{view.chunks - 1} * view.steps + view.last_steps, quads = step_cols(e.codes) / 4,
+                   codes_stride = steps * quads * kLine;
+    const uint32_t at_once = precision == Precision::kFloat ? 1 : kernels.tile_panels[e.trits()];
+    uint8_t* const unpacked = aligned(scratch.codes, codes_stride * at_once);
+    UnitView part = view;
+    part.codes = unpacked;
+    part.codes_stride = codes_stride;
+    part.steps = view.steps * static_cast<uint32_t>(quads);
+    part.last_steps = view.last_steps * static_cast<uint32_t>(quads);
+    for (uint32_t panel = 0; panel < kUnitPanels; panel += at_once) {
+        for (uint32_t p = 0; p < at_once; ++p)
+            kernels.unpack[codes](view.codes + (panel + p) * view.codes_stride, steps, unpacked + p * codes_stride);
+        part.scales = view.scales + panel * view.scales_stride;
+        if (view.zeros != nullptr) part.zeros = view.zeros + panel * view.zeros_stride;
+        float* const to = y + panel * kPanelRows;
+        if (precision == Precision::kInt8) {
+            kernels.tile[e.trits()][scales][zeros](part, rows.quantized(first), tokens, to, kUnitRows);
+            continue;
+        }
+        const uint64_t cols = codes_stride / kPanelRows;
+        if (scratch.weights.size() < cols * kPanelRows) scratch.weights.resize(cols * kPanelRows);
+        kernels.dequantize(part, 0, e.trits(), e.scales, e.offset, scratch.weights.data());
+        kernels.float_tile(scratch.weights.data(), cols, rows.floats(first), rows.stride(), tokens, to, kUnitRows);
+    }
+}
+
+Status Prepacked::dequantize(uint64_t index, float* out) const noexcept {
+    const PanelKernels* const kernels = panel_kernels();
+    if (kernels == nullptr)
+        return Status::error(Code::kNoKernel, "prepacked: QMOE_FORCE_ISA names a set that is not available");
+    if (index >= experts_) return Status::mismatch(Code::kValue, "prepacked: no such expert", 0, experts_, index);
+    try {
+        const Expert& e = expert(index);
+        const PanelSizes sizes(e, cols_);
+        const uint64_t padded = sizes.padded_cols(e), steps = padded / step_cols(e.codes);
+        std::vector<uint8_t> codes(padded * kPanelRows);
+        std::vector<float> weights(padded * kPanelRows);
+        for (uint64_t panel = 0; panel < panels_of(rows_, order_); ++panel) {
+            const UnitView view = unit_view(*this, index, panel / kUnitPanels, 0);
+            const uint64_t within = panel % kUnitPanels;
+            UnitView part = view;
+            kernels->unpack[static_cast<size_t>(e.codes)](view.codes + within * view.codes_stride, steps, codes.data());
+            part.codes = codes.data();
+            part.steps = view.steps * (step_cols(e.codes) / 4);
+            part.last_steps = view.last_steps * (step_cols(e.codes) / 4);
+            part.scales = view.scales + within * view.scales_stride;
+            if (view.zeros != nullptr) part.zeros = view.zeros + within * view.zeros_stride;
+            kernels->dequantize(part, 0, e.trits(), e.scales, e.offset, weights.data());
+            for (uint32_t r = 0; r < kPanelRows; ++r) {
+                const uint64_t row = row_of(panel, r, rows_, order_);
+                for (uint64_t k = 0; row < rows_ && k < cols_; ++k) out[row * cols_ + k] = weights[k * kPanelRows + r];
+            }
+        }
+        return {};
+    } catch (const std::bad_alloc&) {
+        return Status::error(Code::kNoSpace, "prepacked: out of memory");
+    }
+}
+
+}  // namespace qmoe

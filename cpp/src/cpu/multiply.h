@@ -1,0 +1,52 @@
+// What the operations over prepacked weights share: the choice of kernels, activations in the form that an expert wants,
+// and one unit times some tokens.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "cpu/prepacked.h"
+
+namespace qmoe {
+
+// The kernels in use, or null where QMOE_FORCE_ISA names a set that has none.
+const PanelKernels* panel_kernels() noexcept;
+
+// What a machine is tuned by; see `qmoe tune`.
+struct Tuning {
+    uint32_t prefetch = 1024;  // bytes ahead
+    uint32_t direct_tokens =
+        8;  // up to here packed lines are read, four tokens at a time; beyond, codes are unpacked once
+};
+Tuning& tuning() noexcept;
+
+void load_row(const void* x, ActivationType type, uint64_t at, uint64_t count, float* out) noexcept;
+void store_row(const float* from, uint64_t count, ActivationType type, void* y, uint64_t at) noexcept;
+inline uint64_t activation_bytes(ActivationType type) noexcept {
+    return type == ActivationType::kFloat32 ? 4 : 2;
+}
+
+// Rows of activations of one expert, in the form that its chunks want.
+class Rows {
+  public:
+    // Room for `rows` rows for `expert`; keeps what it has.
+    void resize(const Prepacked& weights, const Prepacked::Expert& expert, uint64_t rows, Precision precision);
+    void set(const PanelKernels& kernels, uint64_t row, const float* values) noexcept;  // `cols` values
+    void copy(uint64_t row, const Rows& from, uint64_t from_row) noexcept;
+    QuantizedView quantized(uint64_t first) const noexcept;
+    const float* floats(uint64_t first) const noexcept { return floats_.data() + first * stride_; }
+    uint64_t stride() const noexcept { return stride_; }
+
+  private:
+    uint64_t cols_ = 0, stride_ = 0, chunks_ = 0;
+    uint32_t chunk_ = 0;
+    float offset_ = 0.0f;
+    std::vector<int8_t> values_;
+    std::vector<float> scales_, floats_;  // scales_: rows x 3 x chunks
+};
+
+// y (tokens, 64) = a unit of `expert` times rows [first, first + tokens) of `rows`.
+void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64_t expert, uint64_t unit,
+                   const Rows& rows, uint64_t first, uint64_t tokens, Precision precision, float* y);
+
+}  // namespace qmoe

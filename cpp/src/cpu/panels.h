@@ -1,0 +1,109 @@
+// The run-time layout of a matrix, and the kernels that read it.
+//
+// Storage keeps a row's codes together; a kernel wants sixteen rows side by side. A *panel* is 16 rows. Its codes come
+// in lines of 64 bytes: byte 4 r + j of a line belongs to row r and to column j of four neighbouring columns (a *quad*).
+// That is the operand order of VPDPBUSD (a lane per row, four products a lane), of SDOT, and of an AMX B tile (a line
+// per tile row), so one layout serves every instruction set. A byte holds the codes of several quads:
+//
+//              bits 7-6        5-4        3-2        1-0       columns of a step
+//   8 bits    [            quad 0                        ]     4
+//   4 bits    [    quad 1           ][    quad 0         ]     8
+//   2 bits    [quad 3    ][quad 2   ][quad 1  ][quad 0   ]     16
+//   3 bits    a step is three lines, a, b, c, and 32 columns:
+//             a: [6, bits 1-0][quad 1, 3 bits][quad 0, 3 bits]
+//             b: [7, bits 1-0][quad 3        ][quad 2        ]
+//             c: [7, bit 2][6, bit 2][quad 5 ][quad 4        ]
+//
+// Ternary matrices of two levels use the 2-bit lines with bit 0 "high" and bit 1 "low" of every code; of one level they
+// are 2-bit matrices with the codes 0, 1, 2 and the zero 1.
+//
+// Four panels, one behind the other, are a *unit*: 64 rows, the piece of work of a thread. Reading four panels at a time
+// gives the memory four streams, which one core needs to reach its bandwidth.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "qmoe/prepacked.h"
+
+namespace qmoe {
+
+inline constexpr uint32_t kPanelRows = 16, kLine = 64, kUnitPanels = 4, kUnitRows = kPanelRows * kUnitPanels;
+// Integer sums are turned into floats at the end of every group, and of every 128 columns of longer ones. A chunk's
+// activations share one scale.
+inline constexpr uint32_t kMaxChunk = 128;
+
+// How the codes of a line become weights.
+enum class Codes : uint8_t { kInt2, kInt3, kInt4, kInt8, kTrits };
+inline constexpr uint32_t kCodes = 5;
+// Where a group's zero comes from.
+enum class Zeros : uint8_t { kConstant, kStored };
+enum class Scales : uint8_t { kFloat16, kFloat32 };
+
+// Columns and lines of one step.
+constexpr uint32_t step_cols(Codes codes) noexcept {
+    switch (codes) {
+        case Codes::kInt3: return 32;
+        case Codes::kInt4: return 8;
+        case Codes::kInt8: return 4;
+        default: return 16;
+    }
+}
+constexpr uint32_t step_lines(Codes codes) noexcept {
+    return codes == Codes::kInt3 ? 3 : 1;
+}
+
+// One unit of a matrix. Strides are bytes from a panel to the next, steps those from a group to the next; a panel's
+// scales are (groups, 16). Trits have two vectors of float32, high and low, and one group.
+struct UnitView {
+    const uint8_t* codes;
+    uint64_t codes_stride;
+    const uint8_t* scales;
+    uint64_t scales_stride, scale_step;
+    const uint8_t* zeros;  // one byte a row and group; null where zeros are constant
+    uint64_t zeros_stride, zero_step;
+    uint32_t chunks, steps, last_steps;  // steps of every chunk but the last, and of the last
+    uint32_t repeat;                     // chunks of a group
+    uint32_t prefetch;                   // bytes ahead of the line being read
+};
+
+// Activations of some tokens, quantized: values (tokens, x_stride) int8 in [-127, 127], zero beyond the last column; per
+// token and chunk the scale, the correction -offset * sum and -sum, where sum = scale * (sum of the chunk's values).
+struct QuantizedView {
+    const int8_t* x;
+    uint64_t x_stride;
+    const float *scale, *correction, *negative_sum;
+    uint64_t chunk_stride;  // floats from a token to the next
+};
+
+// y[t * y_stride + r] = the unit's row r times token t; 64 rows are written.
+using UnitKernel = void (*)(const UnitView& unit, const QuantizedView& x, float* y, uint64_t y_stride) noexcept;
+// The same for `tokens` tokens and the first tile_panels panels, whose codes have been unpacked to one code a byte,
+// (panels, quads, 64); codes_stride counts those bytes, steps are quads.
+using TileKernel = void (*)(const UnitView& unit, const QuantizedView& x, uint64_t tokens, float* y,
+                            uint64_t y_stride) noexcept;
+// `steps` steps of lines to one code a byte.
+using UnpackKernel = void (*)(const uint8_t* lines, uint64_t steps, uint8_t* codes) noexcept;
+
+struct PanelKernels {
+    const char* isa;
+    // Few tokens, straight from the packed lines: [codes][scales][zeros][0: one token, 1: two, 2: four].
+    UnitKernel direct[kCodes][2][2][3];
+    UnpackKernel unpack[kCodes];
+    // Many tokens: [trits or not][scales][zeros].
+    TileKernel tile[2][2][2];
+    uint32_t tile_panels[2];  // [trits or not]: how many panels such a kernel takes; divides kUnitPanels
+    // One row of activations: cols values to int8 and to the three floats of every chunk.
+    void (*quantize)(const float* x, uint64_t cols, uint32_t chunk, float offset, int8_t* out, float* scale,
+                     float* correction, float* negative_sum) noexcept;
+    // Weights of one panel as float32, (chunk * chunks, 16), from unpacked codes.
+    void (*dequantize)(const UnitView& unit, uint32_t panel, bool trits, Scales scales, float offset,
+                       float* out) noexcept;
+    // y[t * y_stride + r] = sum over k < cols of w[k * 16 + r] * x[t * x_stride + k], one panel.
+    void (*float_tile)(const float* w, uint64_t cols, const float* x, uint64_t x_stride, uint64_t tokens, float* y,
+                       uint64_t y_stride) noexcept;
+    // out[i] = what the experts' activation makes of gate[i] and up[i]; up is null without a gate.
+    void (*activate)(const ExpertsSpec& spec, const float* gate, const float* up, uint64_t count, float* out) noexcept;
+};
+
+}  // namespace qmoe

@@ -1,0 +1,104 @@
+// Grouped multiplication by prepacked weights.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "cpu/multiply.h"
+#include "cpu/pool.h"
+
+namespace qmoe {
+namespace {
+
+// Tokens that a unit's 64 results are held for at a time: 128 KiB.
+constexpr uint64_t kBlock = 504;
+
+struct Task {
+    uint64_t expert, unit;
+};
+
+Status check(const Prepacked& weights, uint64_t tokens, std::span<const int64_t> offsets) noexcept {
+    if (offsets.size() != weights.experts() + 1)
+        return Status::mismatch(Code::kShape, "linear: number of offsets", 0, weights.experts() + 1, offsets.size());
+    for (size_t e = 0; e < offsets.size(); ++e)
+        if (offsets[e] < (e == 0 ? 0 : offsets[e - 1]) || static_cast<uint64_t>(offsets[e]) > tokens)
+            return Status::mismatch(Code::kValue, "linear: offsets do not ascend within the tokens; offset", 0, tokens,
+                                    e);
+    return {};
+}
+
+}  // namespace
+
+Status grouped_linear(const Prepacked& weights, const void* x, ActivationType type, uint64_t tokens,
+                      std::span<const int64_t> offsets, void* y, Precision precision, int threads) noexcept {
+    QMOE_TRY(check(weights, tokens, offsets));
+    const PanelKernels* const kernels = panel_kernels();
+    if (kernels == nullptr)
+        return Status::error(Code::kNoKernel, "linear: QMOE_FORCE_ISA names an instruction set that is not available");
+    if (tokens == 0) return {};  // x and y may then be null
+    const uint64_t rows = weights.rows(), cols = weights.cols();
+    const uint64_t units = panels_of(rows, weights.order()) / kUnitPanels;
+    try {
+        const auto from = static_cast<uint64_t>(offsets.front()), to = static_cast<uint64_t>(offsets.back());
+        const uint64_t row_bytes = rows * activation_bytes(type);
+        std::memset(y, 0, from * row_bytes);
+        std::memset(static_cast<uint8_t*>(y) + to * row_bytes, 0, (tokens - to) * row_bytes);
+        std::vector<Task> tasks;
+        std::vector<Rows> inputs(weights.experts());
+        std::vector<uint32_t> expert_of(to - from);
+        for (uint64_t e = 0; e < weights.experts(); ++e) {
+            const auto begin = static_cast<uint64_t>(offsets[e]), end = static_cast<uint64_t>(offsets[e + 1]);
+            if (begin == end) continue;
+            inputs[e].resize(weights, weights.expert(e), end - begin, precision);
+            std::fill(expert_of.begin() + static_cast<ptrdiff_t>(begin - from),
+                      expert_of.begin() + static_cast<ptrdiff_t>(end - from), static_cast<uint32_t>(e));
+            for (uint64_t unit = 0; unit < units; ++unit) tasks.push_back({e, unit});
+        }
+        std::atomic<bool> failed{false};
+        parallel_for(to - from, threads, [&](uint64_t i) {
+            thread_local std::vector<float> values;
+            try {
+                if (values.size() < cols) values.resize(cols);
+                load_row(x, type, (from + i) * cols, cols, values.data());
+                const uint32_t e = expert_of[i];
+                inputs[e].set(*kernels, from + i - static_cast<uint64_t>(offsets[e]), values.data());
+            } catch (const std::bad_alloc&) {
+                failed = true;
+            }
+        });
+        parallel_for(tasks.size(), threads, [&](uint64_t i) {
+            thread_local std::vector<float> results;
+            const auto [e, unit] = tasks[i];
+            const auto begin = static_cast<uint64_t>(offsets[e]), count = static_cast<uint64_t>(offsets[e + 1]) - begin;
+            try {
+                results.resize(std::max<size_t>(results.size(), std::min(count, kBlock) * kUnitRows));
+                for (uint64_t t = 0; t < count; t += kBlock) {
+                    const uint64_t some = std::min(kBlock, count - t);
+                    multiply_unit(*kernels, weights, e, unit, inputs[e], t, some, precision, results.data());
+                    const uint64_t first = unit * kUnitRows, last = std::min(rows, first + kUnitRows);
+                    for (uint64_t j = 0; j < some; ++j) {
+                        const float* const result = results.data() + j * kUnitRows;
+                        const uint64_t at = (begin + t + j) * rows;
+                        if (weights.order() == RowOrder::kPlain) {
+                            store_row(result, last - first, type, y, at + first);
+                            continue;
+                        }
+                        for (uint64_t r = 0; r < kUnitRows; ++r)
+                            if (const uint64_t row =
+                                    row_of(unit * kUnitPanels + r / kPanelRows, r % kPanelRows, rows, weights.order());
+                                row < rows)
+                                store_row(result + r, 1, type, y, at + row);
+                    }
+                }
+            } catch (const std::bad_alloc&) {
+                failed = true;
+            }
+        });
+        return failed ? Status::error(Code::kNoSpace, "linear: out of memory") : Status{};
+    } catch (const std::bad_alloc&) {
+        return Status::error(Code::kNoSpace, "linear: out of memory");
+    }
+}
+
+}  // namespace qmoe
