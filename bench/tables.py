@@ -284,7 +284,40 @@ def two_gpus(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def recovery(result: dict[str, Any]) -> list[str]:
+    """Compressed models before recovery and after it (bench/compression/recovery.py)."""
+    headings = {"light": "light recovery", "all": "also attention, embedding", "scales": "scales only"}
+    original, *rows = result["rows"]
+    variants = list(dict.fromkeys(row["variant"] for row in rows if "variant" in row))
+    columns = ["", *(f"{headings[variant.split(',')[0]]}: " for variant in variants)]
+    lines = [
+        "| experts stored as | bits per expert weight "
+        + "".join(f"| {column}perplexity | KL divergence " for column in columns)
+        + "|",
+        "|---|---:|" + "---:|---:|" * len(columns),
+        f"| original | 16.000 | {original['perplexity']:.2f} ± {original['perplexity_se']:.2f} | "
+        + "| | " * len(variants)
+        + "|",
+    ]
+    for start in (row for row in rows if "variant" not in row):
+        after = {row["variant"]: row for row in rows if row.get("start") == start["name"]}
+        cells = [
+            f"{row['perplexity']:.2f} ± {row['perplexity_se']:.2f} | {row['kl']:.4f}"
+            for row in (start, *(after[variant] for variant in variants))
+        ]
+        most = max(row["bits_per_expert_weight"] for row in (start, *after.values()))
+        lines.append(f"| {start['name']} | {most:.3f} | " + " | ".join(cells) + " |")
+    steps = rows[-1]["steps"]
+    lines += [
+        "",
+        f"{result['model']}, {steps} steps of {result['batch']} windows of {original['window']} tokens, "
+        f"{original['windows']} windows evaluated, ± one standard error clustered by window. {origin(result)}",
+    ]
+    return lines
+
+
 RENDERERS = {
+    "recovery": recovery,
     "gptq-gpu": gptq_gpu,
     "two-gpus": two_gpus,
     "cpu-kernels": cpu_kernels,
