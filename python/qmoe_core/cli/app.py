@@ -399,6 +399,8 @@ def inspect(context: typer.Context, directory: Compressed, as_json: Json = False
 
         report = load_report(directory)
         out.show(tables.tensors(report))
+        if report.fit is not None:
+            out.show(tables.plan(report.fit))
         out.show(tables.compression(report))
         out.result(report.to_dict())
 
