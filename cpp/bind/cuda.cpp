@@ -2,6 +2,7 @@
 #include "qmoe/cuda.h"
 
 #include "bind.h"
+#include "gptq_fields.h"
 #include "qmoe/cuda_library.h"
 #include "qmoe/record.h"
 
@@ -69,85 +70,18 @@ void cuda_dequantize(const Bytes& record_bytes, uint64_t expert, uintptr_t recor
     check(api.dequantize(matrix, reinterpret_cast<void*>(out), type, reinterpret_cast<void*>(stream)));
 }
 
-template <class T>
-T* device_pointer(const py::dict& fields, const char* name) {
-    return reinterpret_cast<T*>(fields[name].cast<uintptr_t>());
-}
-
-template <class T>
-T number(const py::dict& fields, const char* name) {
-    return fields[name].cast<T>();
-}
-
 void cuda_round_block(const py::dict& block, const py::dict& grid, uintptr_t stream) {
-    cuda::RoundBlock a{};
-    a.experts = number<uint32_t>(block, "experts");
-    a.rows = number<uint32_t>(block, "rows");
-    a.columns = number<uint32_t>(block, "columns");
-    a.expert_stride = number<uint64_t>(block, "expert_stride");
-    a.row_stride = number<uint64_t>(block, "row_stride");
-    a.weight = device_pointer<float>(block, "weight");
-    a.residual = device_pointer<float>(block, "residual");
-    a.codes = device_pointer<uint8_t>(block, "codes");
-    a.target = device_pointer<float>(block, "target");
-    a.coefficients = device_pointer<float>(block, "coefficients");
-    a.coefficient_expert_stride = number<uint64_t>(block, "coefficient_expert_stride");
-    a.coefficient_row_stride = number<uint64_t>(block, "coefficient_row_stride");
-    a.coefficient_column_stride = number<uint64_t>(block, "coefficient_column_stride");
-    a.precision = device_pointer<float>(block, "precision");
-    a.precision_stride = number<uint64_t>(block, "precision_stride");
-    a.ternary = grid.contains("price");
-    if (a.ternary) {
-        a.low = device_pointer<float>(grid, "low");
-        a.high = device_pointer<float>(grid, "high");
-        a.price = device_pointer<float>(grid, "price");
-        a.bits = device_pointer<float>(grid, "bits");
-    } else {
-        a.scale = device_pointer<float>(grid, "scale");
-        a.zero = device_pointer<float>(grid, "zero");
-        a.groups = number<uint32_t>(grid, "groups");
-        a.width = number<uint32_t>(grid, "width");
-        a.top = number<uint32_t>(grid, "top");
-        a.first = number<uint32_t>(grid, "first");
-    }
-    check(required_library().round_block(a, reinterpret_cast<void*>(stream)));
+    check(
+        required_library().round_block(round_block_of<cuda::RoundBlock>(block, grid), reinterpret_cast<void*>(stream)));
 }
 
 void cuda_choose_grid(const py::dict& target, const py::dict& grid, uintptr_t stream) {
-    cuda::ChooseGrid a{};
-    a.experts = number<uint32_t>(target, "experts");
-    a.rows = number<uint32_t>(target, "rows");
-    a.columns = number<uint32_t>(target, "columns");
-    a.target = device_pointer<float>(target, "target");
-    a.target_row_stride = number<uint64_t>(target, "target_row_stride");
-    a.precision = device_pointer<float>(target, "precision");
-    a.precision_stride = number<uint64_t>(target, "precision_stride");
-    a.scale = device_pointer<float>(grid, "scale");
-    a.zero = device_pointer<float>(grid, "zero");
-    a.groups = number<uint32_t>(grid, "groups");
-    a.group = number<uint32_t>(grid, "group");
-    a.top = number<uint32_t>(grid, "top");
-    a.steps = number<uint32_t>(grid, "steps");
-    a.scale_type = number<uint32_t>(grid, "scale_type");
-    a.zero_point = number<bool>(grid, "zero_point");
-    a.half_step = number<bool>(grid, "half_step");
-    check(required_library().choose_grid(a, reinterpret_cast<void*>(stream)));
+    check(required_library().choose_grid(choose_grid_of<cuda::ChooseGrid>(target, grid),
+                                         reinterpret_cast<void*>(stream)));
 }
 
 void cuda_ternary_sums(const py::dict& fields, uintptr_t stream) {
-    cuda::TernarySums a{};
-    a.experts = number<uint32_t>(fields, "experts");
-    a.rows = number<uint32_t>(fields, "rows");
-    a.columns = number<uint32_t>(fields, "columns");
-    a.weight = device_pointer<float>(fields, "weight");
-    a.precision = device_pointer<float>(fields, "precision");
-    a.low = device_pointer<float>(fields, "low");
-    a.high = device_pointer<float>(fields, "high");
-    a.price = device_pointer<float>(fields, "price");
-    a.bits = device_pointer<float>(fields, "bits");
-    a.sums = device_pointer<float>(fields, "sums");
-    a.counts = device_pointer<uint32_t>(fields, "counts");
-    check(required_library().ternary_sums(a, reinterpret_cast<void*>(stream)));
+    check(required_library().ternary_sums(ternary_sums_of<cuda::TernarySums>(fields), reinterpret_cast<void*>(stream)));
 }
 
 }  // namespace

@@ -314,5 +314,6 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "version", [] { return QMOE_VERSION; }, "Version of the core.");
     bind_cuda(m);
+    bind_gptq(m);
     bind_safetensors(m);
 }

@@ -27,7 +27,7 @@ from typing import Protocol
 import torch
 
 from ..errors import QmoeError
-from . import feedback_cuda
+from . import inner_loops
 from .products import LeftSide, product
 
 SPAN = 512  # columns at most whose feedback from all others is one product; blocks within it are made up for
@@ -241,8 +241,9 @@ def _round_block(
             is above the diagonal is used. precision: (E, B) float32.
         codes, residual: (E, N, K), of which the block's columns are rewritten.
     """
-    if feedback_cuda.usable(weight):
-        feedback_cuda.round_block(weight, target, coefficients, precision, grid, columns, codes, residual)
+    loops = inner_loops.of(weight)
+    if loops is not None:
+        loops.round_block(weight, target, coefficients, precision, grid, columns, codes, residual)
         return
     width = columns.stop - columns.start
     for j in range(width):

@@ -53,7 +53,7 @@ def quantize_stack(
         QmoeError: `E_VALUE` (options, statistics that are not finite), `E_SHAPE`, `E_DTYPE`.
     """
     _check(weight, statistics)
-    weight = weight.to(statistics.hessian.device)
+    weight = weight.to(statistics.hessian.device).contiguous()
     damping = number_option(spec, "damping", 0.01, 0.0, 1.0)
     sweeps = int(number_option(spec, "sweeps", 2, 0, 100))
     shared, notes = lean_on_pooled(statistics, number_option(spec, "prior", 0.25, 0.0, 1e6))

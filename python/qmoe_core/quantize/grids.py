@@ -9,7 +9,7 @@ import torch
 
 from ..errors import QmoeError
 from ..formats import IntFormat, TernaryFormat
-from . import feedback_cuda
+from . import inner_loops
 from .products import has_tensor_cores, product
 
 _TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -48,19 +48,21 @@ class IntGrid:
     def begin(self, weight: torch.Tensor, precision: torch.Tensor) -> None:
         """Chooses the grids of whole rows, which no single block sees: weight (E, N, K), precision (E, K)."""
         if self.per_row:
-            self._choose(weight, precision, slice(0, 1))
+            self._choose_group(weight, precision, 0)
 
     def begin_block(self, target: torch.Tensor, precision: torch.Tensor, columns: slice) -> None:
         if self.per_row:
             return
-        on_gpu = feedback_cuda.usable(target)
         for first in range(columns.start, columns.stop, self.width):
             part = slice(first - columns.start, min(first + self.width, columns.stop) - columns.start)
-            group = first // self.width
-            if on_gpu:
-                feedback_cuda.choose_grid(self, target[:, :, part], precision[:, part], group)
-            else:
-                self._choose(target[:, :, part], precision[:, part], slice(group, group + 1))
+            self._choose_group(target[:, :, part], precision[:, part], first // self.width)
+
+    def _choose_group(self, target: torch.Tensor, precision: torch.Tensor, group: int) -> None:
+        loops = inner_loops.of(target)
+        if loops is not None and target.shape[2] <= loops.MAX_GROUP:
+            loops.choose_grid(self, target, precision, group)
+        else:
+            self._choose(target, precision, slice(group, group + 1))
 
     def _choose(self, target: torch.Tensor, precision: torch.Tensor, group: slice) -> None:
         """The scale and zero of one group with the least weighted error: `target` (E, N, B), `precision` (E, B).
@@ -179,10 +181,10 @@ class TernaryGrid:
         self.high = 1.3 * weight.abs().mean(2)
         self.low = -self.high
         importance = precision.unsqueeze(1)
-        on_gpu = feedback_cuda.usable(weight)
+        loops = inner_loops.of(weight)
         for _ in range(rounds):
-            if on_gpu:
-                sums, counts = feedback_cuda.ternary_sums(self, weight, precision)
+            if loops is not None:
+                sums, counts = loops.ternary_sums(self, weight, precision)
                 low_sum, low_weight, high_sum, high_weight = sums.unbind(2)
             else:
                 codes, _ = self.round(weight, precision.unsqueeze(1), 0)
@@ -195,7 +197,7 @@ class TernaryGrid:
                 high_weight,
                 low_weight,
             )
-            if on_gpu:
+            if loops is not None:
                 self._set_bits(counts.float() / weight[0].numel())
             else:
                 self.count(codes)
