@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import qmoe_core.quantize as methods
 from qmoe_core.calibration import CalibrationSpec
-from qmoe_core.calibration.distributed import parts, rounds
+from qmoe_core.calibration.distributed import Message, parts, rounds, unpack
 from qmoe_core.checkpoint import compress, read_qmoe_json
 from qmoe_core.formats import IntFormat, PackedTensor
 from qmoe_core.recipe import Recipe
@@ -225,3 +225,13 @@ def by_chunk(single: list, processes: list[list]) -> list[list]:
 def by_expert(single: list, processes: list[list]) -> list:
     """The statistics of all processes in the order of the experts."""
     return [statistics for several in by_chunk(single, processes) for statistics in several]
+
+
+@pytest.mark.parametrize("value", [None, [], ["x", np.arange(7), np.zeros(0)], {"a": np.arange(24.0).reshape(2, 12).T}])
+def test_messages_hold_what_was_put_in(value):
+    message = Message(value)
+    data = message.tensor(message.nbytes + 100)[: message.nbytes]
+    found = unpack(data)
+    assert repr(found) == repr(value)
+    for array in found if isinstance(found, list) else ():
+        assert not isinstance(array, np.ndarray) or (array.flags.writeable and array.ctypes.data % 16 == 0)

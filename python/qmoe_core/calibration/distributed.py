@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from ..errors import QmoeError
@@ -204,32 +205,29 @@ class Processes(Group):
         data, sizes = self._same_size(value)
         others = [torch.empty_like(data) for _ in sizes] if self.leads else None
         self._run(lambda group: self._dist.gather(data, others, dst=0, group=group, async_op=True), data)
-        return None if others is None else [_unpickle(t[:n]) for t, n in zip(others, sizes, strict=True)]
+        return None if others is None else [unpack(t[:n]) for t, n in zip(others, sizes, strict=True)]
 
     def gather_all(self, value: T) -> list[T]:
         data, sizes = self._same_size(value)
         others = [torch.empty_like(data) for _ in sizes]
         self._run(lambda group: self._dist.all_gather(others, data, group=group, async_op=True), data)
-        return [_unpickle(t[:n]) for t, n in zip(others, sizes, strict=True)]
+        return [unpack(t[:n]) for t, n in zip(others, sizes, strict=True)]
 
     def from_leader(self, value: T) -> T:
-        data = _pickle(value) if self.leads else torch.empty(0, dtype=torch.uint8)
-        size = torch.tensor([len(data)])
+        message = Message(value) if self.leads else None
+        size = torch.tensor([0 if message is None else message.nbytes])
         self.copy_from(size, 0)
-        if not self.leads:
-            data = torch.empty(int(size), dtype=torch.uint8)
+        data = torch.empty(int(size), dtype=torch.uint8) if message is None else message.tensor()
         self.copy_from(data, 0)
-        return _unpickle(data)
+        return unpack(data)
 
     def _same_size(self, value: object) -> tuple[torch.Tensor, list[int]]:
         """The value's bytes, filled up to the most that a process has, and how many each one has."""
-        data = _pickle(value)
+        message = Message(value)
         sizes = torch.zeros(self.size, dtype=torch.int64)
-        sizes[self.rank] = len(data)
+        sizes[self.rank] = message.nbytes
         counts: list[int] = self.sum(sizes).tolist()
-        filled = torch.zeros(max(counts), dtype=torch.uint8)
-        filled[: len(data)] = data
-        return filled, counts
+        return message.tensor(max(counts)), counts
 
     def _run(self, start: Callable[[Any], Any], tensor: torch.Tensor) -> None:
         """Starts an exchange and waits for its end, or for that of another process."""
@@ -350,13 +348,46 @@ class Processes(Group):
             thread.join(5.0)
 
 
-def _pickle(value: object) -> torch.Tensor:
-    return torch.frombuffer(bytearray(pickle.dumps(value, protocol=5)), dtype=torch.uint8)
+class Message:
+    """A value as bytes. Arrays, which are most of what is sent, are copied once, from where they are:
+
+        int64 number of pieces, and the bytes of each | the pickled value without its arrays | the arrays
+
+    each of them at a multiple of 64 bytes.
+    """
+
+    def __init__(self, value: object) -> None:
+        arrays: list[pickle.PickleBuffer] = []
+        pieces = [memoryview(pickle.dumps(value, protocol=5, buffer_callback=arrays.append))]
+        pieces += [array.raw() for array in arrays]
+        head = np.array([len(pieces), *(piece.nbytes for piece in pieces)], dtype=np.int64)
+        self._pieces = [head.data.cast("B"), *pieces]
+        self._places, self.nbytes = _places([piece.nbytes for piece in self._pieces])
+
+    def tensor(self, nbytes: int = 0) -> torch.Tensor:
+        """The bytes as uint8, and behind them anything, up to `nbytes`."""
+        out = torch.empty(max(nbytes, self.nbytes), dtype=torch.uint8)
+        view = out.numpy().data
+        for first, piece in zip(self._places, self._pieces, strict=True):
+            view[first : first + piece.nbytes] = piece
+        return out
 
 
-def _unpickle(data: torch.Tensor) -> Any:
-    """Bytes of another process of this run, which is as trusted as this one."""
-    return pickle.loads(data.numpy().tobytes())
+def unpack(data: torch.Tensor) -> Any:
+    """The value of a `Message` of another process of this run, which is as trusted as this one. Its arrays stay in the
+    tensor's memory."""
+    view = data.numpy().data
+    (count,) = np.frombuffer(view[:8], dtype=np.int64)
+    sizes = np.frombuffer(view[8 : 8 * (1 + count)], dtype=np.int64).tolist()
+    places, _ = _places([8 * (1 + count), *sizes])
+    value, *arrays = (view[first : first + size] for first, size in zip(places[1:], sizes, strict=True))
+    return pickle.loads(value, buffers=arrays)
+
+
+def _places(sizes: list[int]) -> tuple[list[int], int]:
+    """Where pieces of these sizes begin, and where the last one ends."""
+    ends = list(itertools.accumulate(sizes, lambda end, size: -(-end // 64) * 64 + size))
+    return [end - size for end, size in zip(ends, sizes, strict=True)], ends[-1]
 
 
 _open: list[Group] = []  # the group of this process while `processes` is in use
