@@ -11,6 +11,7 @@ import torch
 from qmoe_core.errors import QmoeError
 from qmoe_core.formats import IntFormat, IntMatrix, PackedTensor, TernaryFormat
 from qmoe_core.quantize import MethodSpec, StackStatistics, feedback, quantize, quantize_stack
+from qmoe_core.quantize.base import dequantized
 from qmoe_core.quantize.feedback import descend, factorize, output_error, retarget, round_with_feedback
 from qmoe_core.quantize.gptq import lean_on_pooled
 from qmoe_core.quantize.grids import IntGrid, TernaryGrid
@@ -41,7 +42,7 @@ def problem(shape: tuple[int, int, int], tokens: int = 400, seed: int = 0) -> tu
     return weight, StackStatistics(counts, hessian, hessian.sum(0), tokens * experts)
 
 
-def dequantized(results: list) -> torch.Tensor:
+def stacked(results: list) -> torch.Tensor:
     return torch.stack([torch.from_numpy(matrix.dequantize()) for matrix, _ in results])
 
 
@@ -180,7 +181,7 @@ def test_calibration_beats_rounding_and_every_ingredient_helps(format):
 
     def error(**options: object) -> float:
         results = quantize_stack(weight, statistics, MethodSpec("gptq", format, {"rate": 0.0, **options}))
-        return relative(weight, dequantized(results), statistics.hessian)
+        return relative(weight, stacked(results), statistics.hessian)
 
     one_pass, swept = error(sweeps=0), error(sweeps=2)
     assert one_pass < 0.9 * relative(weight, rounded, statistics.hessian)
@@ -192,7 +193,7 @@ def test_two_runs_are_bitwise_equal():
     weight, statistics = problem((2, 33, 130))
     for format in FORMATS:
         first, second = (quantize_stack(weight, statistics, MethodSpec("gptq", format)) for _ in range(2))
-        assert torch.equal(dequantized(first), dequantized(second))
+        assert torch.equal(stacked(first), stacked(second))
 
 
 def test_a_higher_rate_gives_fewer_bits_and_more_error():
@@ -201,7 +202,7 @@ def test_a_higher_rate_gives_fewer_bits_and_more_error():
     for rate in (0.0, 5.0, 20.0, 50.0):
         results = quantize_stack(weight, statistics, MethodSpec("gptq", TernaryFormat(), {"rate": rate}))
         bits.append(PackedTensor.pack([matrix for matrix, _ in results]).bits_per_weight)
-        errors.append(relative(weight, dequantized(results), statistics.hessian))
+        errors.append(relative(weight, stacked(results), statistics.hessian))
     assert bits == sorted(bits, reverse=True) and bits[-1] < 0.7 * bits[0]
     assert errors == sorted(errors)
 
@@ -213,7 +214,7 @@ def test_the_price_of_a_bit_goes_with_the_root_of_what_the_matrix_contributes():
 
     def matrices(rate: float, importance: torch.Tensor | None) -> torch.Tensor:
         spec = MethodSpec("gptq", TernaryFormat(), {"rate": rate, "damping": 0.0, "prior": 0.0})
-        return dequantized(quantize_stack(weight, dataclasses.replace(statistics, row_importance=importance), spec))
+        return stacked(quantize_stack(weight, dataclasses.replace(statistics, row_importance=importance), spec))
 
     # Four times the share of everything, twice the price: half as much for an error that counts four times.
     torch.testing.assert_close(matrices(8.0, importance), matrices(16.0, 4 * importance), rtol=0, atol=0)
@@ -225,7 +226,7 @@ def test_the_price_of_a_bit_goes_with_the_root_of_what_the_matrix_contributes():
 def test_activation_order_stores_every_scale_with_its_own_group():
     weight, statistics = problem((2, 8, 200))
     results = quantize_stack(weight, statistics, MethodSpec("gptq", IntFormat(8, 64), {"order": "activation"}))
-    assert relative(weight, dequantized(results), statistics.hessian) < 0.01
+    assert relative(weight, stacked(results), statistics.hessian) < 0.01
     assert all(isinstance(matrix, IntMatrix) for matrix, _ in results)
 
 
@@ -248,11 +249,11 @@ def test_few_and_no_tokens_lean_on_the_layer():
     # An expert that saw three tokens must do better with the layer's statistics than with its own alone.
     truth = full.hessian[2:3]
     leaning = relative(
-        weight[2:3], dequantized(quantize_stack(weight, statistics, MethodSpec("gptq", IntFormat(2, 64))))[2:3], truth
+        weight[2:3], stacked(quantize_stack(weight, statistics, MethodSpec("gptq", IntFormat(2, 64))))[2:3], truth
     )
     own = relative(
         weight[2:3],
-        dequantized(quantize_stack(weight, statistics, MethodSpec("gptq", IntFormat(2, 64), {"prior": 0.0})))[2:3],
+        stacked(quantize_stack(weight, statistics, MethodSpec("gptq", IntFormat(2, 64), {"prior": 0.0})))[2:3],
         truth,
     )
     assert leaning < own
@@ -264,7 +265,7 @@ def test_constant_and_zero_weights():
         weight = torch.full((2, 8, 64), value)
         for format in FORMATS:
             results = quantize_stack(weight, statistics, MethodSpec("gptq", format))
-            error = (dequantized(results) - weight).abs().max()
+            error = (stacked(results) - weight).abs().max()
             assert float(error) <= 0.02 * abs(value), (format.name, value)
 
 
@@ -317,7 +318,7 @@ def test_scales_beyond_their_type_are_refused(group):
         quantize_stack(huge, statistics, MethodSpec("gptq", IntFormat(4, group)))
     assert error.value.code == "E_VALUE"
     wide = quantize_stack(huge, statistics, MethodSpec("gptq", IntFormat(4, group, scale_dtype="bfloat16")))
-    assert relative(huge, dequantized(wide), statistics.hessian) < 0.1
+    assert relative(huge, stacked(wide), statistics.hessian) < 0.1
 
 
 def test_parts_of_a_product_add_up_to_the_float32_number():
@@ -327,3 +328,15 @@ def test_parts_of_a_product_add_up_to_the_float32_number():
     assert all(part.dtype == torch.bfloat16 for part in of)
     two = of[0].double() + of[1].double()
     assert bool(((two - matrix).abs() <= 2.0**-16 * matrix.abs()).all())
+
+
+@pytest.mark.parametrize("format", [*FORMATS, IntFormat(2, 16, half_step=True), IntFormat(8, 0, False, half_step=True)],
+                         ids=lambda f: f.name)  # fmt: skip
+@pytest.mark.parametrize("shape", [(1, 3, 300), (1, 5, 7)])
+def test_dequantized_on_a_device_has_the_bits_of_numpy(format, shape):
+    weight, statistics = problem(shape)
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for matrix, _ in quantize_stack(weight, statistics, MethodSpec("gptq", format)):
+        for device in devices:
+            there = dequantized(matrix, device)
+            assert there.device.type == device and there.cpu().numpy().tobytes() == matrix.dequantize().tobytes()

@@ -26,7 +26,7 @@ from torch import nn
 from .. import quantize as methods
 from ..families import Reader, Target
 from ..quantize import Matrix, MethodSpec, TensorReport
-from ..quantize.base import StackStatistics
+from ..quantize.base import StackStatistics, dequantized
 from ..source import CheckedReader
 from .distributed import Group, Round, rounds
 from .tap import ExpertsTap
@@ -350,7 +350,7 @@ class ExpertsStage:
             result.tokens += self._tokens(work.experts).tolist()
         used = torch.empty_like(weights)
         for place, (matrix, _) in zip(used[work.places(mine)], pairs, strict=True):
-            place.copy_(torch.from_numpy(matrix.dequantize()))
+            place.copy_(dequantized(matrix, self.device))
         for owner, part in enumerate(work.shares):
             if len(part):
                 self.group.copy_from(used[work.places(part)], owner)

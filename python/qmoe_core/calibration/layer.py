@@ -14,6 +14,7 @@ from .. import quantize as methods
 from ..errors import QmoeError
 from ..families import FUSED_PARAMETERS, Target
 from ..quantize import MethodSpec, StackStatistics
+from ..quantize.base import dequantized
 from ..quantize.feedback import output_error
 from ..source import CheckedReader
 from .buffers import States
@@ -231,7 +232,7 @@ class Layer:
                     result.spec,
                     tensor=target.source_names[0],
                 )
-            used.copy_(torch.from_numpy(pairs[0][0].dequantize()))
+            used.copy_(dequantized(pairs[0][0], used.device))
         group.copy_from(used, owner)
         result.take(group.gather(pairs))
 

@@ -169,6 +169,25 @@ def measure(weight: np.ndarray, matrix: Matrix) -> TensorReport:
     return TensorReport(weight.size, error_sum, weight_sum, weight.size - nonzero, {matrix.format.name: 1})
 
 
+def dequantized(matrix: Matrix, device: torch.device | str) -> torch.Tensor:
+    """`matrix.dequantize()`, the same bits, computed on a device: (N, K) float32. Codes and scales travel there."""
+
+    def there(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    if isinstance(matrix, TernaryMatrix):
+        signs, levels = there(matrix.trits), there(matrix.levels)
+        high = levels[:, -1:]
+        low = -high if levels.shape[1] == 1 else levels[:, :1]
+        return torch.where(signs > 0, high, torch.where(signs < 0, low, torch.zeros_like(high)))
+    format, columns = matrix.format, matrix.shape[1]
+    scales = there(matrix.scales)
+    stored = torch.full_like(scales, 2.0 ** (format.bits - 1)) if matrix.zeros is None else there(matrix.zeros).float()
+    width = min(format.group or columns, columns)
+    scale, zero = (of.repeat_interleave(width, dim=1)[:, :columns] for of in (scales, stored + format.zero_offset))
+    return (there(matrix.codes) - zero).mul_(scale)
+
+
 def need_int(spec: MethodSpec) -> IntFormat:
     """The spec's format as an IntFormat, or `E_VALUE`."""
     if not isinstance(spec.format, IntFormat):
