@@ -15,7 +15,7 @@ timeout 240 python3 -m pytest -q tests/gpu tests/python/test_calibration.py -k "
 python3 bench/gpu/gptq_throughput.py --output "$out/gptq-gpu.json" "$@" || failed=1
 for tool in memcheck racecheck; do
     # The caching allocator would hide writes outside a tensor.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 200 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
         python3 -m pytest -q tests/gpu/test_feedback.py -p no:cacheprovider -k "(twin and (shape1 or shape2)) or chosen or sums" 2>&1 |
         tee "$out/sanitizer-$tool.log" | tail -n 3 || failed=1
 done
