@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ class CalibrationSpec:
     """Where calibration tokens come from and how they are used.
 
     Attributes:
-        source: token ids (1-D integers), a .npy file of them, a UTF-8 text file, or the name of a Hugging Face data set
-            ("name" or "name:configuration"; needs the `datasets` package). Text is encoded by the model's own
-            tokenizer.
+        source: token ids (1-D integers), a .npy file of them, a UTF-8 text file, or a Hugging Face data set: its name
+            on the Hub ("name" or "name:configuration"), or a local directory of data files or of `save_to_disk`. Data
+            sets need the `datasets` package. Text is encoded by the model's own tokenizer.
         window: tokens per window. Windows are disjoint, nothing is added to them, a partial last one is dropped.
         max_tokens: how many tokens to use.
         batch_size: windows per forward pass.
@@ -98,7 +99,8 @@ def load_tokens(spec: CalibrationSpec, model: Path, vocabulary: int) -> Calibrat
 
     Raises:
         QmoeError: `E_MISSING` (no such file, no tokenizer, `datasets` is not installed), `E_CORRUPT` (not a .npy file,
-            not UTF-8), `E_VALUE` (not one full window, ids outside the vocabulary).
+            not UTF-8), `E_VALUE` (not one full window, ids outside the vocabulary, a field of a data set that is no
+            text).
     """
     tokens = np.asarray(_ids(spec, model))
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
@@ -152,7 +154,7 @@ def _ids(spec: CalibrationSpec, model: Path) -> Any:
             return _encode(path.read_text(encoding="utf-8"), model)
         except UnicodeDecodeError as error:
             raise QmoeError("E_CORRUPT", f"calibration text is not UTF-8: {error}", file=path) from error
-    if path.suffix in (".txt", ".md", ".text") or path.is_absolute():
+    if not path.is_dir() and (path.suffix in (".txt", ".md", ".text") or path.is_absolute()):
         raise QmoeError("E_MISSING", "no such calibration file", file=path)
     return _dataset(spec, str(source), model)
 
@@ -177,15 +179,33 @@ def _dataset(spec: CalibrationSpec, name: str, model: Path) -> np.ndarray:
     from ..evaluation import encode_text
     from ..generation import load_tokenizer
 
-    tokenizer, (path, _, configuration) = load_tokenizer(model), name.partition(":")
+    tokenizer, field, count = load_tokenizer(model), spec.text_field, 0
     pieces: list[np.ndarray] = []
-    count = 0
     try:
-        for row in datasets.load_dataset(path, configuration or None, split=spec.split, streaming=True):
+        for row in _rows(datasets, name, spec.split):
             if count >= spec.max_tokens:
                 break
-            pieces.append(encode_text(tokenizer, row[spec.text_field] + "\n\n"))
+            if not isinstance(row[field], str):
+                found = type(row[field]).__name__
+                raise QmoeError("E_VALUE", f"data set: '{field}' is no text", file=name, expected="str", actual=found)
+            pieces.append(encode_text(tokenizer, row[field] + "\n\n"))
             count += len(pieces[-1])
-    except (OSError, ValueError, KeyError) as error:  # unknown name, no network, no such split or field
+    except QmoeError:
+        raise
+    except KeyError as error:  # no such split of a directory, no such field
+        raise QmoeError("E_MISSING", f"the data set has no {error}", file=name) from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # unknown name, no network, damaged files
         raise QmoeError("E_MISSING", f"the data set cannot be read: {error!r}", file=name) from error
     return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+
+
+def _rows(datasets: Any, name: str, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of a data set, by the package `datasets`: what `save_to_disk` has left in a directory, what its loaders
+    make of other directories, or what the Hub has of that name."""
+    if (Path(name) / "dataset_dict.json").is_file():
+        yield from datasets.load_from_disk(name)[split]
+    elif (Path(name) / "state.json").is_file():
+        yield from datasets.load_from_disk(name)
+    else:
+        path, _, configuration = (name, "", "") if Path(name).is_dir() else name.partition(":")
+        yield from datasets.load_dataset(path, configuration or None, split=split, streaming=True)
