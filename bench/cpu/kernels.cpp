@@ -49,12 +49,13 @@ void call(const Weights& weights, const Shape& shape, const float* x, const Rout
 }
 
 // Compares the first rows of the first and last token's result. All experts are equal: any may have been chosen.
-void check(const Record& record, const Shape& shape, std::span<const float> x, const Routing& routing,
+void check(const Prepacked& weights, const Shape& shape, std::span<const float> x, const Routing& routing,
            std::span<const float> y) {
     constexpr uint64_t kRows = 16;
     const uint64_t k = shape.cols;
-    std::vector<float> w(kRows * k), sum(k);
-    must(record.decode_rows(0, 0, kRows, w.data()), "decode_rows");
+    std::vector<float> w(shape.rows * k), sum(k);
+    must(weights.dequantize(0, w.data()), "dequantize");
+    w.resize(kRows * k);
     for (const uint64_t t : {uint64_t{0}, routing.tokens - 1}) {
         std::fill(sum.begin(), sum.end(), 0.0f);
         const uint64_t terms = shape.per_choice ? kTopK : 1;
@@ -72,7 +73,7 @@ void measure(benchmark::State& state, const Kind& kind, const Shape& shape, uint
     const auto x = random_activations(shape.x_rows(tokens) * shape.cols);
     std::vector<float> y(tokens * shape.choices() * shape.rows, std::nanf(""));
     call(copies[0], shape, x.data(), routings[0], y.data(), threads);
-    check(copies[0].record(), shape, x, routings[0], y);
+    check(copies[0].prepacked(), shape, x, routings[0], y);
 
     Work work;
     const double expert_bytes = static_cast<double>(copies[0].bytes()) / static_cast<double>(shape.experts);

@@ -1,10 +1,14 @@
 // The one place that knows how our kernels are called: bench_kernels sees nothing but Kind and Weights.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <array>
+#include <cstdlib>
+#include <memory>
 
 #include "harness.h"
-#include "qmoe/matmul.h"
+#include "qmoe/prepacked.h"
 #include "qmoe/quantize.h"
 #include "samples.h"
 
@@ -76,34 +80,54 @@ inline std::vector<uint8_t> random_record(const Kind& kind, const Shape& shape) 
     return record;
 }
 
+// Memory on huge pages where the system has them, as a model loader would ask for it.
+struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<uint8_t, Free>;
+inline Memory huge_pages(uint64_t bytes) {
+    constexpr uint64_t kPage = uint64_t{2} << 20;
+    const uint64_t size = (bytes + kPage - 1) / kPage * kPage;
+    Memory memory(static_cast<uint8_t*>(std::aligned_alloc(kPage, size)));
+    if (memory == nullptr) throw std::bad_alloc();
+    madvise(memory.get(), size, MADV_HUGEPAGE);
+    return memory;
+}
+
 // One copy of the weights, as the kernels want them.
 class Weights {
   public:
-    explicit Weights(std::vector<uint8_t> bytes) : bytes_(std::move(bytes)) {
-        must(Record::open(bytes_, record_, false), "Record::open");
+    explicit Weights(const std::vector<uint8_t>& bytes) {
+        Record record;
+        must(Record::open(bytes, record, false), "Record::open");
+        must(Prepacked::size(record, RowOrder::kPlain, bytes_), "Prepacked::size");
+        memory_ = huge_pages(bytes_);
+        must(Prepacked::prepack(record, RowOrder::kPlain, {memory_.get(), bytes_}, 2), "prepack");
+        must(Prepacked::open({memory_.get(), bytes_}, weights_), "Prepacked::open");
     }
     Weights(const Weights&) = delete;
     Weights& operator=(const Weights&) = delete;
 
-    uint64_t bytes() const { return bytes_.size(); }  // that one pass over all weights reads
-    const Record& record() const { return record_; }
+    uint64_t bytes() const { return bytes_; }  // that one pass over all weights reads
+    const Prepacked& prepacked() const { return weights_; }
 
     // y (M, N) = x (M, K) W^T.
     void linear(const float* x, uint64_t tokens, float* y, int threads) const {
         const int64_t offsets[2] = {0, static_cast<int64_t>(tokens)};
-        must(grouped_linear(record_, x, ActivationType::kFloat32, tokens, offsets, y, threads), "grouped_linear");
+        must(grouped_linear(weights_, x, ActivationType::kFloat32, tokens, offsets, y, Precision::kInt8, threads),
+             "grouped_linear");
     }
 
     // Gate or up: y (T * top_k, N), every choice's product with its token's row of x (T, K).
     void experts_up(const float* x, const Routing& routing, float* y, int threads) const {
-        const uint64_t n = record_.rows();
+        const uint64_t n = weights_.rows();
         sort_and_multiply(x, routing, threads, false);
         for (uint64_t i = 0; i < order_.size(); ++i) std::copy_n(y_.data() + i * n, n, y + order_[i] * n);
     }
 
     // Down: y (T, N), the choices' products with their own rows of x (T * top_k, K) summed by routing weight.
     void experts_down(const float* x, const Routing& routing, float* y, int threads) const {
-        const uint64_t n = record_.rows();
+        const uint64_t n = weights_.rows();
         sort_and_multiply(x, routing, threads, true);
         std::fill_n(y, routing.tokens * n, 0.0f);
         for (uint64_t i = 0; i < order_.size(); ++i)
@@ -113,24 +137,26 @@ class Weights {
   private:
     // grouped_linear wants the rows of x sorted by expert.
     void sort_and_multiply(const float* x, const Routing& routing, int threads, bool per_choice) const {
-        const uint64_t k = record_.cols(), choices = routing.ids.size();
+        const uint64_t k = weights_.cols(), choices = routing.ids.size();
         order_.resize(choices);
         std::iota(order_.begin(), order_.end(), uint64_t{0});
         std::stable_sort(order_.begin(), order_.end(),
                          [&](uint64_t a, uint64_t b) { return routing.ids[a] < routing.ids[b]; });
-        offsets_.assign(record_.experts() + 1, 0);
+        offsets_.assign(weights_.experts() + 1, 0);
         for (const int32_t id : routing.ids) ++offsets_[static_cast<size_t>(id) + 1];
         std::partial_sum(offsets_.begin(), offsets_.end(), offsets_.begin());
         x_.resize(choices * k);
-        y_.resize(choices * record_.rows());
+        y_.resize(choices * weights_.rows());
         for (uint64_t i = 0; i < choices; ++i)
             std::copy_n(x + (per_choice ? order_[i] : order_[i] / kTopK) * k, k, x_.data() + i * k);
-        must(grouped_linear(record_, x_.data(), ActivationType::kFloat32, choices, offsets_, y_.data(), threads),
+        must(grouped_linear(weights_, x_.data(), ActivationType::kFloat32, choices, offsets_, y_.data(), Precision::kInt8,
+                            threads),
              "grouped_linear");
     }
 
-    std::vector<uint8_t> bytes_;
-    Record record_;
+    uint64_t bytes_ = 0;
+    Memory memory_;
+    Prepacked weights_;
     mutable std::vector<uint64_t> order_;
     mutable std::vector<int64_t> offsets_;
     mutable std::vector<float> x_, y_;

@@ -74,11 +74,11 @@ def dot_of(codes: str) -> str:
 
 
 def emit_flush(out: Source, isa: Isa, trits: bool, zeros: str, scales: str, panels: int, tokens: int,
-               sums: dict[tuple[int, int, int], list[str]], total: str) -> None:  # fmt: skip
+               sums: dict[tuple[int, int, int], list[str]], in_memory: bool) -> None:  # fmt: skip
     """Sums of a chunk to floats: total += scale * (sum * activation scale + correction - zero * sum of activations).
 
-    `sums` maps (panel, token, part) to one expression, or for trits to those of high and low; `total` formats the name
-    of a total."""
+    `sums` maps (panel, token, part) to one expression, or for trits to those of high and low. Totals are registers, or
+    lie in y where sums fill the registers: compilers would otherwise store the sums in the innermost loop."""
     lanes = isa.width // 4
     for p in range(panels):
         for r in range(isa.parts):
@@ -90,25 +90,43 @@ def emit_flush(out: Source, isa: Isa, trits: bool, zeros: str, scales: str, pane
             if zeros == "stored":
                 out(f"const Floats zero{p}_{r} = load_bytes_as_floats(z{p} + {r * lanes});")
     for t in range(tokens):
-        out(f"const Floats factor{t} = splat(x.scale + {t} * x.chunk_stride + chunk);")
+        out("{")
+        out(f"const Floats factor = splat(x.scale + {t} * x.chunk_stride + chunk);")
         if not trits:
-            out(f"const Floats correction{t} = splat(x.correction + {t} * x.chunk_stride + chunk);")
+            out(f"const Floats correction = splat(x.correction + {t} * x.chunk_stride + chunk);")
         if zeros == "stored":
-            out(f"const Floats negative{t} = splat(x.negative_sum + {t} * x.chunk_stride + chunk);")
-    for p in range(panels):
-        for t in range(tokens):
+            out(f"const Floats negative = splat(x.negative_sum + {t} * x.chunk_stride + chunk);")
+        for p in range(panels):
             for r in range(isa.parts):
-                name = total.format(p=p, t=t, r=r)
                 parts = sums[p, t, r]
+                total = f"total{p}_{t}_{r}"
+                at = f"y + {t} * y_stride + (panel + {p}) * kPanelRows + {r * lanes}"
+                before = f"load_floats({at})" if in_memory else total
                 if trits:
                     high, low = parts
-                    out(f"{name} = fma(mul(to_floats({high}), factor{t}), high{p}_{r}, {name});")
-                    out(f"{name} = fma(mul(to_floats({low}), factor{t}), low{p}_{r}, {name});")
-                    continue
-                value = f"fma(to_floats({parts[0]}), factor{t}, correction{t})"
-                if zeros == "stored":
-                    value = f"fma(zero{p}_{r}, negative{t}, {value})"
-                out(f"{name} = fma({value}, scale{p}_{r}, {name});")
+                    value = f"fma(mul(to_floats({high}), factor), high{p}_{r}, {before})"
+                    value = f"fma(mul(to_floats({low}), factor), low{p}_{r}, {value})"
+                else:
+                    value = f"fma(to_floats({parts[0]}), factor, correction)"
+                    if zeros == "stored":
+                        value = f"fma(zero{p}_{r}, negative, {value})"
+                    value = f"fma({value}, scale{p}_{r}, {before})"
+                out(f"store_floats({at}, {value});" if in_memory else f"{total} = {value};")
+        out("}")
+
+
+def emit_totals(out: Source, isa: Isa, panels: int, tokens: int, in_memory: bool) -> None:
+    for p, t, r in cells(isa, panels, tokens):
+        if in_memory:
+            out(f"store_floats(y + {t} * y_stride + (panel + {p}) * kPanelRows + {r * isa.width // 4}, zero_floats());")
+        else:
+            out(f"Floats total{p}_{t}_{r} = zero_floats();")
+
+
+def emit_results(out: Source, isa: Isa, panels: int, tokens: int) -> None:
+    for p, t, r in cells(isa, panels, tokens):
+        at = f"y + {t} * y_stride + (panel + {p}) * kPanelRows + {r * isa.width // 4}"
+        out(f"store_floats({at}, total{p}_{t}_{r});")
 
 
 def emit_pointers(out: Source, panels: int, zeros: str) -> None:
@@ -153,8 +171,9 @@ def emit_direct(out: Source, isa: Isa, codes: str, scales: str, zeros: str, toke
     emit_pointers(out, tile.panels, zeros)
     for t in range(tokens):
         out(f"const int8_t* x{t} = x.x + {t} * x.x_stride;")
-    for p, t, r in cells(isa, tile.panels, tokens):
-        out(f"Floats total{p}_{t}_{r} = zero_floats();")
+    # Sums and totals of a tile, and what else the loop needs.
+    in_memory = len(list(cells(isa, tile.panels, tokens))) * (accumulators(codes, tile.spread) + 1) + 8 > isa.registers
+    emit_totals(out, isa, tile.panels, tokens, in_memory)
     out("uint32_t within = 0;")
     out("for (uint32_t chunk = 0; chunk < unit.chunks; ++chunk) {")
     for p, t, r in cells(isa, tile.panels, tokens):
@@ -201,12 +220,11 @@ def emit_direct(out: Source, isa: Isa, codes: str, scales: str, zeros: str, toke
                 a = f"shift_sums<{bits}>({a})" if bits else a
                 expression = a if not expression else f"add({expression}, {a})"
             sums[p, t, r].append(expression)
-    emit_flush(out, isa, trits, zeros, scales, tile.panels, tokens, sums, "total{p}_{t}_{r}")
+    emit_flush(out, isa, trits, zeros, scales, tile.panels, tokens, sums, in_memory)
     emit_advance(out, tile.panels, zeros)
     out("}")
-    lanes = width // 4
-    for p, t, r in cells(isa, tile.panels, tokens):
-        out(f"store_floats(y + {t} * y_stride + (panel + {p}) * kPanelRows + {r * lanes}, total{p}_{t}_{r});")
+    if not in_memory:
+        emit_results(out, isa, tile.panels, tokens)
     out("}")
     out("}")
     return name
@@ -243,7 +261,7 @@ def emit_tile(out: Source, isa: Isa, trits: bool, scales: str, zeros: str, tile:
     """A kernel from unpacked codes, for any number of tokens. Returns its name."""
     kind = "trits" if trits else "codes"
     name = f"tile_{kind}_{scales}_{zeros}"
-    lanes, levels = isa.width // 4, 2 if trits else 1
+    levels = 2 if trits else 1
     # An unpacked code may have all of its eight bits.
     dot = "dot" if trits or isa.largest_code >= 255 else "dot_wide"
     for tokens in tile_sizes(tile.tokens):
@@ -252,8 +270,7 @@ def emit_tile(out: Source, isa: Isa, trits: bool, scales: str, zeros: str, tile:
         out("constexpr uint32_t panel = 0;")
         emit_pointers(out, tile.panels, zeros)
         out("const int8_t* quads = x.x;")
-        for p, t, r in cells(isa, tile.panels, tokens):
-            out(f"Floats total{p}_{t}_{r} = zero_floats();")
+        emit_totals(out, isa, tile.panels, tokens, in_memory=True)
         out("uint32_t within = 0;")
         out("for (uint32_t chunk = 0; chunk < unit.chunks; ++chunk) {")
         for p, t, r in cells(isa, tile.panels, tokens):
@@ -282,11 +299,9 @@ def emit_tile(out: Source, isa: Isa, trits: bool, scales: str, zeros: str, tile:
             (p, t, r): [f"a{p}_{t}_{r}_0"] + ([f"shift_sums<1>(a{p}_{t}_{r}_1)"] if trits else [])
             for p, t, r in cells(isa, tile.panels, tokens)
         }
-        emit_flush(out, isa, trits, zeros, scales, tile.panels, tokens, sums, "total{p}_{t}_{r}")
+        emit_flush(out, isa, trits, zeros, scales, tile.panels, tokens, sums, in_memory=True)
         emit_advance(out, tile.panels, zeros)
         out("}")
-        for p, t, r in cells(isa, tile.panels, tokens):
-            out(f"store_floats(y + {t} * y_stride + (panel + {p}) * kPanelRows + {r * lanes}, total{p}_{t}_{r});")
         out("}")
     out(f"// {tile.panels} panels, {tile.tokens} tokens; predicted: {tile_cycles(isa, trits, tile):.2f} cycles a token"
         " and line.")  # fmt: skip

@@ -72,7 +72,9 @@ void Rows::resize(const Prepacked& weights, const Prepacked::Expert& expert, uin
     cols_ = weights.cols();
     chunk_ = expert.chunk;
     chunks_ = ceil_div(cols_, chunk_);
-    stride_ = chunks_ * chunk_;
+    // Rows a multiple of 4 KiB apart would all fall into the same sets of the first-level cache.
+    stride_ = ceil_div(chunks_ * chunk_, kLine) * kLine;
+    if (stride_ % (2 * kLine) == 0) stride_ += kLine;
     offset_ = expert.offset;
     if (precision == Precision::kFloat) {
         if (floats_.size() < rows * stride_) floats_.resize(rows * stride_);
