@@ -5,6 +5,7 @@ A script of its own because it forks: torch and transformers are imported once, 
 starts at the first line of `compress`, so a few hundred jobs take a minute.
 
     python tests/faults/jobs.py kill SOURCE WORK --points 200
+    python tests/faults/jobs.py kill SOURCE WORK --points 200 --bits 19     # calibrated, formats chosen for a budget
     LD_PRELOAD=failio.so python tests/faults/jobs.py io SOURCE WORK --points 0     # 0: every operation
 
 Prints one JSON object: what was done, and `problems`, empty if all is well.
@@ -27,9 +28,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import qmoe_core.checkpoint as checkpoint
+from qmoe_core.allocation import Fit
+from qmoe_core.calibration import CalibrationSpec
 from qmoe_core.errors import QmoeError
 from qmoe_core.families import analyze
 from qmoe_core.journal import DIRECTORY
@@ -38,6 +42,12 @@ from qmoe_core.source import SourceCheckpoint
 from qmoe_core.store import TEMPORARY_SUFFIX
 
 RECIPE = Recipe.uniform("int4", group=64)
+CANDIDATES = (
+    {"format": "ternary", "method": "gptq"},
+    {"format": "int2", "group": 32, "method": "gptq"},
+    {"format": "int4", "group": 32, "method": "gptq"},
+    {"format": "keep"},
+)
 SHARD_BYTES = 400_000
 KILLED, OK, REFUSED, CRASHED = "killed", "ok", "refused", "crashed"
 
@@ -48,8 +58,16 @@ def hashes(directory: Path) -> dict[str, str]:
 
 
 class Jobs:
-    def __init__(self, source: Path, work: Path) -> None:
+    def __init__(self, source: Path, work: Path, bits: float | None = None) -> None:
+        """`bits`: a calibrated compression within a budget; None for a data-free one."""
         self.source, self.output = source, work / "out"
+        self.recipe: Recipe | Fit = RECIPE
+        self.calibration, self.shard_bytes = None, SHARD_BYTES
+        if bits is not None:
+            self.recipe = Fit(bits=bits, allow=("attention",), candidates=CANDIDATES)
+            ids = np.random.default_rng(0).integers(3, 96, 128)
+            self.calibration = CalibrationSpec(ids, window=16, batch_size=4, buffer_bytes=0)  # all activations in files
+            self.shard_bytes = 20_000
         work.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
         with SourceCheckpoint(source) as opened:  # imports the model's code before the first fork
@@ -58,8 +76,8 @@ class Jobs:
         self.problems: list[str] = []
         self.counts: Counter[str] = Counter()
         self.wipe()
-        status, _ = self.wait(self.start())
-        assert status == OK, "the undisturbed job failed"
+        status, told = self.wait(self.start())
+        assert status == OK, f"the undisturbed job: {status} {told}"
         self.reference = hashes(self.output)
 
     def wipe(self) -> None:
@@ -77,7 +95,9 @@ class Jobs:
             checkpoint.SYNC_SECONDS = sync_seconds
             if prepare is not None:
                 prepare()
-            checkpoint.compress(self.source, self.output, RECIPE, max_shard_bytes=SHARD_BYTES)
+            checkpoint.compress(
+                self.source, self.output, self.recipe, calibration=self.calibration, max_shard_bytes=self.shard_bytes
+            )
         except QmoeError as error:
             os.write(writing, error.code.encode())
             code = 3
@@ -153,7 +173,7 @@ def kill_at_call(k: int, rng: random.Random) -> Callable[[], None]:
 
             setattr(os, name, call)
 
-        for name in ("write", "fsync", "replace", "unlink", "rmdir", "mkdir", "ftruncate", "open"):
+        for name in ("write", "pwrite", "fsync", "replace", "unlink", "rmdir", "mkdir", "ftruncate", "open"):
             wrap(name)
 
     return prepare
@@ -248,9 +268,10 @@ def main() -> int:
     parser.add_argument("work", type=Path)
     parser.add_argument("--points", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bits", type=float)
     options = parser.parse_args()
     started = time.monotonic()
-    jobs = Jobs(options.source.resolve(), options.work.resolve())
+    jobs = Jobs(options.source.resolve(), options.work.resolve(), options.bits)
     (kill_jobs if options.kind == "kill" else io_jobs)(jobs, options.points, random.Random(options.seed))
     jobs.wipe()
     result = {"kind": options.kind, "points": options.points, "seed": options.seed, "counts": dict(jobs.counts)}

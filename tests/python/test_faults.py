@@ -12,16 +12,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from packed_fixtures import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "novels-moe"
 JOBS = ROOT / "tests" / "faults" / "jobs.py"
 
 
-def run_jobs(kind: str, work: Path, points: int, seed: int = 0, **environment: str) -> dict:
+def run_jobs(kind: str, work: Path, points: int, *options: str, model: Path = MODEL, **environment: str) -> dict:
     """Runs tests/faults/jobs.py and returns what it printed."""
     result = subprocess.run(
-        [sys.executable, str(JOBS), kind, str(MODEL), str(work), "--points", str(points), "--seed", str(seed)],
+        [sys.executable, str(JOBS), kind, str(model), str(work), "--points", str(points), *options],
         env={**os.environ, **environment}, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert result.stdout, result.stderr
@@ -31,6 +32,16 @@ def run_jobs(kind: str, work: Path, points: int, seed: int = 0, **environment: s
 def test_killed_at_any_moment_the_same_command_continues_to_the_same_bytes(tmp_path):
     points = int(os.environ.get("QMOE_KILL_POINTS", "12"))
     result = run_jobs("kill", tmp_path, points)
+    assert result["problems"] == []
+    assert result["counts"]["killed"] >= points
+    assert result["counts"]["left to resume"] >= points / 4
+
+
+def test_killed_while_measuring_planning_or_calibrating_likewise(tmp_path):
+    """A calibrated compression within a budget: losses, plan, layers and shards, all in the journal."""
+    points = int(os.environ.get("QMOE_KILL_POINTS", "12"))
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "model")
+    result = run_jobs("kill", tmp_path / "work", points, "--bits", "19", model=tmp_path / "model")
     assert result["problems"] == []
     assert result["counts"]["killed"] >= points
     assert result["counts"]["left to resume"] >= points / 4
