@@ -53,8 +53,8 @@ class Row:
         )
 
 
-def ternary(rate: float, tokens: int = 262144) -> Row:
-    return Row("ternary", options={"rate": rate, "sweeps": 5}, gate_weighted=True, tokens=tokens)
+def ternary(rate: float) -> Row:
+    return Row("ternary", options={"rate": rate, "sweeps": 5}, gate_weighted=True, tokens=262144)
 
 
 ROWS = {
@@ -63,7 +63,6 @@ ROWS = {
     "int2 g64": Row("int2", 64),
     "int2 g16": Row("int2", 16),
     "int2 g64 half, symmetric": Row("int2", 64, half_step=True, zero_point=False),
-    "ternary, rate 0.6, 1 M tokens": ternary(0.6, 1048576),
     **{f"ternary, rate {rate:g}": ternary(rate) for rate in (0.6, 1, 1.5, 2.2, 3)},
 }
 

@@ -5,14 +5,15 @@
 
 Starting points are compressed first (calibrated ones on some of the training tokens), then recovered on tokens that the
 evaluation does not see. All rows are loaded like any user would, from the directories. `--jobs` starting points are
-worked on at the same time, each in a process of its own, which keeps a large GPU busier with a small model.
+worked on at the same time, each in a process of its own, which keeps a large GPU busier with a small model. Finished
+ones are kept in the JSON, with the original's row: run again with other `--starts` to add some, or the same to renew.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
+import json
 import multiprocessing
 import sys
 import tempfile
@@ -156,24 +157,19 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=65536)
     parser.add_argument("--scratch", type=Path, help="where the models go for as long as this runs")
     arguments = parser.parse_args()
+    tokens = np.load(arguments.tokens, mmap_mode="r", allow_pickle=False)[: arguments.max_tokens]
+    finished = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else [original(arguments)]
     # Each in a fresh process even one after the other: a GPU's memory is then free for the next one.
     with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
-        parts = pool.imap(partial(measure, arguments=arguments), arguments.starts)
-        rows = list(itertools.chain([original(arguments)], *parts))
-    used = np.load(arguments.tokens, mmap_mode="r", allow_pickle=False)[: rows[0]["windows"] * rows[0]["window"]]
-    write_results(
-        arguments.json,
-        "recovery",
-        rows,
-        device=device_name(arguments.device),
-        model=arguments.model.name,
-        train_tokens=arguments.train_tokens,
-        calibration_tokens=arguments.calibration_tokens,
-        batch=arguments.batch,
-        dtype=arguments.dtype,
-        tokens_sha256=hashlib.sha256(np.ascontiguousarray(used).tobytes()).hexdigest(),
-        torch=torch.__version__,
-    )
+        for rows in pool.imap(partial(measure, arguments=arguments), arguments.starts):
+            name = rows[0]["name"]
+            finished = [row for row in finished if name not in (row["name"], row.get("start"))] + rows
+            write_results(
+                arguments.json, "recovery", finished, device_name(arguments.device), model=arguments.model.name,
+                train_tokens=arguments.train_tokens, calibration_tokens=arguments.calibration_tokens,
+                batch=arguments.batch, dtype=arguments.dtype, torch=torch.__version__,
+                tokens_sha256=hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest(),
+            )  # fmt: skip
 
 
 if __name__ == "__main__":
