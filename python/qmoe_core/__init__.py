@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import _C as _C
+    from .allocation import Fit
     from .calibration import CalibrationSpec
     from .checkpoint import compress
     from .evaluation import EvalResult, evaluate
@@ -31,6 +32,7 @@ _LAZY = {
     "CalibrationSpec": "calibration",
     "CompressionReport": "report",
     "EvalResult": "evaluation",
+    "Fit": "allocation",
     "Recipe": "recipe",
     "RecoverySpec": "recovery",
     "compress": "checkpoint",
@@ -45,6 +47,7 @@ __all__ = [
     "CalibrationSpec",
     "CompressionReport",
     "EvalResult",
+    "Fit",
     "IntFormat",
     "IntMatrix",
     "PackedTensor",

@@ -143,7 +143,9 @@ def compress(
         **{
             **vars(report),
             "largest_layer_bytes": plan.largest_layer_bytes,
-            "calibration_memory_bytes": 0 if prepared is None else prepared.memory_bytes,
+            "calibration_memory_bytes": max(
+                0 if prepared is None else prepared.memory_bytes, 0 if chosen is None else chosen.memory_bytes
+            ),
             "read_bytes": io.read(),
             "written_bytes": io.written(),
             "start_rss_bytes": meter.start,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class Planned:
-    """The recipe that a budget has become, and what qmoe.json says of how (`FitPlan.summary`)."""
+    """The recipe that a budget has become, what qmoe.json says of how (`FitPlan.summary`), and what memory measuring
+    may take on top of what compression takes."""
 
     recipe: Recipe
     summary: dict[str, Any]
+    memory_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {"recipe": self.recipe.to_dict(), "summary": self.summary}
@@ -114,7 +116,7 @@ def plan_output(
         raise QmoeError("E_VALUE", "no weights of these roles", file=checkpoint.directory, actual=list(fit.roles))
     prepared = None
     if calibration is not None:
-        prepared = load_calibration(checkpoint, sensitivity_spec(calibration), device, group)
+        prepared = load_calibration(checkpoint, sensitivity_spec(calibration), device, group, measuring=True)
     candidates = fit.candidates
     if candidates is None:
         candidates = (*DATA_FREE, {"format": "keep"}) if calibration is None else CALIBRATED
@@ -134,6 +136,7 @@ def plan_output(
         told = finished["job"].get("fit")
         check_same_job({"fit": told and told["request"]}, {"fit": request}, output)
         return Planned(Recipe.from_dict(finished["job"]["recipe"]), told)
+    memory = 0 if prepared is None else prepared.memory_bytes
     with ExitStack() as stack:
         journal, planned = None, None
         if group.leads:
@@ -144,7 +147,7 @@ def plan_output(
             planned = next((plan for plan in plans if plan.summary["request"] == request), None)
         planned = group.from_leader(planned)
         if planned is not None:
-            return planned
+            return replace(planned, memory_bytes=memory)
         if prepared is not None:
             if not (output / DIRECTORY).is_dir():
                 raise QmoeError("E_MISSING", "the output must be where all processes see it", file=output)
@@ -163,7 +166,7 @@ def plan_output(
             journal.commit()
         planned = group.from_leader(planned)
     assert planned is not None
-    return planned
+    return replace(planned, memory_bytes=memory)
 
 
 def _weight_errors(

@@ -80,8 +80,11 @@ def prepare(
     return load_calibration(checkpoint, spec, device, group)
 
 
-def load_calibration(checkpoint: SourceCheckpoint, spec: CalibrationSpec, device: str, group: Group) -> Calibration:
-    """The tokens that `spec` describes, once this model is known to run layer by layer on them.
+def load_calibration(
+    checkpoint: SourceCheckpoint, spec: CalibrationSpec, device: str, group: Group, measuring: bool = False
+) -> Calibration:
+    """The tokens that `spec` describes, once this model is known to run layer by layer on them. `measuring`: in the end
+    the model's head will be in memory, too.
 
     Raises:
         QmoeError: `E_VALUE` (too few tokens, settings), `E_NO_KERNEL`, `E_MISSING`, `E_CORRUPT`, `E_LAYOUT` (not a
@@ -113,6 +116,8 @@ def load_calibration(checkpoint: SourceCheckpoint, spec: CalibrationSpec, device
             actual=len(tokens.ids),
         )
     around = 4 * sum(t.elements for name, t in checkpoint.tensors.items() if "embed" in name)
+    if measuring:  # as large as the embeddings, which it may be tied to
+        around *= 2
     memory = spec.buffer_bytes + (3 + group.size) * spec.chunk_bytes + around
     description = tokens.describe(spec, device)
     if group.size > 1:
