@@ -173,6 +173,27 @@ def test_gains_are_those_of_the_whole_model(family, sources, tokens, monkeypatch
     assert found[:-1] == [None] * (len(found) - 1)
 
 
+def test_a_model_that_collects_router_logits_is_measured_all_the_same(tokens, tmp_path):
+    found = []
+    for number, collects in enumerate((False, True)):
+        tiny_model("mixtral", output_router_logits=collects).save_pretrained(tmp_path / str(number))
+        items = streamed_losses(tmp_path / str(number), spec_of(tokens), CANDIDATES[2:3])
+        found.append([item.candidates for item in items])
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_losses_on_cuda_are_those_of_the_cpu(source, tokens):
+    roles = ("expert", "attention")
+    here, there = (
+        streamed_losses(source, spec_of(tokens), CANDIDATES, roles=roles, device=device) for device in ("cpu", "cuda")
+    )
+    for ours, theirs in zip(here, there, strict=True):
+        for a, b in zip(ours.candidates, theirs.candidates, strict=True):
+            assert b.loss == pytest.approx(a.loss, rel=0.05) and b.nbytes == pytest.approx(a.nbytes, rel=0.05)
+
+
 def test_noise_has_its_share_of_the_energy_and_only_behind_its_layer(tokens):
     ids = torch.from_numpy(tokens).view(-1, WINDOW)
     disturbing = probes.Probes(40, ids)

@@ -45,6 +45,11 @@ class Skeleton:
                 file=directory,
                 actual=type(self.model).__name__,
             )
+        for config in (self.model.config, self.model.config.get_text_config(decoder=True)):
+            if getattr(
+                config, "output_router_logits", False
+            ):  # the model would miss its routers when only its head runs
+                config.output_router_logits = False
         self.path = self._find_layers(layout)
         self.layers: list[nn.Module] = list(self.model.get_submodule(self.path))  # type: ignore[call-overload]
         self.weights = WeightReader(self.model, checkpoint)
