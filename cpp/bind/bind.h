@@ -30,6 +30,7 @@ Record open_record_with(const Bytes& bytes, bool check_crc, uint64_t expert);
 
 void bind_cuda(pybind11::module_& m);
 void bind_gptq(pybind11::module_& m);
+void bind_kernels(pybind11::module_& m);
 void bind_safetensors(pybind11::module_& m);
 
 }  // namespace qmoe::bind

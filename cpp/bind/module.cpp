@@ -247,38 +247,6 @@ Bytes slice_experts(const Bytes& bytes, uint64_t first, uint64_t count) {
     return to_array(std::move(out));
 }
 
-ActivationType activation_type(const std::string& name) {
-    if (name == "float32") return ActivationType::kFloat32;
-    if (name == "float16") return ActivationType::kFloat16;
-    if (name == "bfloat16") return ActivationType::kBfloat16;
-    raise(Code::kDtype, "activations must be float32, float16 or bfloat16, not " + name);
-}
-
-// Pointers are those of tensors that the caller keeps alive: packed (nbytes), offsets int64 (count), x (tokens, K), out
-// (tokens, N).
-void linear(uintptr_t packed, uint64_t nbytes, uintptr_t offsets, uint64_t offset_count, uintptr_t x,
-            const std::string& x_dtype, uint64_t tokens, uint64_t in_features, uintptr_t out, uint64_t out_features,
-            int threads) {
-    const ActivationType type = activation_type(x_dtype);
-    Status status;
-    {
-        const py::gil_scoped_release release;
-        Record record;
-        status = Record::open({reinterpret_cast<const uint8_t*>(packed), nbytes}, record, false);
-        if (status.ok() && record.cols() != in_features)
-            status = Status::mismatch(Code::kShape, "linear: columns of x against columns of the weight", 0,
-                                      record.cols(), in_features);
-        if (status.ok() && record.rows() != out_features)
-            status = Status::mismatch(Code::kShape, "linear: columns of out against rows of the weight", 0,
-                                      record.rows(), out_features);
-        if (status.ok())
-            status = grouped_linear(record, reinterpret_cast<const void*>(x), type, tokens,
-                                    {reinterpret_cast<const int64_t*>(offsets), offset_count},
-                                    reinterpret_cast<void*>(out), threads);
-    }
-    check(status);
-}
-
 py::list isa_names() {
     py::list names;
     for (const char* name : available_isas()) names.append(name);
@@ -304,9 +272,6 @@ PYBIND11_MODULE(_C, m) {
           "One expert as float32 (N, K), by the scalar decoder.");
     m.def("slice_experts", &slice_experts, py::arg("record"), py::arg("first"), py::arg("count"),
           "A record of experts [first, first + count).");
-    m.def("linear", &linear, py::arg("packed"), py::arg("nbytes"), py::arg("offsets"), py::arg("offset_count"),
-          py::arg("x"), py::arg("x_dtype"), py::arg("tokens"), py::arg("in_features"), py::arg("out"),
-          py::arg("out_features"), py::arg("threads"), "Grouped linear on raw pointers; see qmoe/matmul.h.");
     m.def(
         "crc32c", [](const Bytes& bytes, uint32_t seed) { return qmoe::crc32c(bytes_of(bytes), seed); },
         py::arg("bytes"), py::arg("seed") = 0, "CRC-32C of uint8 (bytes,).");
@@ -315,5 +280,6 @@ PYBIND11_MODULE(_C, m) {
         "version", [] { return QMOE_VERSION; }, "Version of the core.");
     bind_cuda(m);
     bind_gptq(m);
+    bind_kernels(m);
     bind_safetensors(m);
 }

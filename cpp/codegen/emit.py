@@ -1,4 +1,4 @@
-"""Writes the kernels of one instruction set as C++: straight-line tiles in terms of the primitives of cpp/src/cpu/isa/."""
+"""Writes the kernels of one instruction set as C++: straight-line tiles of the primitives in cpp/src/cpu/isa/."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ from collections.abc import Iterator
 
 from codegen.isa import Isa
 from codegen.model import (
-    CODES, STEP_LINES, STEP_QUADS, UNIT_PANELS, WIDTH, Direct, Tile, accumulators, choose_direct, choose_tile,
-    direct_cycles, tile_cycles,
+    CODES,
+    STEP_LINES,
+    STEP_QUADS,
+    UNIT_PANELS,
+    WIDTH,
+    Direct,
+    Tile,
+    accumulators,
+    choose_direct,
+    choose_tile,
+    direct_cycles,
+    tile_cycles,
 )  # fmt: skip
 
 ZEROS, SCALES = ("constant", "stored"), ("f16", "f32")
@@ -42,7 +52,7 @@ def codes_of_lines(codes: str, spread: int) -> Iterator[tuple[str, int, int]]:
         split = ("select<0x60>(shift_right<1>({0}), shift_left<1>({2}))", "select<0x60>(shift_right<1>({1}), {2})")
         for quad in range(8):
             position = quad % 2 if quad < 6 else 2
-            base = "{%d}" % (quad // 2) if quad < 6 else split[quad - 6]
+            base = f"{{{quad // 2}}}" if quad < 6 else split[quad - 6]
             bit = (0, 3, 5)[position]
             if spread == 3:
                 yield f"mask<{7 << bit:#04x}>({base})", quad, position

@@ -1,4 +1,4 @@
-"""What the generator knows of every instruction set: register file, what its dot product takes, and what things cost."""
+"""What the generator knows of an instruction set: its registers, what its dot product takes, what things cost."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Isa:
         width: bytes of a vector register; a line of 64 bytes takes 64 / width of them.
         registers: vector registers that the allocator can use.
         largest_code: the largest unsigned byte that `dot` multiplies without saturating.
-        simple, dot, convert, load: cycles between two instructions of that kind on one core (reciprocal throughput), for
-            one register. simple: and, shift, add. convert also stands for floating-point multiply-add.
+        simple, dot, convert, load: cycles between two instructions of that kind on one core (reciprocal throughput),
+            for one register. simple: and, shift, add. convert also stands for floating-point multiply-add.
         issue: instructions that a core starts per cycle.
         dot_instructions: how many instructions `dot` is.
         header: that declares the intrinsics.
@@ -42,9 +42,9 @@ class Isa:
         return 64 // self.width
 
 
-# Reciprocal throughputs: AVX-512 on Sapphire Rapids (two 512-bit ports; measured: and, add and vpdpbusd at 4.6 G/s a core,
-# which is two a cycle), AVX2 on the same core, NEON on a Neoverse V1 (four 128-bit pipes). Zen 4 runs 512-bit dot products
-# once a cycle; that changes none of the choices made here. The portable code has no registers to choose for.
+# Reciprocal throughputs: AVX-512 on Sapphire Rapids (two 512-bit ports; measured: and, add and vpdpbusd at 4.6 G/s a
+# core, which is two a cycle), AVX2 on the same core, NEON on a Neoverse V1 (four 128-bit pipes). Zen 4 runs 512-bit dot
+# products once a cycle; that changes none of the choices made here. The portable code has no registers to choose for.
 ISAS = {
     isa.name: isa
     for isa in (

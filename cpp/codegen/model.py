@@ -1,10 +1,10 @@
 """The performance model: what a kernel costs per line of packed codes, and the tile that costs least.
 
-A kernel that reads packed lines is bound by what memory delivers as long as it spends fewer cycles on a line than a line
-takes to arrive: at 14 GB/s and 3 GHz that is 13 cycles, at 25 GB/s 7. So the model counts cycles per line: instructions of
-each kind by their throughput, all of them by the issue width, and what does not fit into registers as a store and a load.
-Several panels at a time share the broadcast activations and give memory more streams; the model takes the largest tile
-among the cheapest.
+A kernel that reads packed lines is bound by what memory delivers as long as it spends fewer cycles on a line than a
+line takes to arrive: at 14 GB/s and 3 GHz that is 13 cycles, at 25 GB/s 7. So the model counts cycles per line:
+instructions of each kind by their throughput, all of them by the issue width, and what does not fit into registers as a
+store and a load. Several panels at a time share the broadcast activations and give memory more streams; the model takes
+the largest tile among the cheapest.
 
 `python -m codegen.model` (from cpp/) prints the table of choices.
 """
@@ -28,8 +28,8 @@ STEP_LINES = {"int2": 1, "int3": 3, "int4": 1, "int8": 1, "trits": 1}
 class Direct:
     """Tile of a kernel that reads packed lines: `panels` at a time, and `spread` accumulators per panel and token.
 
-    With a spread of s, s neighbouring codes of a byte stay where they are and are summed apart, each sum being 2^position
-    times too large until it is shifted once per chunk; that saves shifting every line.
+    With a spread of s, s neighbouring codes of a byte stay where they are and are summed apart, each sum being
+    2^position times too large until it is shifted once per chunk; that saves shifting every line.
     """
 
     panels: int
@@ -64,7 +64,9 @@ def accumulators(codes: str, spread: int) -> int:
 def direct_cycles(isa: Isa, codes: str, tokens: int, tile: Direct) -> float:
     """Cycles per line of packed codes."""
     quads, lines, parts = STEP_QUADS[codes], STEP_LINES[codes], isa.parts
-    if codes == "int3":  # 8 masks; two codes are put together from two lines; without a spread everything is shifted down
+    if (
+        codes == "int3"
+    ):  # 8 masks; two codes are put together from two lines; without a spread everything is shifted down
         logic, shifts = 8 + 2, 3 + (0 if tile.spread == 3 else 5)
     else:
         groups = quads // tile.spread
@@ -134,8 +136,8 @@ def main() -> None:
                 print(f"{isa.name:11} {codes:6} {tokens} tokens: {tile}, {cycles:.1f} cycles a line")
         for trits in (False, True):
             best = choose_tile(isa, trits)
-            print(f"{isa.name:11} unpacked {'trits' if trits else 'codes'}: {best}, {tile_cycles(isa, trits, best):.2f} "
-                  "cycles a token and line")  # fmt: skip
+            kind, cycles = "trits" if trits else "codes", tile_cycles(isa, trits, best)
+            print(f"{isa.name:11} unpacked {kind}: {best}, {cycles:.2f} cycles a token and line")
 
 
 if __name__ == "__main__":

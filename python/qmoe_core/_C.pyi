@@ -33,6 +33,45 @@ def linear(
     out_features: int,
     threads: int,
 ) -> None: ...
+def prepacked_linear(
+    prepacked: int,
+    nbytes: int,
+    offsets: int,
+    offset_count: int,
+    x: int,
+    x_dtype: str,
+    tokens: int,
+    in_features: int,
+    out: int,
+    out_features: int,
+    precision: str,
+    threads: int,
+) -> None: ...
+def prepack_size(packed: int, nbytes: int, order: str) -> int: ...
+def prepack(packed: int, nbytes: int, order: str, out: int, out_bytes: int, threads: int) -> None: ...
+def experts(
+    first: int,
+    first_bytes: int,
+    second: int,
+    second_bytes: int,
+    first_bias: int,
+    second_bias: int,
+    activation: str,
+    gated: bool,
+    clamped: bool,
+    alpha: float,
+    limit: float,
+    precision: str,
+    x: int,
+    x_dtype: str,
+    tokens: int,
+    in_features: int,
+    ids: int,
+    weights: int,
+    top_k: int,
+    out: int,
+    threads: int,
+) -> None: ...
 def crc32c(bytes: Any, seed: int = 0) -> int: ...
 def cpu_features() -> list[str]: ...
 def version() -> str: ...

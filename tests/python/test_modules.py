@@ -48,8 +48,12 @@ def test_experts_equal_the_original_with_decoded_weights(family, tokens):
 
 @pytest.mark.parametrize("family", FUSED)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
-def test_half_precision_activations(family, dtype, tolerance):
+@pytest.mark.parametrize("compute", ["float", "stored", "auto"])
+def test_half_precision_activations(family, dtype, tolerance, compute):
     original, packed = pair(family)
+    packed.compute = compute
+    if compute == "auto":
+        tolerance += 0.015  # which is int8: two products of 1e-2 each, of sums over 40 columns
     x = torch.randn(9, 40, generator=torch.Generator().manual_seed(3)).to(dtype)
     index, weights = routing(9, packed.num_experts)
     with torch.no_grad():
@@ -58,6 +62,49 @@ def test_half_precision_activations(family, dtype, tolerance):
     assert out.dtype == dtype
     assert (out.double() - expected).abs().max() <= tolerance * expected.abs().max()
     assert packed.down_proj_qmoe.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_every_family_runs_fused_and_the_unfused_way_agrees(family, monkeypatch):
+    _, packed = pair(family)
+    assert packed.gating is not None and packed.gating.clamped == (family == "gpt_oss")
+    x = torch.randn(7, 40)
+    index, weights = routing(7, packed.num_experts)
+    with torch.no_grad():
+        fused = packed(x, index, weights)
+        packed.gating = None
+        torch.testing.assert_close(packed(x, index, weights), fused, rtol=1e-5, atol=2e-6)
+
+
+def test_gradients_go_through_the_unfused_way():
+    original, packed = pair("qwen3_moe")
+    x = torch.randn(3, 40)
+    index, weights = routing(3, packed.num_experts)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    packed(inputs[0], index, weights).square().sum().backward()
+    original(inputs[1], index, weights).square().sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gating_that_no_kernel_has_runs_through_its_own_code():
+    original, usual = pair("qwen3_moe")
+
+    class Unusual(type(original)):
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, -1)
+            return torch.sin(gate) * up
+
+    original.__class__ = Unusual
+    packed = PackedExperts(original, usual.shapes)
+    packed.load_state_dict(usual.state_dict())
+    assert packed.gating is None
+    x = torch.randn(4, 40)
+    index, weights = routing(4, packed.num_experts)
+    with torch.no_grad():
+        gate, up = torch.einsum("th,tknh->tkn", x, original.gate_up_proj[index]).chunk(2, -1)
+        each = torch.einsum("tki,tkhi->tkh", torch.sin(gate) * up, original.down_proj[index])
+        expected = (each * weights.unsqueeze(-1)).sum(1)
+        torch.testing.assert_close(packed(x, index, weights), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_all_tokens_to_one_expert_and_experts_without_tokens():

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..errors import QmoeError
 from ..formats import PackedTensor
-from .ops import dequantize, grouped_linear
+from .gating import recognize
+from .ops import dequantize, experts, grouped_linear
 from .packed import PackedShape, placeholder
 
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
@@ -24,6 +25,10 @@ class PackedExperts(nn.Module):
     gate) and `down_proj_qmoe` (E, H, I). Everything else comes from the module it replaces: biases under their own
     names, activation, limits, and above all that class's own `_apply_gate`, so a family's way of gating (halves or
     interleaved, clamped or not) is never written a second time.
+
+    Where the gating is one that the fused kernels have (`gating.recognize`), a layer is one call; otherwise, and where
+    gradients are wanted, its own code runs between two grouped products. `compute` says how products are computed, see
+    `layouts.COMPUTE`; "stored" is never fused.
 
     forward works under `torch.compile(fullgraph=True)`: no shape depends on data. Its result does not depend on the
     order in which experts run: each token's contributions are summed in the order of its choices, in float32.
@@ -89,6 +94,8 @@ class PackedExperts(nn.Module):
         for key, child in template.named_children():
             self.add_module(key, child)
         self.template_class: Any = type(template)
+        self.gating = None if getattr(template, "has_post_expert_norm", False) else recognize(template)
+        self.compute = "auto"
         self.shapes = dict(shapes)
         self.num_experts = shapes["down_proj"].experts
         for projection, shape in shapes.items():
@@ -118,6 +125,10 @@ class PackedExperts(nn.Module):
         Returns:
             (T, H) of `hidden_states`' dtype.
         """
+        wants_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
+        fused = self.gating is not None and self.compute != "stored" and hidden_states.device.type == "cpu"
+        if fused and not wants_gradient:
+            return self._fused(hidden_states, top_k_index, top_k_weights)
         tokens, top_k = top_k_index.shape
         ids, order = top_k_index.reshape(-1).sort(stable=True)
         # offsets[e] = how many rows belong to experts before e; rows of ids outside [0, E) end up before the first or
@@ -137,9 +148,18 @@ class PackedExperts(nn.Module):
         total = weighted.index_select(0, back).view(tokens, top_k, weighted.shape[-1]).sum(1)
         return total.to(hidden_states.dtype)
 
+    def _fused(self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        assert self.gating is not None
+        names = (self.first, "down_proj")
+        packed = [getattr(self, f"{name}_qmoe") for name in names]
+        biases = [getattr(self, f"{name}_bias") if self.has_bias else None for name in names]
+        return experts(
+            hidden_states, index, weights, packed[0], packed[1], self.gating, biases[0], biases[1], self.compute
+        )
+
     def _project(self, projection: str, states: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         packed = getattr(self, f"{projection}_qmoe")
-        out = grouped_linear(states.contiguous(), packed, offsets, self.shapes[projection].rows)
+        out = grouped_linear(states.contiguous(), packed, offsets, self.shapes[projection].rows, self.compute)
         if self.has_bias:
             bias = getattr(self, f"{projection}_bias")
             out = out + bias.index_select(0, ids.clamp(0, self.num_experts - 1)).to(out.dtype)

@@ -50,6 +50,7 @@ class PackedLinear(nn.Module):
         self.shapes = {"weight": shape}
         self.register_buffer("weight_qmoe", shape.buffer())
         self.register_parameter("bias", template.bias)
+        self.compute = "auto"  # how products are computed; see layouts.COMPUTE
         self.weight = placeholder(self.out_features, self.in_features)
 
     @classmethod
@@ -62,7 +63,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N)."""
-        out = linear(x, self.weight_qmoe, self.out_features)
+        out = linear(x, self.weight_qmoe, self.out_features, self.compute)
         return out if self.bias is None else out + self.bias
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""torch ops over packed records: `qmoe::linear`, `qmoe::grouped_linear`, `qmoe::dequantize`.
+"""torch ops over packed records: `qmoe::linear`, `qmoe::grouped_linear`, `qmoe::experts`, `qmoe::dequantize`.
 
 The ops are the only way from torch to the kernels. They take the packed bytes as a plain uint8 tensor, so a packed
 layer is an ordinary buffer that saves, loads and moves like any other, and they have fake kernels, so
@@ -20,6 +20,8 @@ import torch
 
 from .. import _C
 from ..errors import QmoeError
+from .gating import Gating
+from .layouts import COMPUTE, layout_of, precision
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float32: "float32",
@@ -27,15 +29,25 @@ DTYPES: dict[torch.dtype, str] = {
     torch.float16: "float16",
 }
 
-torch.library.define("qmoe::grouped_linear", "(Tensor x, Tensor packed, Tensor offsets, int out_features) -> Tensor")
+torch.library.define(
+    "qmoe::grouped_linear",
+    '(Tensor x, Tensor packed, Tensor offsets, int out_features, str compute="auto") -> Tensor',
+)
 torch.library.define(
     "qmoe::grouped_linear_backward", "(Tensor grad, Tensor packed, Tensor offsets, int in_features) -> Tensor"
 )
-torch.library.define("qmoe::linear", "(Tensor x, Tensor packed, int out_features) -> Tensor")
+torch.library.define("qmoe::linear", '(Tensor x, Tensor packed, int out_features, str compute="auto") -> Tensor')
+torch.library.define(
+    "qmoe::experts",
+    "(Tensor x, Tensor ids, Tensor weights, Tensor first, Tensor second, Tensor? first_bias, Tensor? second_bias,"
+    ' str order, str activation, bool clamped, float alpha, float limit, str compute="auto") -> Tensor',
+)
 torch.library.define("qmoe::dequantize", "(Tensor packed, int expert, int rows, int cols, ScalarType dtype) -> Tensor")
 
 
-def grouped_linear(x: torch.Tensor, packed: torch.Tensor, offsets: torch.Tensor, out_features: int) -> torch.Tensor:
+def grouped_linear(
+    x: torch.Tensor, packed: torch.Tensor, offsets: torch.Tensor, out_features: int, compute: str = "auto"
+) -> torch.Tensor:
     """Rows of `x` times the transposed weight of their expert.
 
     Args:
@@ -43,6 +55,7 @@ def grouped_linear(x: torch.Tensor, packed: torch.Tensor, offsets: torch.Tensor,
         packed: (nbytes,) uint8, a packed record of E matrices (N, K).
         offsets: (E + 1,) int64, ascending; rows offsets[e]:offsets[e + 1] use expert e.
         out_features: N.
+        compute: "auto", "int8", "float" or "stored"; see `layouts.COMPUTE`.
 
     Returns:
         (T, N) of `x`'s dtype, accumulated in float32. Rows outside [offsets[0], offsets[E]) are zero.
@@ -51,12 +64,47 @@ def grouped_linear(x: torch.Tensor, packed: torch.Tensor, offsets: torch.Tensor,
         QmoeError: E_DTYPE, E_SHAPE (shapes and record disagree), E_VALUE (bad offsets), E_NO_KERNEL (device), or what
             the record's parser refuses.
     """
-    return torch.ops.qmoe.grouped_linear(x, packed, offsets, out_features)
+    return torch.ops.qmoe.grouped_linear(x, packed, offsets, out_features, compute)
 
 
-def linear(x: torch.Tensor, packed: torch.Tensor, out_features: int) -> torch.Tensor:
+def linear(x: torch.Tensor, packed: torch.Tensor, out_features: int, compute: str = "auto") -> torch.Tensor:
     """`x` (..., K) times the transposed weight (N, K) of a record with one matrix -> (..., N) of `x`'s dtype."""
-    return torch.ops.qmoe.linear(x, packed, out_features)
+    return torch.ops.qmoe.linear(x, packed, out_features, compute)
+
+
+def experts(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    gating: Gating,
+    first_bias: torch.Tensor | None = None,
+    second_bias: torch.Tensor | None = None,
+    compute: str = "auto",
+) -> torch.Tensor:
+    """A layer's experts in one call: out[t] = sum over j of weights[t, j] * second(gating(first(x[t]))) of ids[t, j].
+
+    Args:
+        x: (T, H) float32, bfloat16 or float16.
+        ids: (T, k) int64; ids outside [0, E) add nothing.
+        weights: (T, k) routing weights, used as float32.
+        first: (nbytes,) uint8, a record of E matrices (2 I, H), or (I, H) without a gate.
+        second: (nbytes,) uint8, a record of E matrices (H, I).
+        gating: what happens between the two.
+        first_bias, second_bias: (E, 2 I or I) and (E, H), used as float32.
+        compute: "auto", "int8" or "float"; the fused kernels have no "stored".
+
+    Returns:
+        (T, H) of `x`'s dtype; choices are added in their order, in float32. Gradients: none, see `PackedExperts`.
+
+    Raises:
+        QmoeError: E_DTYPE, E_SHAPE, E_VALUE, E_NO_KERNEL (device), or what the records' parser refuses.
+    """
+    return torch.ops.qmoe.experts(
+        x, ids, weights, first, second, first_bias, second_bias, gating.order, gating.activation, gating.clamped,
+        gating.alpha, gating.limit, compute,
+    )  # fmt: skip
 
 
 def dequantize(packed: torch.Tensor, expert: int, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
@@ -93,39 +141,76 @@ def _check_grouped(x: torch.Tensor, packed: torch.Tensor, offsets: torch.Tensor)
         raise QmoeError("E_VALUE", "offsets and activations differ in device", expected=x.device, actual=offsets.device)
 
 
-def _run_cpu(x: torch.Tensor, packed: torch.Tensor, offsets: torch.Tensor, out_features: int) -> torch.Tensor:
+def _check_compute(compute: str, allowed: tuple[str, ...] = COMPUTE) -> None:
+    if compute not in allowed:
+        raise QmoeError("E_VALUE", "unknown way to compute", expected=list(allowed), actual=compute)
+
+
+def _run_cpu(
+    x: torch.Tensor, packed: torch.Tensor, offsets: torch.Tensor, out_features: int, compute: str
+) -> torch.Tensor:
     """The kernel call behind both linear ops: x (T, K) -> (T, N). The core checks shapes against the record, and
     offsets."""
+    _check_compute(compute)
     x, packed, offsets = x.contiguous(), packed.contiguous(), offsets.contiguous()
     out = torch.empty(x.shape[0], out_features, dtype=x.dtype)
-    _C.linear(
-        packed.data_ptr(),
-        packed.numel(),
-        offsets.data_ptr(),
-        offsets.numel(),
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        x.shape[0],
-        x.shape[1],
-        out.data_ptr(),
-        out_features,
-        torch.get_num_threads(),
-    )
+    activations = (offsets.data_ptr(), offsets.numel(), x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1],
+                   out.data_ptr(), out_features)  # fmt: skip
+    kind = precision(compute, x.dtype)
+    if kind == "stored":
+        _C.linear(packed.data_ptr(), packed.numel(), *activations, torch.get_num_threads())
+    else:
+        layout = layout_of(packed, "plain")
+        _C.prepacked_linear(layout.data_ptr(), layout.numel(), *activations, kind, torch.get_num_threads())
     return out
 
 
 def _grouped_linear_cpu(
-    x: torch.Tensor, packed: torch.Tensor, offsets: torch.Tensor, out_features: int
+    x: torch.Tensor, packed: torch.Tensor, offsets: torch.Tensor, out_features: int, compute: str = "auto"
 ) -> torch.Tensor:
     _check_grouped(x, packed, offsets)
-    return _run_cpu(x, packed, offsets, out_features)
+    return _run_cpu(x, packed, offsets, out_features, compute)
 
 
-def _linear_cpu(x: torch.Tensor, packed: torch.Tensor, out_features: int) -> torch.Tensor:
+def _linear_cpu(x: torch.Tensor, packed: torch.Tensor, out_features: int, compute: str = "auto") -> torch.Tensor:
     _check_activations(x, packed)
     rows = x.reshape(-1, x.shape[-1])
-    out = _run_cpu(rows, packed, torch.tensor([0, rows.shape[0]]), out_features)
+    out = _run_cpu(rows, packed, torch.tensor([0, rows.shape[0]]), out_features, compute)
     return out.view(*x.shape[:-1], out_features)
+
+
+def _check_experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, first: torch.Tensor,
+                   second: torch.Tensor, compute: str) -> None:  # fmt: skip
+    _check_activations(x, first)
+    _check_activations(x, second)
+    _check_compute(compute, ("auto", "int8", "float"))
+    if x.dim() != 2 or ids.dim() != 2 or ids.shape != weights.shape or ids.shape[0] != x.shape[0]:
+        raise QmoeError(
+            "E_SHAPE", "experts take x (T, H), ids (T, k) and weights (T, k)", expected=(x.shape[0], "k"),
+            actual=(tuple(x.shape), tuple(ids.shape), tuple(weights.shape)),
+        )  # fmt: skip
+    if ids.dtype != torch.int64:
+        raise QmoeError("E_DTYPE", "ids of experts must be int64", expected=torch.int64, actual=ids.dtype)
+
+
+def _experts_cpu(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, first: torch.Tensor, second: torch.Tensor,
+    first_bias: torch.Tensor | None, second_bias: torch.Tensor | None, order: str, activation: str, clamped: bool,
+    alpha: float, limit: float, compute: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    _check_experts(x, ids, weights, first, second, compute)
+    x, ids, weights = x.contiguous(), ids.contiguous(), weights.float().contiguous()
+    layouts = layout_of(first.contiguous(), order), layout_of(second.contiguous(), "plain")
+    biases = [None if bias is None else bias.float().contiguous() for bias in (first_bias, second_bias)]
+    out = torch.empty_like(x)
+    _C.experts(
+        layouts[0].data_ptr(), layouts[0].numel(), layouts[1].data_ptr(), layouts[1].numel(),
+        0 if biases[0] is None else biases[0].data_ptr(), 0 if biases[1] is None else biases[1].data_ptr(), activation,
+        order != "plain", clamped, alpha,
+        limit, precision(compute, x.dtype), x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], ids.data_ptr(),
+        weights.data_ptr(), ids.shape[1], out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def _dequantize_cpu(packed: torch.Tensor, expert: int, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
@@ -157,15 +242,22 @@ def _no_cuda_kernel(*_args: Any) -> torch.Tensor:
 
 
 def _grouped_linear_fake(
-    x: torch.Tensor, packed: torch.Tensor, offsets: torch.Tensor, out_features: int
+    x: torch.Tensor, packed: torch.Tensor, offsets: torch.Tensor, out_features: int, compute: str = "auto"
 ) -> torch.Tensor:
     _check_grouped(x, packed, offsets)
     return x.new_empty(x.shape[0], out_features)
 
 
-def _linear_fake(x: torch.Tensor, packed: torch.Tensor, out_features: int) -> torch.Tensor:
+def _linear_fake(x: torch.Tensor, packed: torch.Tensor, out_features: int, compute: str = "auto") -> torch.Tensor:
     _check_activations(x, packed)
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _experts_fake(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, first: torch.Tensor, second: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    _check_experts(x, ids, weights, first, second, rest[-1] if len(rest) == 8 else "auto")
+    return torch.empty_like(x)
 
 
 def _dequantize_fake(packed: torch.Tensor, expert: int, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
@@ -174,18 +266,18 @@ def _dequantize_fake(packed: torch.Tensor, expert: int, rows: int, cols: int, dt
 
 
 def _save_grouped(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, packed, offsets, _ = inputs
+    x, packed, offsets = inputs[:3]
     ctx.save_for_backward(packed, offsets)
     ctx.in_features = x.shape[1]
 
 
 def _grouped_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     packed, offsets = ctx.saved_tensors
-    return torch.ops.qmoe.grouped_linear_backward(grad, packed, offsets, ctx.in_features), None, None, None
+    return torch.ops.qmoe.grouped_linear_backward(grad, packed, offsets, ctx.in_features), None, None, None, None
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, packed, _ = inputs
+    x, packed = inputs[:2]
     ctx.save_for_backward(packed)
     ctx.in_features = x.shape[-1]
 
@@ -195,13 +287,14 @@ def _linear_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     rows = grad.reshape(-1, grad.shape[-1])
     offsets = torch.arange(2, device=grad.device) * rows.shape[0]
     result = torch.ops.qmoe.grouped_linear_backward(rows, packed, offsets, ctx.in_features)
-    return result.view(*grad.shape[:-1], ctx.in_features), None, None
+    return result.view(*grad.shape[:-1], ctx.in_features), None, None, None
 
 
 for _name, _cpu, _fake in (
     ("grouped_linear", _grouped_linear_cpu, _grouped_linear_fake),
     ("grouped_linear_backward", _grouped_linear_backward_cpu, _grouped_linear_fake),
     ("linear", _linear_cpu, _linear_fake),
+    ("experts", _experts_cpu, _experts_fake),
     ("dequantize", _dequantize_cpu, _dequantize_fake),
 ):
     torch.library.impl(f"qmoe::{_name}", "CPU", _cpu)
