@@ -46,7 +46,7 @@ def seen(monkeypatch):
         calls.setdefault(tensor, []).append((weights.clone(), statistics))
         return real(weights, statistics, spec, tensor=tensor)
 
-    info = methods.MethodInfo(IntFormat, frozenset(), quantize_stack=round_all)
+    info = methods.MethodInfo(IntFormat, frozenset(), quantize_stack=round_all, weighs_rows=(IntFormat,))
     monkeypatch.setitem(methods.METHODS, "probe", info)
     monkeypatch.setattr(methods, "quantize_stack", quantize_stack)
     return calls

@@ -110,7 +110,7 @@ def probe(monkeypatch):
         calls.setdefault(tensor, []).append(statistics)
         return real(weights, statistics, spec, tensor=tensor)
 
-    info = methods.MethodInfo(IntFormat, frozenset(), quantize_stack=round_all)
+    info = methods.MethodInfo(IntFormat, frozenset(), quantize_stack=round_all, weighs_rows=(IntFormat,))
     monkeypatch.setitem(methods.METHODS, "probe", info)
     monkeypatch.setattr(methods, "quantize_stack", quantize_stack)
     return calls

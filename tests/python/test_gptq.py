@@ -27,7 +27,7 @@ FORMATS = [
     TernaryFormat(),
     TernaryFormat("symmetric"),
 ]
-SHAPES = [(1, 1, 1), (2, 5, 7), (3, 17, 100), (2, 40, 256), (1, 3, 300)]
+SHAPES = [(1, 1, 1), (2, 5, 7), (3, 17, 100), (2, 40, 256), (1, 3, 300), (1, 3, 1100)]
 
 
 def problem(shape: tuple[int, int, int], tokens: int = 400, seed: int = 0) -> tuple[torch.Tensor, StackStatistics]:

@@ -29,16 +29,11 @@ from ..quantize import Matrix, MethodSpec, TensorReport
 from ..quantize.base import StackStatistics, dequantized
 from ..source import CheckedReader
 from .distributed import Group, Round, rounds
+from .sums import ROWS, add_products, add_squares, complete
 from .tap import ExpertsTap
 
 SAMPLE = 1024  # tokens of an expert that tell how much its rows matter
-ROWS = 16384  # rows that one product takes at a time; fixed, since the order of summation depends on it
-
-
-def add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total (K, K) += left^T right, both (rows, K) float32."""
-    for first in range(0, len(left), ROWS):
-        total.addmm_(left[first : first + ROWS].T, right[first : first + ROWS])
+KEPT = 128 << 20  # bytes of what goes into down that are kept from its statistics for its outputs
 
 
 # Takes a target, some of its matrices (E', N, K) float32, their statistics with `row_importance`, and by what to
@@ -127,6 +122,10 @@ class ExpertsStage:
         result = self.results.get(target.name)
         return result is not None and methods.METHODS[result.spec.method].needs_statistics
 
+    def _weighs_rows(self, target: Target) -> bool:
+        spec = self.results[target.name].spec
+        return self.measure is not None or isinstance(spec.format, methods.METHODS[spec.method].weighs_rows)
+
     def _weights(self, target: Target, experts: range) -> torch.Tensor:
         """Original weights (experts, N, K) float32 on the device."""
         result = self.results.get(target.name)
@@ -142,17 +141,27 @@ class ExpertsStage:
             statistics = self._statistics(
                 work, self.first.shape[2], tap, original, lambda e, x: x, lambda e, x: x, pooled, self.rows
             )
-            statistics = replace(statistics, row_importance=share * self._importance(work, tap, up, down))
+            if self._weighs_rows(self.first):
+                statistics = replace(statistics, row_importance=share * self._importance(work, tap, up, down))
         up_used = self._quantize(self.first, work, up, statistics)
         del statistics
         statistics = None
+        kept: dict[int, torch.Tensor] = {}
+
+        def hidden(expert: int, x: torch.Tensor) -> torch.Tensor:
+            states = self._hidden(expert, x, up_used[expert - start])
+            room = KEPT - sum(other.nbytes for other in kept.values())
+            if len(x) == len(tap.routed(expert)[0]) and states.nbytes <= room:
+                kept[expert] = states
+            return states
+
         if self._calibrated(self.down):
             statistics = self._statistics(
                 work,
                 self.down.shape[2],
                 tap,
                 original,
-                lambda e, x: self._hidden(e, x, up_used[e - start]),
+                hidden,
                 lambda e, x: self._hidden(e, x, up[e - start]),
                 None,
                 0,
@@ -160,32 +169,40 @@ class ExpertsStage:
             statistics = replace(statistics, row_importance=share.expand(-1, down.shape[1]))
         down_used = self._quantize(self.down, work, down, statistics)
         del statistics
-        self._outputs(experts, tap, up_used, down_used)
+        self._outputs(experts, tap, up_used, down_used, kept)
         if original is not None:
-            self._outputs(experts, original, up, down)
+            self._outputs(experts, original, up, down, {})
 
     # What an expert computes.
 
-    def _bias(self, parameter: str, expert: int) -> torch.Tensor | float:
+    def _linear(self, parameter: str, expert: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         module: Any = self.module
-        return getattr(module, f"{parameter}_bias")[expert].float() if module.has_bias else 0.0
+        states = x @ weight.T
+        if module.has_bias:
+            states += getattr(module, f"{parameter}_bias")[expert].float()
+        return states
 
     def _hidden(self, expert: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """What goes into down: x (M, H), gate and up (N, H) -> (M, I)."""
-        return self._gated(x @ weight.T + self._bias(self.first.parameter, expert))
+        return self._gated(self._linear(self.first.parameter, expert, x, weight))
 
     def _gated(self, states: torch.Tensor) -> torch.Tensor:
         module: Any = self.module
         return module._apply_gate(states) if module.has_gate else module.act_fn(states)
 
-    def _outputs(self, experts: range, tap: ExpertsTap, up: torch.Tensor, down: torch.Tensor) -> None:
-        """Adds what experts make of their tokens, in the order of the experts."""
+    def _outputs(
+        self, experts: range, tap: ExpertsTap, up: torch.Tensor, down: torch.Tensor, kept: dict[int, torch.Tensor]
+    ) -> None:
+        """Adds what experts make of their tokens, in the order of the experts. `kept`: what goes into down of all of an
+        expert's tokens, where it is known; taken out."""
         module: Any = self.module
         assert tap.outputs is not None
         for expert in experts:
             for rows, gate, x in self._rows(tap, tap.routed(expert)):
-                states = self._hidden(expert, x, up[expert - experts.start]) @ down[expert - experts.start].T
-                states = states + self._bias(self.down.parameter, expert)
+                hidden = kept.pop(expert, None)
+                if hidden is None:
+                    hidden = self._hidden(expert, x, up[expert - experts.start])
+                states = self._linear(self.down.parameter, expert, hidden, down[expert - experts.start])
                 if getattr(module, "has_post_expert_norm", False):
                     states = module.post_expert_norm(states)
                 tap.outputs.add(rows, states * gate)
@@ -214,7 +231,8 @@ class ExpertsStage:
             x = tap.inputs.read(first, last).to(self.device)
             if self.gate_weighted:
                 x = x * tap.weight[first:last].square().mean(1, keepdim=True).sqrt().to(self.device)
-            total.addmm_(x.T, x)
+            add_squares(total, x)
+        complete(total)
         return self.group.sum(total)
 
     def _gates(self, tap: ExpertsTap) -> torch.Tensor:
@@ -280,9 +298,10 @@ class ExpertsStage:
                 if self.gate_weighted:
                     y = y * gate
                     y_original = None if y_original is None else y_original * gate
-                hessian[at].addmm_(y.T, y)
+                add_squares(hessian[at], y)
                 if y_original is not None:
-                    drift[at].addmm_((y_original - y).T, y)
+                    add_products(drift[at], y_original - y, y)
+            complete(hessian[at])
         return hessian, drift
 
     def _tokens(self, experts: range) -> torch.Tensor:
@@ -315,7 +334,7 @@ class ExpertsStage:
             places = torch.arange(-before[expert] % step, len(rows), step)
             x = tap.inputs.gather(rows[places]).to(self.device)
             with torch.enable_grad():
-                states = (x @ up[at].T + self._bias(self.first.parameter, expert)).requires_grad_()
+                states = self._linear(self.first.parameter, expert, x, up[at]).requires_grad_()
                 hidden = self._gated(states)
                 (slope,) = torch.autograd.grad(hidden, states, down[at].norm(dim=0).expand_as(hidden))
             if self.gate_weighted:

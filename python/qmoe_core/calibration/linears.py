@@ -12,7 +12,7 @@ from ..errors import QmoeError
 from ..families import Target
 from ..quantize.base import StackStatistics
 from .distributed import Group
-from .experts import add_products
+from .sums import add_products, add_squares, complete
 
 
 class LinearStatistics:
@@ -61,7 +61,7 @@ class LinearStatistics:
 
     def _take(self, name: str, x: torch.Tensor) -> None:
         self.tokens[name] += len(x)
-        add_products(self.hessian[name], x, x)
+        add_squares(self.hessian[name], x)
         if self.drift:
             before = self._original[name].pop(0) if self._original[name] else None
             if before is None or before.shape != x.shape:
@@ -72,6 +72,7 @@ class LinearStatistics:
         """Adds up the sums over the tokens of all processes, those of each layer on its owner (`owner`)."""
         for target in self.targets:
             owner = self.owner(target, group)
+            complete(self.hessian[target.name])
             group.sum_to(self.hessian[target.name], owner)
             if self.drift:
                 group.sum_to(self.drift[target.name], owner)

@@ -39,6 +39,7 @@ class MethodInfo:
     quantize_stack: StackMethod | None = None
     experts_only: bool = False
     whole_row: bool = False  # makes only symmetric formats with one scale per row
+    weighs_rows: tuple[type[Format], ...] = ()  # formats for which `StackStatistics.row_importance` counts
 
     @property
     def needs_statistics(self) -> bool:
@@ -51,7 +52,9 @@ METHODS: dict[str, MethodInfo] = {
     "finequant": MethodInfo(IntFormat, granularity.OPTIONS, granularity.quantize),
     "ternary-minmax": MethodInfo(TernaryFormat, ternary.MINMAX_OPTIONS, ternary.quantize_minmax),
     "ternary-centroid": MethodInfo(TernaryFormat, ternary.CENTROID_OPTIONS, ternary.quantize_centroid),
-    "gptq": MethodInfo((IntFormat, TernaryFormat), gptq.OPTIONS, quantize_stack=gptq.quantize_stack),
+    "gptq": MethodInfo(
+        (IntFormat, TernaryFormat), gptq.OPTIONS, quantize_stack=gptq.quantize_stack, weighs_rows=(TernaryFormat,)
+    ),
 }
 
 

@@ -28,7 +28,7 @@ from ..errors import QmoeError
 from ..formats import IntFormat, IntMatrix, TernaryMatrix
 from . import feedback_cuda
 from .base import Matrix, MethodSpec, StackStatistics, TensorReport, number_option
-from .feedback import Factors, descend, factorize, output_error, retarget, round_with_feedback, sum_of_squares
+from .feedback import Factors, descend, factorize, retarget, round_with_feedback, row_errors, sum_of_squares
 from .grids import IntGrid, TernaryGrid
 
 OPTIONS = frozenset({"damping", "sweeps", "steps", "prior", "order", "rate"})
@@ -62,7 +62,8 @@ def quantize_stack(
         weight, shared = _permuted(weight, shared, order)
     factors = factorize(shared.hessian, damping)
     target = weight if shared.drift is None else retarget(weight, shared.drift, factors)
-    grid = _grid(target, shared, factors, spec)
+    energies = row_errors(weight, factors) if target is weight else None
+    grid = _grid(target, shared, factors, spec, energies)
     grid.begin(target, factors.diagonal)
     codes, residual = round_with_feedback(target, factors, grid)
     for _ in range(sweeps):
@@ -70,10 +71,14 @@ def quantize_stack(
         descend(target, factors, grid, codes, residual)
     grid.refine(residual, factors.hessian, codes)
 
-    residual += weight - target
-    errors = output_error(residual, shared.hessian).tolist()
-    energies = output_error(weight, shared.hessian).tolist()
-    squares, originals = sum_of_squares(residual).tolist(), sum_of_squares(weight).tolist()
+    if energies is None:
+        residual += weight - target
+        energies = row_errors(weight, factors)
+    squares, originals = sum_of_squares(residual), sum_of_squares(weight)
+    added = _mean_diagonal(factors.hessian) - _mean_diagonal(shared.hessian)  # by damping, to all of it alike
+    error = row_errors(residual, factors).sum(1, dtype=torch.float64).sub_(added * squares).clamp_(min=0).tolist()
+    energy = energies.sum(1, dtype=torch.float64).sub_(added * originals).clamp_(min=0).tolist()
+    square, original = squares.tolist(), originals.tolist()
     zeros = _zeros(grid, codes)
     if order is not None:
         codes = torch.empty_like(codes).scatter_(2, order.unsqueeze(1).expand_as(codes), codes)
@@ -85,12 +90,12 @@ def quantize_stack(
             matrix,
             TensorReport(
                 weights=weight[0].numel(),
-                error_sum=squares[expert],
-                weight_sum=originals[expert],
+                error_sum=square[expert],
+                weight_sum=original[expert],
                 zeros=zeros[expert],
                 formats={spec.format.name: 1},
-                output_error=errors[expert],
-                output_energy=energies[expert],
+                output_error=error[expert],
+                output_energy=energy[expert],
                 notes={notes[expert]: 1} if notes[expert] else {},
             ),
         )
@@ -133,6 +138,10 @@ def lean_on_pooled(statistics: StackStatistics, prior: float) -> tuple[StackStat
         else:
             notes.append("fewer tokens than columns: statistics lean on the layer's")
     return StackStatistics(statistics.tokens, hessian, None, 0, drift, statistics.row_importance), notes
+
+
+def _mean_diagonal(hessian: torch.Tensor) -> torch.Tensor:
+    return hessian.diagonal(dim1=1, dim2=2).mean(1, dtype=torch.float64)
 
 
 def _check(weight: torch.Tensor, statistics: StackStatistics) -> None:
@@ -194,27 +203,34 @@ def _permuted(
 
 
 def _grid(
-    weight: torch.Tensor, statistics: StackStatistics, factors: Factors, spec: MethodSpec
+    weight: torch.Tensor,
+    statistics: StackStatistics,
+    factors: Factors,
+    spec: MethodSpec,
+    energies: torch.Tensor | None = None,
 ) -> IntGrid | TernaryGrid:
+    """`energies`: `row_errors` of the weight, where they are known already."""
     if isinstance(spec.format, IntFormat):
         steps = int(number_option(spec, "steps", 24, 2, 1000))
         return IntGrid(spec.format, (weight.shape[0], weight.shape[1], weight.shape[2]), weight.device, steps)
     rate = number_option(spec, "rate", 0.5, 0.0, 100.0)
-    return TernaryGrid(spec.format, _price(weight, factors.hessian, statistics.row_importance, rate))
+    if energies is None:
+        energies = row_errors(weight, factors)
+    return TernaryGrid(spec.format, _price(weight[0].numel(), energies, statistics.row_importance, rate))
 
 
-def _price(weight: torch.Tensor, hessian: torch.Tensor, importance: torch.Tensor | None, rate: float) -> torch.Tensor:
+def _price(weights: int, energies: torch.Tensor, importance: torch.Tensor | None, rate: float) -> torch.Tensor:
     """The error (E, N) float32 in each row's output that a bit is worth.
 
     Args:
-        weight: (E, N, K). hessian: (E, K, K) per token. importance: (E, N) by `StackStatistics.row_importance`.
+        weights: of a matrix. energies: (E, N) of the rows' outputs per token. importance: (E, N) by
+            `StackStatistics.row_importance`.
         rate: in percent, of the root of the share of the matrix in the energy that `importance` refers to.
     """
-    energy = (torch.bmm(weight, hessian) * weight).sum(2)
     if importance is None:
-        importance = (1 / energy.sum(1, keepdim=True).clamp(min=1e-30)).expand_as(energy)
-    share = (importance * energy).sum(1, keepdim=True).clamp(min=1e-30)
-    return rate / 100 / weight[0].numel() * share.sqrt() / importance.clamp(min=1e-30)
+        importance = (1 / energies.sum(1, keepdim=True).clamp(min=1e-30)).expand_as(energies)
+    share = (importance * energies).sum(1, keepdim=True).clamp(min=1e-30)
+    return rate / 100 / weights * share.sqrt() / importance.clamp(min=1e-30)
 
 
 def _int_matrices(grid: IntGrid, codes: torch.Tensor, order: torch.Tensor | None) -> list[IntMatrix]:
