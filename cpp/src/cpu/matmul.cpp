@@ -2,6 +2,10 @@
 // them.
 #include "qmoe/matmul.h"
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -18,6 +22,8 @@ namespace qmoe {
 extern const Kernels kernels_generic;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512;
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon;
 #endif
 
 namespace {
@@ -33,6 +39,8 @@ struct Choice {
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
             available.push_back(&kernels_avx512);
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) available.push_back(&kernels_avx2);
+#elif defined(__aarch64__)
+        if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) available.push_back(&kernels_neon);
 #endif
         available.push_back(&kernels_generic);
         for (const Kernels* k : available) names.push_back(k->isa);

@@ -25,7 +25,7 @@ namespace {
 const GptqKernels* kernels() noexcept {
     const char* const active = active_isa();
     if (active == nullptr) return nullptr;
-    const std::string_view isa = active;
+    [[maybe_unused]] const std::string_view isa = active;
 #if defined(__x86_64__)
     if (isa.starts_with("avx512")) return &gptq_kernels_avx512;
     if (isa.starts_with("avx2")) return &gptq_kernels_avx2;

@@ -1,0 +1,3 @@
+// See kernels.inc; the compiler flags of this instruction set are in CMakeLists.txt.
+#define QMOE_ISA neon
+#include "cpu/kernels.inc"
