@@ -318,10 +318,10 @@ def _plot_errors(series: Sequence[tuple[str, Mapping[str, float]]], colours: Map
         ax.plot(*zip(*points, strict=True), "o-", markersize=4, linewidth=1.4, color=colour, label=title)
         labels.append((float(points[-1][0]), points[-1][1], title, colour))
     _plain_log(ax)
-    ax.set_xlim(-0.4, len(names) - 1 + max(1.0, 0.2 * len(names)))
     if colours is None:
         ax.legend(frameon=False, fontsize=9)
     else:
+        ax.set_xlim(-0.4, len(names) - 1 + max(1.0, 0.2 * len(names)))
         _label_points(ax, labels)
     _tensor_axis(ax, names)
     ax.set_ylabel("relative error" if colours is None else "relative error ||W - Q|| / ||W||")
@@ -375,6 +375,8 @@ def plot_frontier(points: Sequence[Sequence[float]], chosen: tuple[float, float]
 
 
 def _place(name: str) -> tuple[int, str]:
-    """Layer and parameter: "model.layers.3.mlp.experts.down_proj" -> (3, "down_proj")."""
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    return (numbers[0] if numbers else 0), name.rpartition(".")[2]
+    """Layer and what a tensor is called there: "model.layers.3.mlp.experts.down_proj_qmoe" -> (3, "down_proj"),
+    "model.layers.3.self_attn.q_proj.weight_qmoe" -> (3, "q_proj")."""
+    parts = name.removesuffix("_qmoe").removesuffix(".weight").split(".")
+    numbers = [int(part) for part in parts if part.isdigit()]
+    return (numbers[0] if numbers else 0), parts[-1]
