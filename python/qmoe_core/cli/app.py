@@ -111,7 +111,9 @@ def compress(
     fit: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Choose formats so that the directory fits into this, e.g. 24GiB.", show_default=False
+            metavar="SIZE",
+            help="Choose formats so that the directory fits into this, e.g. 24GiB, and loses least.",
+            show_default=False,
         ),
     ] = None,
     bits: Annotated[
@@ -130,7 +132,7 @@ def compress(
         typer.Option(
             metavar="TEXT|DATASET|NPY",
             help="What calibrated methods calibrate on: a UTF-8 text file, a .npy file of token ids, or a Hugging Face "
-            "data set (NAME or NAME:CONFIGURATION).",
+            "data set (NAME, NAME:CONFIGURATION or a local directory).",
             show_default=False,
         ),
     ] = None,
