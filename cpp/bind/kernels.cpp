@@ -171,6 +171,18 @@ void bind_kernels(py::module_& m) {
           "Bytes of a record's run-time layout.");
     m.def("prepack", &prepack, py::arg("packed"), py::arg("nbytes"), py::arg("order"), py::arg("out"),
           py::arg("out_bytes"), py::arg("threads"), "Writes a record's run-time layout; see qmoe/prepacked.h.");
+    m.def(
+        "tuning",
+        [] {
+            return py::dict(py::arg("prefetch") = tuning().prefetch, py::arg("direct_tokens") = tuning().direct_tokens);
+        },
+        "What the kernels over prepacked weights are tuned to; see qmoe/prepacked.h.");
+    m.def(
+        "set_tuning",
+        [](uint32_t prefetch, uint32_t direct_tokens) {
+            check(set_tuning({prefetch, direct_tokens}));
+        },
+        py::arg("prefetch"), py::arg("direct_tokens"), "Changes it, for this process.");
     m.def("experts", &run_experts, py::arg("first"), py::arg("first_bytes"), py::arg("second"), py::arg("second_bytes"),
           py::arg("first_bias"), py::arg("second_bias"), py::arg("activation"), py::arg("gated"), py::arg("clamped"),
           py::arg("alpha"), py::arg("limit"), py::arg("precision"), py::arg("x"), py::arg("x_dtype"), py::arg("tokens"),

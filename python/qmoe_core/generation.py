@@ -43,14 +43,18 @@ class GenerateResult:
 
 
 def load_model(
-    path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", *, device: str = "cpu", **options: Any
-) -> Any:
+    path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", *, device: str = "cpu", compute: str = "auto",
+    **options: Any,
+) -> Any:  # fmt: skip
     """A transformers model, in evaluation mode, from a checkpoint directory, compressed or not.
 
     Args:
         path: the directory (config.json and safetensors files).
         dtype: dtype of everything that is not packed; "auto" is what config.json says.
         device: where to put it.
+        compute: how packed layers multiply on a CPU: "int8" (activations rounded to int8; fastest), "float", "stored"
+            (as float, without a second copy of the weights in memory), or "auto": int8 for 16-bit activations, else
+            float.
         options: passed on to `from_pretrained`.
 
     Raises:
@@ -71,8 +75,22 @@ def load_model(
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     with _no_progress_bar():
         model = auto.from_pretrained(directory, dtype=dtype, use_safetensors=True, **options)
+    set_compute(model, compute)
     # Not device_map: that needs accelerate, which nothing else here does.
     return model.eval().to(device)
+
+
+def set_compute(model: Any, compute: str) -> None:
+    """How the packed layers of a model multiply on a CPU, see `load_model`. Raises QmoeError E_VALUE for another word."""
+    from .runtime.experts import PackedExperts
+    from .runtime.layouts import COMPUTE
+    from .runtime.linear import PackedLinear
+
+    if compute not in COMPUTE:
+        raise QmoeError("E_VALUE", "unknown way to compute", expected=list(COMPUTE), actual=compute)
+    for module in model.modules():
+        if isinstance(module, (PackedExperts, PackedLinear)):
+            module.compute = compute
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:

@@ -397,6 +397,19 @@ TEST_SUITE("matmul") {
         }
     }
 
+    TEST_CASE("tuning changes no result") {
+        const Problem p = random_problem(17);
+        const std::vector<float> y = run(p, Precision::kInt8, 2);
+        for (const Tuning values : {Tuning{0, 0}, Tuning{4096, 1}, Tuning{64, 1024}}) {
+            REQUIRE(set_tuning(values).ok());
+            CHECK(tuning().prefetch == values.prefetch);
+            CHECK(run(p, Precision::kInt8, 2) == y);
+        }
+        CHECK(set_tuning({1u << 21, 8}).code == Code::kValue);
+        CHECK(set_tuning({0, 1025}).code == Code::kValue);
+        REQUIRE(set_tuning({}).ok());
+    }
+
     TEST_CASE("refusals") {
         Random random(3);
         const Stack stack({test::int_matrix(random, 6, 40, 4, 32, true, ScaleType::kFloat16)}, RowOrder::kPlain);

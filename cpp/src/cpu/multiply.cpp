@@ -1,6 +1,7 @@
 #include "cpu/multiply.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -16,6 +17,8 @@ extern const PanelKernels panel_kernels_neon;
 #endif
 
 namespace {
+
+std::atomic<uint32_t> g_prefetch{Tuning().prefetch}, g_direct_tokens{Tuning().direct_tokens};
 
 // The set that goes with what active_isa() says: one name pins both, the kernels over records and these.
 const PanelKernels* choose() noexcept {
@@ -37,9 +40,18 @@ const PanelKernels* panel_kernels() noexcept {
     return chosen;
 }
 
-Tuning& tuning() noexcept {
-    static Tuning values;
-    return values;
+Tuning tuning() noexcept {
+    return {g_prefetch.load(std::memory_order_relaxed), g_direct_tokens.load(std::memory_order_relaxed)};
+}
+
+Status set_tuning(const Tuning& values) noexcept {
+    if (values.prefetch > 1u << 20)
+        return Status::mismatch(Code::kValue, "tuning: prefetch distance", 0, 1u << 20, values.prefetch);
+    if (values.direct_tokens > 1024)
+        return Status::mismatch(Code::kValue, "tuning: direct tokens", 0, 1024, values.direct_tokens);
+    g_prefetch.store(values.prefetch, std::memory_order_relaxed);
+    g_direct_tokens.store(values.direct_tokens, std::memory_order_relaxed);
+    return {};
 }
 
 void load_row(const void* x, ActivationType type, uint64_t at, uint64_t count, float* out) noexcept {
@@ -141,10 +153,11 @@ QuantizedView advance(QuantizedView x, uint64_t tokens) noexcept {
 void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64_t expert, uint64_t unit,
                    const Rows& rows, uint64_t first, uint64_t tokens, Precision precision, float* y) {
     const Prepacked::Expert& e = weights.expert(expert);
-    UnitView view = unit_view(weights, expert, unit, tuning().prefetch);
+    const Tuning tuned = tuning();
+    const UnitView view = unit_view(weights, expert, unit, tuned.prefetch);
     const auto codes = static_cast<size_t>(e.codes), scales = static_cast<size_t>(e.scales),
                zeros = static_cast<size_t>(e.zeros);
-    const bool direct = precision == Precision::kInt8 && tokens <= tuning().direct_tokens;
+    const bool direct = precision == Precision::kInt8 && tokens <= tuned.direct_tokens;
     if (direct) {
         const auto& table = kernels.direct[codes][scales][zeros];
         const QuantizedView x = rows.quantized(first);

@@ -12,14 +12,6 @@ namespace qmoe {
 // The kernels in use, or null where QMOE_FORCE_ISA names a set that has none.
 const PanelKernels* panel_kernels() noexcept;
 
-// What a machine is tuned by; see `qmoe tune`.
-struct Tuning {
-    uint32_t prefetch = 1024;  // bytes ahead
-    uint32_t direct_tokens =
-        8;  // up to here packed lines are read, four tokens at a time; beyond, codes are unpacked once
-};
-Tuning& tuning() noexcept;
-
 void load_row(const void* x, ActivationType type, uint64_t at, uint64_t count, float* out) noexcept;
 void store_row(const float* from, uint64_t count, ActivationType type, void* y, uint64_t at) noexcept;
 inline uint64_t activation_bytes(ActivationType type) noexcept {

@@ -348,6 +348,13 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0.0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus for sampling.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
+    compute: Annotated[
+        str,
+        typer.Option(
+            help="How packed layers multiply: int8 (activations rounded to int8), float, stored (float, without a "
+            "second copy of the weights), or auto: int8 for 16-bit activations, else float."
+        ),
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Continue a text, token by token as it comes."""
@@ -356,7 +363,7 @@ def generate(
         from ..generation import load_model, load_tokenizer
 
         tokenizer = load_tokenizer(model)
-        loaded = load_model(model)
+        loaded = load_model(model, compute=compute)
         stream = _Stream(out, tokenizer, prompt)
         result = run(
             loaded, tokenizer, prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
@@ -391,6 +398,21 @@ class _Stream:
     def _text(self) -> str:
         text: str = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
         return text
+
+
+@app.command()
+def tune(
+    context: typer.Context,
+    threads: Annotated[int, typer.Option(help="0 takes all that may be used.", min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure how this machine's kernels run fastest, and keep it for later processes. Results do not depend on it."""
+    with reporting(context, as_json) as out:
+        from ..runtime.tuning import tune as run
+
+        result = run(threads, progress=lambda what: out.errors.print(what, style="dim"))
+        out.show(tables.tuning(result))
+        out.result(result.to_dict())
 
 
 @app.command()

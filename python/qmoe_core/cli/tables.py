@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..htmlreport import FormatRow
     from ..quickstart import QuickstartResult
     from ..report import CompressionReport
+    from ..runtime.tuning import TuneResult
     from ..verification import VerificationReport
 
 
@@ -132,6 +133,19 @@ def speed(result: GenerateResult) -> str:
     """One line below a generated text."""
     first = f"first token after {result.first_token_seconds:.2f} s"
     return f"{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s, {first}"
+
+
+def tuning(result: TuneResult) -> Table:
+    """What was tried, and what was taken."""
+    prefetch = ", ".join(f"{value}: {time * 1e6:.0f} us" for value, time in result.trials["prefetch"].items())
+    direct = ", ".join(f"{value}: {ratio:.2f}" for value, ratio in result.trials["direct_tokens"].items())
+    rows = [
+        ("prefetch", f"{result.values['prefetch']} bytes ahead ({prefetch})"),
+        ("tokens that read packed lines", f"up to {result.values['direct_tokens']} (time over unpacked: {direct})"),
+    ]
+    if result.path:
+        rows.append(("kept in", result.path))
+    return _grid(rows)
 
 
 def verification(report: VerificationReport) -> Table:

@@ -22,12 +22,15 @@ from .. import _C
 from ..errors import QmoeError
 from .gating import Gating
 from .layouts import COMPUTE, layout_of, precision
+from .tuning import load as load_tuning
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+
+load_tuning()
 
 torch.library.define(
     "qmoe::grouped_linear",

@@ -1,0 +1,66 @@
+"""`qmoe tune`: what it measures, keeps and takes over."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from packed_fixtures import pack
+from typer.testing import CliRunner
+
+from qmoe_core import _C
+from qmoe_core.cli.app import app
+from qmoe_core.errors import QmoeError
+from qmoe_core.runtime import ops, tuning
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMOE_TUNING", str(tmp_path / "cache" / "tuning.json"))
+    before = _C.tuning()
+    yield
+    _C.set_tuning(**before)
+
+
+def test_tuning_is_measured_kept_and_taken_over(monkeypatch):
+    monkeypatch.setattr(tuning, "SHAPE", (256, 256))
+    assert not tuning.load()
+    said: list[str] = []
+    result = tuning.tune(1, 0.001, said.append)
+    assert result.values == _C.tuning()
+    assert set(result.trials["prefetch"]) == set(tuning.PREFETCH) and said
+    assert result.values["prefetch"] == min(result.trials["prefetch"], key=lambda d: result.trials["prefetch"][d])
+    _C.set_tuning(64, 3)
+    assert tuning.load() and _C.tuning() == result.values
+
+
+def test_values_of_other_machines_stay_and_damaged_files_are_no_files(monkeypatch):
+    monkeypatch.setattr(tuning, "machine", lambda: "one")
+    path = tuning.save({"prefetch": 128, "direct_tokens": 5})
+    monkeypatch.setattr(tuning, "machine", lambda: "two")
+    assert not tuning.load()
+    tuning.save({"prefetch": 256, "direct_tokens": 6})
+    assert set(json.loads(path.read_text())["machines"]) == {"one", "two"}
+    assert tuning.load() and _C.tuning() == {"prefetch": 256, "direct_tokens": 6}
+    for damaged in ("", "{", '{"machines": {"two": {"prefetch": 1e9, "direct_tokens": "x"}}}', "[]"):
+        path.write_text(damaged)
+        assert not tuning.load()
+
+
+def test_results_do_not_depend_on_it():
+    packed = torch.from_numpy(pack(torch.randn(1, 100, 300)).data)
+    x = torch.randn(20, 300)
+    before = ops.linear(x, packed, 100, "int8")
+    for values in ((0, 0), (4096, 30)):
+        _C.set_tuning(*values)
+        assert torch.equal(ops.linear(x, packed, 100, "int8"), before)
+    with pytest.raises(QmoeError, match="E_VALUE"):
+        _C.set_tuning(1 << 21, 8)
+
+
+def test_the_command(monkeypatch):
+    monkeypatch.setattr(tuning, "SHAPE", (128, 128))
+    result = CliRunner().invoke(app, ["tune", "--threads", "1", "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["values"] == _C.tuning()
