@@ -182,6 +182,7 @@ def cpu_kernels(result: dict[str, Any]) -> list[str]:
         "linear": "matrix 4096 x 14336",
         "experts_up": "8 of 128 experts, 768 x 2048",
         "experts_down": "8 of 128 experts, 2048 x 768",
+        "layer": "whole layer: gate, up, SwiGLU, down, sum; rival: its three products",
     }
     batches = sorted({row["tokens"] for row in result["rows"]})
     threads = sorted({row["threads"] for row in result["rows"]})

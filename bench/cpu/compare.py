@@ -33,7 +33,8 @@ FAMILIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # ours, rivals
     "2-bit": (("int2_g128", "int2_g64"), ("q2_K", "iq2_xxs")),
     "ternary": (("ternary", "ternary_z885"), ("tq1_0", "tq2_0")),
 }
-SHAPES = ("linear", "experts_up", "experts_down")
+SHAPES = ("linear", "experts_up", "experts_down", "layer")
+LAYER = {"experts_up": 2, "experts_down": 1}  # what the rival's time for a layer is made of
 CELL = re.compile(r"(?P<shape>\w+)/(?P<type>\w+)/(?P<buffer>\w+)/tokens:(?P<tokens>\d+)/threads:(?P<threads>\d+)/")
 LIMIT = re.compile(r"(?P<name>\w+)/(?:.*/)?threads:(?P<threads>\d+)$")
 
@@ -79,6 +80,7 @@ def measure_limits(program: Path, pattern: str, min_time: float, into: Repetitio
 def measure_cells(program: Path, types: list[str], args: argparse.Namespace, into: Repetition) -> dict[str, str]:
     """The rates of all asked-for cells of `types`. Returns the program's context."""
     choices = ["|".join(map(str, values)) for values in (args.shapes, types, args.tokens, args.threads)]
+    # cells of a shape that one side does not have simply do not match
     pattern = "^({})/({})/.*/tokens:({})/threads:({})/".format(*choices)
     report = run(program, pattern, args.min_time)
     for entry in report["benchmarks"]:
@@ -104,6 +106,25 @@ def summary(repetitions: list[Repetition], cell: Cell, buffer: str) -> dict[str,
 def share_of_limit(repetitions: list[Repetition], cell: Cell, buffer: str) -> float:
     shares = [r.rates[cell][buffer]["stored_bytes"] / r.limits["dram_read", cell.threads] for r in repetitions]
     return round(statistics.median(shares), 4)
+
+
+def add_layers(repetition: Repetition) -> None:
+    """The rival's layers: no call of its own, so the products alone, each from its fastest buffer type."""
+    ours = [cell for cell, buffers in repetition.rates.items() if cell.shape == "layer" and "ours" in buffers]
+    rivals = {cell.type for cell, buffers in repetition.rates.items() if "ours" not in buffers}
+    for cell in ours:
+        for rival in rivals:
+            total: dict[str, float] = defaultdict(float)
+            seconds = 0.0
+            for shape, count in LAYER.items():
+                buffers = repetition.rates[Cell(shape, rival, cell.tokens, cell.threads)]
+                best = max(buffers.values(), key=lambda rate: rate["flops"])
+                work = 2.0 * 768 * 2048 * 8 * cell.tokens * count
+                seconds += work / best["flops"]
+                for name in ("flops", "weights", "stored_bytes"):
+                    total[name] += work / best["flops"] * best[name]
+            layer = Cell("layer", rival, cell.tokens, cell.threads)
+            repetition.rates[layer]["products"] = {name: value / seconds for name, value in total.items()}
 
 
 def compare(repetitions: list[Repetition], kinds: list[str], rivals: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -170,6 +191,7 @@ def main() -> None:
             contestants = [("ggml", list(rivals)), ("kernels", kinds)]
             for program, types in contestants[:: -1 if number % 2 else 1]:
                 contexts[program] = measure_cells(programs[program], types, args, turn)
+            add_layers(turn)
             turns[name].append(turn)
 
     limits = {f"{what}/threads:{threads}": round(rate / 1e9, 2) for (what, threads), rate in everything.limits.items()}

@@ -3,6 +3,7 @@
 //   linear/KIND/ours/tokens:M/threads:T         one matrix N x K = 4096 x 14336
 //   experts_up/KIND/ours/tokens:T/threads:T     128 experts of 768 x 2048, 8 for each token, random routing
 //   experts_down/KIND/ours/tokens:T/threads:T   128 experts of 2048 x 768, with the sum by routing weight
+//   layer/KIND/ours/tokens:T/threads:T          both and SwiGLU between them, in one call
 //
 // Counters, per second: weights (that were read), flops, stored_bytes. Weights are cold: copies of them, 700 MB
 // together, take turns (`--copies=N` says otherwise).
@@ -87,6 +88,45 @@ void measure(benchmark::State& state, const Kind& kind, const Shape& shape, uint
     work.report(state);
 }
 
+// The layers of one kind in turn.
+void measure_layer(benchmark::State& state, const Kind& kind, uint64_t tokens, int threads) {
+    struct Layers {
+        const Kind* kind = nullptr;
+        std::vector<std::unique_ptr<Weights>> first, second;
+    };
+    static Layers layers;
+    const Shape up = {"", 2 * 768, 2048, 128, false, {}}, down = {"", 2048, 768, 128, true, {}};
+    if (layers.kind != &kind) {
+        layers = {};
+        const std::vector<uint8_t> first = random_record(kind, up), second = random_record(kind, down);
+        for (uint64_t i = copies_of(first.size() + second.size()); i > 0; --i) {
+            layers.first.push_back(std::make_unique<Weights>(first, RowOrder::kHalves));
+            layers.second.push_back(std::make_unique<Weights>(second));
+        }
+        layers.kind = &kind;
+    }
+    const auto routings = random_routings(tokens, up.experts);
+    const auto x = random_activations(tokens * up.cols);
+    std::vector<float> y(tokens * up.cols, std::nanf(""));
+    std::vector<std::vector<int64_t>> ids;
+    for (const Routing& routing : routings) ids.emplace_back(routing.ids.begin(), routing.ids.end());
+    Work work;
+    const double bytes = static_cast<double>(layers.first[0]->bytes() + layers.second[0]->bytes()) / 128;
+    static uint64_t turn = 0;
+    for (auto _ : state) {
+        ++turn;
+        const size_t copy = turn % layers.first.size(), table = turn / layers.first.size() % routings.size();
+        must(experts(layers.first[copy]->prepacked(), layers.second[copy]->prepacked(), {}, x.data(),
+                     ActivationType::kFloat32, tokens, ids[table].data(), routings[table].weights.data(), kTopK,
+                     y.data(), threads),
+             "experts");
+        work.add(layer_shape(), routings[table], bytes);
+    }
+    for (const float value : y)
+        if (!std::isfinite(value)) throw std::runtime_error("a result is not finite");
+    work.report(state);
+}
+
 }  // namespace
 }  // namespace qmoe::bench
 
@@ -102,5 +142,10 @@ int main(int argc, char** argv) {
                         [&, tokens, threads](benchmark::State& state) {
                             measure(state, kind, shape, tokens, threads);
                         });
+    for (const Kind& kind : kKinds)
+        for (const uint64_t tokens : layer_shape().tokens)
+            for (const int threads : {1, 2})
+                add(cell_name(layer_shape(), kind.name, "ours", tokens, threads),
+                    [&, tokens, threads](benchmark::State& state) { measure_layer(state, kind, tokens, threads); });
     return run(argc, argv);
 }

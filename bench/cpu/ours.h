@@ -97,12 +97,12 @@ inline Memory huge_pages(uint64_t bytes) {
 // One copy of the weights, as the kernels want them.
 class Weights {
   public:
-    explicit Weights(const std::vector<uint8_t>& bytes) {
+    explicit Weights(const std::vector<uint8_t>& bytes, RowOrder order = RowOrder::kPlain) {
         Record record;
         must(Record::open(bytes, record, false), "Record::open");
-        must(Prepacked::size(record, RowOrder::kPlain, bytes_), "Prepacked::size");
+        must(Prepacked::size(record, order, bytes_), "Prepacked::size");
         memory_ = huge_pages(bytes_);
-        must(Prepacked::prepack(record, RowOrder::kPlain, {memory_.get(), bytes_}, 2), "prepack");
+        must(Prepacked::prepack(record, order, {memory_.get(), bytes_}, 2), "prepack");
         must(Prepacked::open({memory_.get(), bytes_}, weights_), "Prepacked::open");
     }
     Weights(const Weights&) = delete;
@@ -149,8 +149,8 @@ class Weights {
         y_.resize(choices * weights_.rows());
         for (uint64_t i = 0; i < choices; ++i)
             std::copy_n(x + (per_choice ? order_[i] : order_[i] / kTopK) * k, k, x_.data() + i * k);
-        must(grouped_linear(weights_, x_.data(), ActivationType::kFloat32, choices, offsets_, y_.data(), Precision::kInt8,
-                            threads),
+        must(grouped_linear(weights_, x_.data(), ActivationType::kFloat32, choices, offsets_, y_.data(),
+                            Precision::kInt8, threads),
              "grouped_linear");
     }
 
