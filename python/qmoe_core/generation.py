@@ -81,7 +81,7 @@ def load_model(
 
 
 def set_compute(model: Any, compute: str) -> None:
-    """How the packed layers of a model multiply on a CPU, see `load_model`. Raises QmoeError E_VALUE for another word."""
+    """How the packed layers of a model multiply on a CPU, see `load_model`; QmoeError E_VALUE for another word."""
     from .runtime.experts import PackedExperts
     from .runtime.layouts import COMPUTE
     from .runtime.linear import PackedLinear
