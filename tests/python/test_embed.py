@@ -119,6 +119,8 @@ def test_every_expert_of_both_formats_multiplies_as_numpy_does(program: Path, ch
             total, norm = expected(tensor, expert)
             assert float(lines["sum"]) == pytest.approx(total, rel=1e-4, abs=1e-4)
             assert float(lines["norm"]) == pytest.approx(norm, rel=1e-5)
+            assert float(lines["norm, prepacked"]) == pytest.approx(norm, rel=1e-5)
+            assert float(lines["norm, int8 activations"]) == pytest.approx(norm, rel=1e-2)
 
 
 def test_the_first_packed_tensor_is_the_default(program: Path, checkpoint: Path) -> None:

@@ -86,9 +86,9 @@ Status experts(const Prepacked& first, const Prepacked& second, const ExpertsSpe
 // What a machine is tuned by: it changes how fast products are, never their results. See `qmoe tune`.
 struct Tuning {
     uint32_t prefetch = 1024;  // bytes that weights are asked for ahead of their use; at most 1 MiB
-    uint32_t direct_tokens =
-        8;  // up to so many tokens of an expert read its packed lines, four at a time; for more, codes
-            // are unpacked once and kept in the second-level cache; at most 1024
+    // Up to so many tokens of an expert read its packed lines, four at a time; for more, codes are unpacked once and kept
+    // in the second-level cache. At most 1024. What a process starts with depends on the processor.
+    uint32_t direct_tokens = 8;
 };
 Tuning tuning() noexcept;
 // E_VALUE: out of range. Safe to call at any time from any thread.

@@ -24,7 +24,7 @@ from ..formats import IntFormat, IntMatrix, PackedTensor
 
 VERSION = 1
 PREFETCH = (0, 256, 512, 1024, 2048, 4096)
-DIRECT_TOKENS = (4, 8, 12, 16, 24)
+DIRECT_TOKENS = (4, 8, 16, 32, 128, 1024)
 SHAPE = (4096, 4096)  # 8 MiB in 4 bits: a few of them in turn are colder than any cache is large
 
 
@@ -92,7 +92,7 @@ def save(values: dict[str, int]) -> Path:
 
 
 def tune(
-    threads: int = 0, seconds: float = 0.1, progress: Callable[[str], None] | None = None, keep: bool = True
+    threads: int = 0, seconds: float = 0.2, progress: Callable[[str], None] | None = None, keep: bool = True
 ) -> TuneResult:
     """Measure prefetch distances at one token and the crossover to unpacked codes, int4 in groups of 128.
 
