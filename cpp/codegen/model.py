@@ -119,8 +119,8 @@ def tile_cycles(isa: Isa, trits: bool, tile: Tile) -> float:
 
 @lru_cache
 def choose_tile(isa: Isa, trits: bool) -> Tile:
-    """The cheapest tile of panels and tokens whose sums fit the registers; among those within 3 % of it the one with the
-    most panels: with few tokens left over, many panels still are many independent sums."""
+    """The cheapest tile of panels and tokens whose sums fit the registers; among those within 3 % of it the one with
+    the most panels: with few tokens left over, many panels still are many independent sums."""
     if not isa.vector:
         return Tile(1, 1)
     tiles = [Tile(panels, tokens) for panels in (1, 2, 4) for tokens in range(1, 13)]
