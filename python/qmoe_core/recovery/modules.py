@@ -32,6 +32,7 @@ class TunableExperts(PackedExperts):
                 self.register_buffer(key, buffer)
         for key, child in packed.named_children():
             self.add_module(key, child)
+        self.gating = None  # the fused kernels read records; here are none
         self.stacks = nn.ModuleDict(
             {key: TunableStack(records(f"{name}.{key}_qmoe"), f"{name}.{key}_qmoe") for key in packed.shapes}
         )
