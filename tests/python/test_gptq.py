@@ -207,6 +207,20 @@ def test_a_higher_rate_gives_fewer_bits_and_more_error():
     assert errors == sorted(errors)
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_reported_errors_of_many_rows_are_those_of_a_fair_sample(every):
+    """Also where rows take turns, as those of gates and ups may."""
+    weight, statistics = problem((2, 1500, 64))
+    weight[:, ::every] *= 4
+    results = quantize_stack(weight, statistics, MethodSpec("gptq", IntFormat(3, 32)))
+    shared, _ = lean_on_pooled(statistics, 0.25)
+    hessian, quantized = shared.hessian.double(), stacked(results)
+    for stack, name in ((weight, "output_energy"), (weight - quantized, "output_error")):
+        exact = ((stack.double() @ hessian) * stack).sum((1, 2))
+        reported = torch.tensor([getattr(report, name) for _, report in results], dtype=torch.float64)
+        torch.testing.assert_close(reported, exact, rtol=0.05, atol=0)
+
+
 def test_the_price_of_a_bit_goes_with_the_root_of_what_the_matrix_contributes():
     weight, statistics = problem((3, 24, 64))
     own = output_error(weight, statistics.hessian / 400).float().unsqueeze(1)

@@ -75,7 +75,7 @@ class TensorReport:
     zeros: int  # quantized weights that are exactly zero
     formats: Mapping[str, int] = field(default_factory=dict)  # format name -> number of matrices
     output_error: float = 0.0  # tr((W - Q) H (W - Q)^T) per token, where statistics were given
-    output_energy: float = 0.0  # tr(W H W^T) per token
+    output_energy: float = 0.0  # tr(W H W^T) per token; of large matrices both may be estimated from some of their rows
     notes: Mapping[str, int] = field(default_factory=dict)  # what was done about missing statistics -> matrices
 
     @property
@@ -184,6 +184,9 @@ def dequantized(matrix: Matrix, device: torch.device | str) -> torch.Tensor:
     scales = there(matrix.scales)
     stored = torch.full_like(scales, 2.0 ** (format.bits - 1)) if matrix.zeros is None else there(matrix.zeros).float()
     width = min(format.group or columns, columns)
+    if columns % width == 0:
+        grouped = there(matrix.codes).unflatten(1, (-1, width))
+        return (grouped - (stored + format.zero_offset).unsqueeze(2)).mul_(scales.unsqueeze(2)).flatten(1)
     scale, zero = (of.repeat_interleave(width, dim=1)[:, :columns] for of in (scales, stored + format.zero_offset))
     return (there(matrix.codes) - zero).mul_(scale)
 

@@ -90,7 +90,7 @@ def factorize(hessian: torch.Tensor, damping: float) -> Factors:
     Raises:
         QmoeError: `E_VALUE` for NaN or infinite statistics.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    if not all_finite(hessian):
         raise QmoeError("E_VALUE", "the calibration statistics have NaN or infinite values")
     columns = hessian.shape[2]
     damped = hessian.clone()
@@ -110,7 +110,7 @@ def factorize(hessian: torch.Tensor, damping: float) -> Factors:
         lower[failed], info[failed] = _cholesky(damped[failed].flip(1, 2))
     root = lower.flip(1, 2)
     pivots = root.diagonal(dim1=1, dim2=2).clone()
-    return Factors(damped, root / pivots.unsqueeze(1), pivots.square())
+    return Factors(damped, root.div_(pivots.unsqueeze(1)), pivots.square())
 
 
 def _cholesky(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,7 +216,13 @@ def row_errors(stack: torch.Tensor, factors: Factors) -> torch.Tensor:
 
 def sum_of_squares(stack: torch.Tensor) -> torch.Tensor:
     """(E,) float64 of (E, N, K): rows in the tensors' own type, and those in float64."""
-    return stack.square().sum(2).sum(1, dtype=torch.float64)
+    return torch.linalg.vector_norm(stack, dim=2).double().square().sum(1)
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is no NaN or infinity, in one pass and without temporaries."""
+    low, high = torch.aminmax(tensor)  # NaN where there is one
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _blocks(columns: int, width: int) -> list[slice]:

@@ -28,10 +28,12 @@ from ..errors import QmoeError
 from ..formats import IntFormat, IntMatrix, TernaryMatrix
 from . import feedback_cuda
 from .base import Matrix, MethodSpec, StackStatistics, TensorReport, number_option
-from .feedback import Factors, descend, factorize, retarget, round_with_feedback, row_errors, sum_of_squares
+from .feedback import Factors, all_finite, descend, factorize, retarget, round_with_feedback, row_errors, sum_of_squares
 from .grids import IntGrid, TernaryGrid
 
 OPTIONS = frozenset({"damping", "sweeps", "steps", "prior", "order", "rate"})
+REPORTED_ROWS = 512  # of a matrix, whose errors stand for those of all of its rows in the report
+GOLDEN = 0.6180339887  # multiples of it are spread evenly over [0, 1), modulo 1
 
 
 def quantize_stack(
@@ -62,8 +64,7 @@ def quantize_stack(
         weight, shared = _permuted(weight, shared, order)
     factors = factorize(shared.hessian, damping)
     target = weight if shared.drift is None else retarget(weight, shared.drift, factors)
-    energies = row_errors(weight, factors) if target is weight else None
-    grid = _grid(target, shared, factors, spec, energies)
+    grid = _grid(target, shared, factors, spec)
     grid.begin(target, factors.diagonal)
     codes, residual = round_with_feedback(target, factors, grid)
     for _ in range(sweeps):
@@ -71,14 +72,10 @@ def quantize_stack(
         descend(target, factors, grid, codes, residual)
     grid.refine(residual, factors.hessian, codes)
 
-    if energies is None:
+    if target is not weight:
         residual += weight - target
-        energies = row_errors(weight, factors)
-    squares, originals = sum_of_squares(residual), sum_of_squares(weight)
-    added = _mean_diagonal(factors.hessian) - _mean_diagonal(shared.hessian)  # by damping, to all of it alike
-    error = row_errors(residual, factors).sum(1, dtype=torch.float64).sub_(added * squares).clamp_(min=0).tolist()
-    energy = energies.sum(1, dtype=torch.float64).sub_(added * originals).clamp_(min=0).tolist()
-    square, original = squares.tolist(), originals.tolist()
+    errors, energies = (_output_errors(stack, factors, shared.hessian) for stack in (residual, weight))
+    squares, originals = sum_of_squares(residual).tolist(), sum_of_squares(weight).tolist()
     zeros = _zeros(grid, codes)
     if order is not None:
         codes = torch.empty_like(codes).scatter_(2, order.unsqueeze(1).expand_as(codes), codes)
@@ -90,12 +87,12 @@ def quantize_stack(
             matrix,
             TensorReport(
                 weights=weight[0].numel(),
-                error_sum=square[expert],
-                weight_sum=original[expert],
+                error_sum=squares[expert],
+                weight_sum=originals[expert],
                 zeros=zeros[expert],
                 formats={spec.format.name: 1},
-                output_error=error[expert],
-                output_energy=energy[expert],
+                output_error=errors[expert],
+                output_energy=energies[expert],
                 notes={notes[expert]: 1} if notes[expert] else {},
             ),
         )
@@ -115,15 +112,16 @@ def lean_on_pooled(statistics: StackStatistics, prior: float) -> tuple[StackStat
     count = statistics.tokens.to(statistics.hessian.device, torch.float32).view(-1, 1, 1)
     own = statistics.hessian.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
     strength = prior * columns
-    if statistics.pooled is None or statistics.pooled_tokens == 0:
-        pooled, strength = torch.zeros_like(statistics.hessian[:1]), 0.0
-    else:
-        pooled = statistics.pooled.unsqueeze(0) / statistics.pooled_tokens
-    energy = pooled.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)
-    usable = (own > 0) & (energy > 0)
-    brought = torch.where(usable, own / (count * energy).clamp(min=1e-30), torch.ones_like(own))
+    pooled = statistics.pooled
+    if pooled is None or statistics.pooled_tokens == 0:
+        pooled, strength = None, 0.0
     total = (count + strength).clamp(min=1.0)
-    hessian = statistics.hessian / total + pooled * (strength / total * brought)
+    hessian = statistics.hessian / total
+    if pooled is not None:
+        energy = pooled.diagonal().sum() / statistics.pooled_tokens
+        usable = (own > 0) & (energy > 0)
+        brought = torch.where(usable, own / (count * energy).clamp(min=1e-30), torch.ones_like(own))
+        hessian.addcmul_(pooled, strength / total * brought / statistics.pooled_tokens)
     drift = None if statistics.drift is None else statistics.drift / total
     notes = []
     for tokens in statistics.tokens.tolist():
@@ -138,6 +136,21 @@ def lean_on_pooled(statistics: StackStatistics, prior: float) -> tuple[StackStat
         else:
             notes.append("fewer tokens than columns: statistics lean on the layer's")
     return StackStatistics(statistics.tokens, hessian, None, 0, drift, statistics.row_importance), notes
+
+
+def _output_errors(stack: torch.Tensor, factors: Factors, hessian: torch.Tensor) -> list[float]:
+    """tr(R H R^T) per matrix of a stack (E, N, K), H without the damping of `factors`; of large matrices estimated by
+    `REPORTED_ROWS` of their rows: all of them would take as long as rounding does, for a number in a report."""
+    rows = stack.shape[1]
+    if rows > REPORTED_ROWS:
+        # One out of each of as many parts, but at no fixed distance: gates and ups may take turns.
+        part = torch.arange(REPORTED_ROWS, dtype=torch.float64)
+        places = (part + part * GOLDEN % 1) * (rows / REPORTED_ROWS)
+        stack = stack[:, places.long().to(stack.device)]
+    added = _mean_diagonal(factors.hessian) - _mean_diagonal(hessian)  # to all of the diagonal alike
+    errors = row_errors(stack, factors).sum(1, dtype=torch.float64) - added * sum_of_squares(stack)
+    found: list[float] = errors.clamp_(min=0).mul_(rows / stack.shape[1]).tolist()
+    return found
 
 
 def _mean_diagonal(hessian: torch.Tensor) -> torch.Tensor:
@@ -159,9 +172,8 @@ def _check(weight: torch.Tensor, statistics: StackStatistics) -> None:
         value = getattr(statistics, name)
         if value is not None and tuple(value.shape) != shape:
             raise QmoeError("E_SHAPE", f"statistics: {name}", expected=shape, actual=tuple(value.shape))
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
-        expert, row, column = (~finite).nonzero()[0].tolist()
+    if not all_finite(weight):
+        expert, row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
         raise QmoeError(
             "E_VALUE", f"matrix {expert} has a NaN or infinite weight in row {row}, column {column}",
             actual=float(weight[expert, row, column]),
@@ -203,19 +215,13 @@ def _permuted(
 
 
 def _grid(
-    weight: torch.Tensor,
-    statistics: StackStatistics,
-    factors: Factors,
-    spec: MethodSpec,
-    energies: torch.Tensor | None = None,
+    weight: torch.Tensor, statistics: StackStatistics, factors: Factors, spec: MethodSpec
 ) -> IntGrid | TernaryGrid:
-    """`energies`: `row_errors` of the weight, where they are known already."""
     if isinstance(spec.format, IntFormat):
         steps = int(number_option(spec, "steps", 24, 2, 1000))
         return IntGrid(spec.format, (weight.shape[0], weight.shape[1], weight.shape[2]), weight.device, steps)
     rate = number_option(spec, "rate", 0.5, 0.0, 100.0)
-    if energies is None:
-        energies = row_errors(weight, factors)
+    energies = row_errors(weight, factors)
     return TernaryGrid(spec.format, _price(weight[0].numel(), energies, statistics.row_importance, rate))
 
 
@@ -266,11 +272,14 @@ def _ternary_matrices(grid: TernaryGrid, codes: torch.Tensor) -> list[TernaryMat
 
 def _zeros(grid: IntGrid | TernaryGrid, codes: torch.Tensor) -> list[int]:
     """How many weights of each matrix became exactly zero, counted where the codes (E, N, K) are."""
+    if isinstance(grid, IntGrid) and grid.format.half_step:
+        return [0] * len(codes)  # no code is its grid's zero
     if isinstance(grid, IntGrid):
         whole = codes.shape[2] // grid.width
         parts = codes.view(torch.uint8).split([whole * grid.width, codes.shape[2] - whole * grid.width], dim=2)
         groups = [parts[0].unflatten(2, (whole, grid.width)), parts[1].unsqueeze(2)]
-        zeros = [grid.zero[:, :, :whole], grid.zero[:, :, whole:]]
+        of = grid.zero.to(torch.uint8)
+        zeros = [of[:, :, :whole], of[:, :, whole:]]
         zero = [(codes == zero.unsqueeze(3)).flatten(2) for codes, zero in zip(groups, zeros, strict=True)]
     else:
         low, high = (grid.low == 0).unsqueeze(2), (grid.high == 0).unsqueeze(2)
