@@ -226,6 +226,50 @@ def cpu_kernels(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def cpu_model(result: dict[str, Any]) -> list[str]:
+    """Predicted and measured cycles per line (bench/cpu/units.py)."""
+    ways = list(dict.fromkeys((row["way"], row["tokens"]) for row in result["rows"]))
+    cells = {(row["kind"], row["way"], row["tokens"]): row for row in result["rows"]}
+    heads = [f"{way}, {tokens} token{'s' * (tokens > 1)}" for way, tokens in ways]
+    lines = ["| weights | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(ways)]
+    for kind in dict.fromkeys(row["kind"] for row in result["rows"]):
+        row = [cells[kind, way, tokens] for way, tokens in ways]
+        shown = [f"{cell['predicted']:.1f} / {cell['cycles']:.1f}" for cell in row]
+        lines.append(f"| {kind.replace('_', ' ')} | " + " | ".join(shown) + " |")
+    lines += [
+        "",
+        f"Cycles per 64-byte line of packed codes, predicted for {result['core']} / measured ({result['isa']}, weights "
+        f"in the second-level cache). {origin(result)}",
+    ]
+    return lines
+
+
+def generation(result: dict[str, Any]) -> list[str]:
+    """Tokens per second on a CPU (bench/cpu/generation.py)."""
+    lines = [
+        "| model | experts stored as | bits per expert weight | tokens/s (range) | of bfloat16 |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        low, high = row["range"]
+        lines.append(
+            f"| {row['model']} | {row['weights']} | {row['expert_bits']:.2f} | {row['tokens_per_second']:.1f} "
+            f"({low:.1f} to {high:.1f}) | {row['ratio']:.1f}x |"
+        )
+    same: dict[str, list[str]] = {}
+    for row in result["agreement"]:
+        same.setdefault(row["compute"], []).append(f"{row['weights']} {row['same_until']} of {row['tokens']}")
+    agreement = "; ".join(f"{compute}: {', '.join(values)}" for compute, values in same.items())
+    lines += [
+        "",
+        f"Greedy generation of {result['tokens']} tokens on {result['threads']} threads, medians of {result['rounds']} "
+        f"alternate rounds, bfloat16 activations, everything but the experts in bfloat16. Tokens of the trained model in "
+        f"float32 that equal those of the readable reference before the first that does not, by way to compute: "
+        f"{agreement}. {origin(result)}",
+    ]
+    return lines
+
+
 def gptq_gpu(result: dict[str, Any]) -> list[str]:
     """Calibrated quantization on a GPU, from activations to packed records (bench/gpu/gptq_throughput.py)."""
     groups = {
@@ -322,6 +366,8 @@ RENDERERS = {
     "gptq-gpu": gptq_gpu,
     "two-gpus": two_gpus,
     "cpu-kernels": cpu_kernels,
+    "cpu-model": cpu_model,
+    "generation": generation,
     "calibrated": calibrated,
     "fit": fit,
     "quality": quality,

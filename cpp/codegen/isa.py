@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Isa:
 
 
 # Reciprocal throughputs: AVX-512 on Sapphire Rapids (two 512-bit ports; measured: and, add and vpdpbusd at 4.6 G/s a
-# core, which is two a cycle), AVX2 on the same core, NEON on a Neoverse V1 (four 128-bit pipes). Zen 4 runs 512-bit dot
-# products once a cycle; that changes none of the choices made here. The portable code has no registers to choose for.
+# core, which is two a cycle), AVX2 on the same core, NEON on a Neoverse V1 (four 128-bit pipes). The portable code has
+# no registers to choose for.
 ISAS = {
     isa.name: isa
     for isa in (
@@ -54,3 +55,15 @@ ISAS = {
         Isa("generic", 64, 16, 255, simple=4.0, dot=24.0, convert=4.0, load=4.0, issue=4, header="", vector=False),
     )
 }
+
+# Where a processor differs from the costs above, by instruction set. Zen 4's registers are 512 bits wide and its units
+# 256: two simple instructions a cycle, one dot product, multiplication or load.
+CORES: dict[str, Mapping[str, Mapping[str, float]]] = {
+    "sapphire rapids": {},
+    "zen 4": {"avx512vnni": {"dot": 1.0, "convert": 1.0, "load": 1.0}, "avx2": {"simple": 0.25, "dot": 0.75}},
+}
+
+
+def on_core(isa: Isa, core: str) -> Isa:
+    """`isa` with the costs of one processor."""
+    return replace(isa, **CORES[core].get(isa.name, {}))

@@ -61,6 +61,13 @@ def accumulators(codes: str, spread: int) -> int:
     return spread * (2 if codes == "trits" else 1)
 
 
+def vector_cycles(isa: Isa, simple: float, dots: float, floats: float) -> float:
+    """Cycles of the vector units. Simple instructions run on every port, products on some: those may be the limit, or
+    all together."""
+    everything = (simple + dots * isa.dot_instructions + floats) * isa.simple
+    return max(dots * isa.dot + floats * isa.convert, everything)
+
+
 def direct_cycles(isa: Isa, codes: str, tokens: int, tile: Direct) -> float:
     """Cycles per line of packed codes."""
     quads, lines, parts = STEP_QUADS[codes], STEP_LINES[codes], isa.parts
@@ -81,11 +88,12 @@ def direct_cycles(isa: Isa, codes: str, tokens: int, tile: Direct) -> float:
     simple = parts * (logic + shifts) + flush_simple / steps
     live = parts * tile.panels * tokens * (sums + 1) + quads + 3
     spilled = max(0, live - isa.registers)
-    memory = parts * lines + quads * tokens / tile.panels + 2 * spilled * isa.parts / isa.parts / steps
+    # Lines, the prefetch of each, activations, and what is spilled.
+    memory = parts * lines + lines + quads * tokens / tile.panels + 2 * spilled / steps
     if parts * tile.panels * tokens * sums + 4 > isa.registers:  # not even the sums fit: every product goes to memory
         memory += 2 * parts * dots * tokens
     dot_count = parts * dots * tokens
-    vector = simple * isa.simple + dot_count * isa.dot + flush_float / steps * isa.convert
+    vector = vector_cycles(isa, simple, dot_count, flush_float / steps)
     issued = simple + dot_count * isa.dot_instructions + flush_float / steps + memory + 3 / tile.panels
     return max(vector, memory * isa.load, issued / isa.issue) / lines
 
@@ -112,7 +120,7 @@ def tile_cycles(isa: Isa, trits: bool, tile: Tile) -> float:
     memory = parts * tile.panels + tile.tokens + 2 * cells / quads
     simple = (2 * parts * tile.panels if trits else 0) + sums / quads
     floats = (cells * (3 + 2 * (factor - 1)) + parts * tile.panels) / quads
-    vector = simple * isa.simple + sums * isa.dot + floats * isa.convert
+    vector = vector_cycles(isa, simple, sums, floats)
     issued = memory + simple + sums * isa.dot_instructions + floats + 2
     return max(vector, memory * isa.load, issued / isa.issue) / (tile.panels * tile.tokens)
 
