@@ -4,14 +4,17 @@
 
 Makes a checkpoint with random weights and the shapes of Qwen3-235B-A22B (hidden 4096, 128 experts of 1536, top 8), as
 many layers as asked (2 bytes x 2.4 G experts' weights each), runs `qmoe compress --calibration` on it in a process of
-its own, kills that with SIGKILL half-way, and runs the same command again. `--hidden`, `--experts` and `--intermediate`
-make smaller ones for trying it out.
+its own, kills that with SIGKILL half-way, in the middle of a layer, and runs the same command again. `--hidden`,
+`--experts` and `--intermediate` make smaller ones for trying it out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -29,24 +32,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_results
 
 DTYPE = torch.bfloat16
+POOL = 1 << 25  # normal numbers that all weights are taken from: to draw billions of them takes minutes
+EXPERTS = 16  # of a shard
 
 
-def make(directory: Path, config: Qwen3MoeConfig) -> int:
-    """Writes the checkpoint, a shard a layer; returns its bytes."""
+def make(directory: Path, config: Qwen3MoeConfig) -> None:
+    """Writes the checkpoint, some experts a shard."""
     directory.mkdir(parents=True)
     config.save_pretrained(directory)
     hidden, heads, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     head, width = config.head_dim, config.moe_intermediate_size
     generator = torch.Generator().manual_seed(0)
+    pool = (torch.randn(POOL, generator=generator) * 0.02).to(DTYPE)
 
     def normal(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * 0.02).to(DTYPE)
+        """From anywhere in the pool on, and round it."""
+        count, first = math.prod(shape), int(torch.randint(POOL, (), generator=generator))
+        rounds = -(-(first + count) // POOL)
+        return torch.cat([pool] * rounds)[first : first + count].view(shape).clone()
 
     weight_map: dict[str, str] = {}
 
     def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, directory / name)
         weight_map.update(dict.fromkeys(tensors, name))
+        tensors.clear()
 
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
@@ -64,48 +74,64 @@ def make(directory: Path, config: Qwen3MoeConfig) -> int:
             tensors[f"{prefix}mlp.experts.{expert}.gate_proj.weight"] = normal(width, hidden)
             tensors[f"{prefix}mlp.experts.{expert}.up_proj.weight"] = normal(width, hidden)
             tensors[f"{prefix}mlp.experts.{expert}.down_proj.weight"] = normal(hidden, width)
-        save(f"model-layer-{layer}.safetensors", tensors)
+            if (expert + 1) % EXPERTS == 0:
+                save(f"model-layer-{layer}-{expert // EXPERTS}.safetensors", tensors)
+        if tensors:
+            save(f"model-layer-{layer}-last.safetensors", tensors)
     norm = torch.ones(hidden, dtype=DTYPE)
     save(
         "model-rest.safetensors",
         {"model.embed_tokens.weight": normal(config.vocab_size, hidden), "model.norm.weight": norm},
     )
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return sum(path.stat().st_size for path in directory.iterdir())
 
 
-def resident(pid: int) -> int:
-    """Peak resident bytes of a process so far; 0 where it is gone."""
+def size_of(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+
+
+def accounts(pid: int) -> dict[str, int]:
+    """What a process has used so far: peak resident bytes, and bytes that its system calls read and wrote; empty where
+    it is gone."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        text = Path(f"/proc/{pid}/status").read_text() + Path(f"/proc/{pid}/io").read_text()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+        return {}
+    fields = dict(line.split(":", 1) for line in text.splitlines())
+    if "VmHWM" not in fields:  # it has ended and waits to be looked at
+        return {}
+    return {
+        "peak_rss_bytes": int(fields["VmHWM"].split()[0]) * 1024,
+        "read_bytes": int(fields["rchar"]),
+        "written_bytes": int(fields["wchar"]),
+    }
 
 
 def run(command: list[str], kill_at: float | None, journal: Path, layers: int) -> dict[str, Any]:
-    """Runs the command, or kills it once `kill_at` of the layers are in the journal. Peak memory is sampled."""
+    """Runs the command, or kills it once `kill_at` of the layers are done: so many whole ones are in the journal, and
+    the rest of the time that a layer took has passed. What it uses is sampled."""
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     output: list[str] = []
     assert process.stdout is not None
     reader = threading.Thread(target=lambda: output.append(process.stdout.read()))  # type: ignore[union-attr]
     reader.start()
-    peak = 0
+    used: dict[str, int] = {}
+    kill_time = math.inf
     while process.poll() is None:
-        peak = max(peak, resident(process.pid))
-        if kill_at is not None and len(list(journal.glob("record-*"))) >= 2 * kill_at * layers:
+        used = accounts(process.pid) or used
+        if kill_at is not None:
+            whole, rest = divmod(kill_at * layers, 1)
+            if len(list(journal.glob("record-*"))) >= 2 * whole:  # gate and up, and down
+                now = time.monotonic()
+                kill_time, kill_at = now + rest * (now - started) / max(whole, 1), None
+        if time.monotonic() >= kill_time:
             process.send_signal(signal.SIGKILL)
-            kill_at = None
+            kill_time = math.inf
         time.sleep(0.2)
     reader.join()
     report = json.loads(output[0]) if process.returncode == 0 else {}
-    return {
-        "returncode": process.returncode,
-        "seconds": time.monotonic() - started,
-        "peak_rss_bytes": peak,
-        "report": report,
-    }
+    return {"returncode": process.returncode, "seconds": time.monotonic() - started, **used, "report": report}
 
 
 def main() -> None:
@@ -130,7 +156,13 @@ def main() -> None:
         norm_topk_prob=True, dtype="bfloat16", architectures=["Qwen3MoeForCausalLM"],
     )  # fmt: skip
     source, output = arguments.scratch / "source", arguments.scratch / "output"
-    nbytes = make(source, config)
+    # In a process of its own: this one stays small beside the one that is measured.
+    maker = multiprocessing.get_context("spawn").Process(target=make, args=(source, config))
+    maker.start()
+    maker.join()
+    if maker.exitcode != 0:
+        raise SystemExit(f"making the checkpoint: exit code {maker.exitcode}")
+    nbytes = size_of(source)
     tokens = np.random.default_rng(0).integers(0, arguments.vocabulary, arguments.tokens)
     np.save(arguments.scratch / "tokens.npy", tokens)
     command = [
@@ -138,7 +170,7 @@ def main() -> None:
         "--calibration", str(arguments.scratch / "tokens.npy"), "--calibration-tokens", str(arguments.tokens),
         *arguments.options,
     ]  # fmt: skip
-    journal = output / ".qmoe-journal"
+    journal, load = output / ".qmoe-journal", os.getloadavg()
     killed = run(command, arguments.kill_at, journal, arguments.layers)
     finished = run(command, None, journal, arguments.layers)
     if finished["returncode"] != 0 or killed["returncode"] != -signal.SIGKILL:
@@ -147,16 +179,18 @@ def main() -> None:
     rows = [
         {
             "name": name,
-            "seconds": part["seconds"],
-            "peak_rss_bytes": part["peak_rss_bytes"],
+            **{key: part[key] for key in ("seconds", "peak_rss_bytes", "read_bytes", "written_bytes")},
             "peak_beyond_torch_bytes": part["peak_rss_bytes"] - baseline,
+            "read_mb_per_second": part["read_bytes"] / part["seconds"] / 1e6,
+            "written_mb_per_second": part["written_bytes"] / part["seconds"] / 1e6,
         }
         for name, part in (("until SIGKILL", killed), ("the same command again", finished))
     ]
     report = {key: value for key, value in finished["report"].items() if key not in ("tensors", "files", "recipe")}
     write_results(
-        arguments.json, "large", rows, source_bytes=nbytes, config=config.to_dict(), options=arguments.options,
-        tokens=arguments.tokens, report=report,
+        arguments.json, "large", rows, source_bytes=nbytes, output_bytes=size_of(output), config=config.to_dict(),
+        options=arguments.options, tokens=arguments.tokens, threads=torch.get_num_threads(), load_average_before=load,
+        report=report,
     )  # fmt: skip
     print(json.dumps(rows, indent=1))
 
