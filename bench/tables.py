@@ -263,8 +263,8 @@ def generation(result: dict[str, Any]) -> list[str]:
     lines += [
         "",
         f"Greedy generation of {result['tokens']} tokens on {result['threads']} threads, medians of {result['rounds']} "
-        f"alternate rounds, bfloat16 activations, everything but the experts in bfloat16. Tokens of the trained model in "
-        f"float32 that equal those of the readable reference before the first that does not, by way to compute: "
+        f"alternate rounds; bfloat16 activations, and everything but the experts too. Tokens of the trained model in "
+        "float32 that equal those of the readable reference before the first that does not, by way to compute: "
         f"{agreement}. {origin(result)}",
     ]
     return lines

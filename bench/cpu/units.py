@@ -17,9 +17,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
-sys.path.insert(0, str(ROOT / "cpp"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "cpp"))
 from codegen.isa import CORES, ISAS, on_core
 from codegen.model import STEP_LINES, STEP_QUADS, choose_direct, choose_tile, direct_cycles, tile_cycles
 from common import write_results
