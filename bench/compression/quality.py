@@ -70,7 +70,10 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "relative_error": float(np.mean(errors)),
                 "zero_fraction": float(np.mean(zeros)),
             }
-            models[name] = load_model(report.output, dtype=torch.float32)
+            for compute in arguments.compute:
+                label = name if compute == "float" else f"{name}, {compute} activations"
+                models[label] = load_model(report.output, dtype=torch.float32, compute=compute)
+                sizes[label] = sizes[name]
         columns = (TextColumn("evaluate"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"))
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
             task = bar.add_task("evaluate", total=None)
@@ -94,6 +97,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=65536)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--only", nargs="*", help="names of rows, to measure fewer")
+    parser.add_argument(
+        "--compute", nargs="+", choices=["float", "int8"], default=["float"], help="how layers multiply"
+    )
     parser.add_argument("--scratch", type=Path, help="where the compressed models go for as long as this runs")
     arguments = parser.parse_args()
     rows = measure(arguments)
