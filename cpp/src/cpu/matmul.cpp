@@ -13,6 +13,7 @@
 #include <new>
 #include <vector>
 
+#include "cpu/activations.h"
 #include "cpu/kernels.h"
 #include "cpu/pool.h"
 #include "formats/ternary.h"
@@ -53,27 +54,6 @@ struct Choice {
 const Choice& choice() {
     static const Choice chosen;
     return chosen;
-}
-
-float load_activation(const void* x, ActivationType type, uint64_t i) noexcept {
-    switch (type) {
-        case ActivationType::kFloat32: return static_cast<const float*>(x)[i];
-        case ActivationType::kFloat16: return half_to_float(static_cast<const uint16_t*>(x)[i]);
-        case ActivationType::kBfloat16: return bfloat_to_float(static_cast<const uint16_t*>(x)[i]);
-    }
-    return 0.0f;
-}
-
-void store_row(const float* from, uint64_t count, ActivationType type, void* y, uint64_t at) noexcept {
-    switch (type) {
-        case ActivationType::kFloat32: std::memcpy(static_cast<float*>(y) + at, from, count * sizeof(float)); return;
-        case ActivationType::kFloat16:
-            for (uint64_t i = 0; i < count; ++i) static_cast<uint16_t*>(y)[at + i] = float_to_half(from[i]);
-            return;
-        case ActivationType::kBfloat16:
-            for (uint64_t i = 0; i < count; ++i) static_cast<uint16_t*>(y)[at + i] = float_to_bfloat(from[i]);
-            return;
-    }
 }
 
 struct Job {
@@ -166,20 +146,6 @@ void plan_chunks(const Record& record, std::span<const int64_t> offsets, std::ve
     }
 }
 
-Status check_offsets(const Record& record, std::span<const int64_t> offsets, uint64_t tokens) noexcept {
-    if (offsets.size() != record.experts() + 1)
-        return Status::mismatch(Code::kShape, "linear: number of offsets", 0, record.experts() + 1, offsets.size());
-    for (size_t e = 0; e < offsets.size(); ++e)
-        if (offsets[e] < (e == 0 ? 0 : offsets[e - 1]) || static_cast<uint64_t>(offsets[e]) > tokens)
-            return Status::mismatch(Code::kValue, "linear: offsets do not ascend within the tokens; offset", 0, tokens,
-                                    e);
-    return {};
-}
-
-size_t activation_bytes(ActivationType type) noexcept {
-    return type == ActivationType::kFloat32 ? 4 : 2;
-}
-
 }  // namespace
 
 std::span<const char* const> available_isas() noexcept {
@@ -191,7 +157,7 @@ const char* active_isa() noexcept {
 
 Status grouped_linear(const Record& record, const void* x, ActivationType type, uint64_t tokens,
                       std::span<const int64_t> offsets, void* y, int threads) noexcept {
-    QMOE_TRY(check_offsets(record, offsets, tokens));
+    QMOE_TRY(check_offsets(record.experts(), tokens, offsets));
     for (size_t s = 0; s < record.spec_count(); ++s)
         if (const uint16_t id = record.format_of_spec(s).id; id != kIntId && id != kTernaryId)
             return Status::mismatch(Code::kNoKernel, "linear: no kernel for this format", 0, kIntId, id);
@@ -206,8 +172,7 @@ Status grouped_linear(const Record& record, const void* x, ActivationType type, 
         std::memset(static_cast<uint8_t*>(y) + last * row, 0, (tokens - last) * row);
         std::vector<float> floats((last - first) * padded);
         for (uint64_t t = first; t < last; ++t)
-            for (uint64_t k = 0; k < record.cols(); ++k)
-                floats[(t - first) * padded + k] = load_activation(x, type, t * record.cols() + k);
+            load_row(x, type, t * record.cols(), record.cols(), floats.data() + (t - first) * padded);
         std::vector<Chunk> chunks;
         plan_chunks(record, offsets, chunks);
         const Job job{*choice().active, record, floats, padded, first, y, type};

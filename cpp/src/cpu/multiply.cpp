@@ -66,32 +66,6 @@ Status set_tuning(const Tuning& values) noexcept {
     return {};
 }
 
-void load_row(const void* x, ActivationType type, uint64_t at, uint64_t count, float* out) noexcept {
-    switch (type) {
-        case ActivationType::kFloat32:
-            std::memcpy(out, static_cast<const float*>(x) + at, count * sizeof(float));
-            return;
-        case ActivationType::kFloat16:
-            for (uint64_t i = 0; i < count; ++i) out[i] = half_to_float(static_cast<const uint16_t*>(x)[at + i]);
-            return;
-        case ActivationType::kBfloat16:
-            for (uint64_t i = 0; i < count; ++i) out[i] = bfloat_to_float(static_cast<const uint16_t*>(x)[at + i]);
-            return;
-    }
-}
-
-void store_row(const float* from, uint64_t count, ActivationType type, void* y, uint64_t at) noexcept {
-    switch (type) {
-        case ActivationType::kFloat32: std::memcpy(static_cast<float*>(y) + at, from, count * sizeof(float)); return;
-        case ActivationType::kFloat16:
-            for (uint64_t i = 0; i < count; ++i) static_cast<uint16_t*>(y)[at + i] = float_to_half(from[i]);
-            return;
-        case ActivationType::kBfloat16:
-            for (uint64_t i = 0; i < count; ++i) static_cast<uint16_t*>(y)[at + i] = float_to_bfloat(from[i]);
-            return;
-    }
-}
-
 void Rows::resize(const Prepacked& weights, const Prepacked::Expert& expert, uint64_t rows, Precision precision) {
     cols_ = weights.cols();
     chunk_ = expert.chunk;

@@ -5,18 +5,13 @@
 #include <span>
 #include <vector>
 
+#include "cpu/activations.h"
 #include "cpu/prepacked.h"
 
 namespace qmoe {
 
 // The kernels in use, or null where QMOE_FORCE_ISA names a set that has none.
 const PanelKernels* panel_kernels() noexcept;
-
-void load_row(const void* x, ActivationType type, uint64_t at, uint64_t count, float* out) noexcept;
-void store_row(const float* from, uint64_t count, ActivationType type, void* y, uint64_t at) noexcept;
-inline uint64_t activation_bytes(ActivationType type) noexcept {
-    return type == ActivationType::kFloat32 ? 4 : 2;
-}
 
 // Rows of activations of one expert, in the form that its chunks want.
 class Rows {

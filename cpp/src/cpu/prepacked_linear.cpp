@@ -18,21 +18,11 @@ struct Task {
     uint64_t expert, unit;
 };
 
-Status check(const Prepacked& weights, uint64_t tokens, std::span<const int64_t> offsets) noexcept {
-    if (offsets.size() != weights.experts() + 1)
-        return Status::mismatch(Code::kShape, "linear: number of offsets", 0, weights.experts() + 1, offsets.size());
-    for (size_t e = 0; e < offsets.size(); ++e)
-        if (offsets[e] < (e == 0 ? 0 : offsets[e - 1]) || static_cast<uint64_t>(offsets[e]) > tokens)
-            return Status::mismatch(Code::kValue, "linear: offsets do not ascend within the tokens; offset", 0, tokens,
-                                    e);
-    return {};
-}
-
 }  // namespace
 
 Status grouped_linear(const Prepacked& weights, const void* x, ActivationType type, uint64_t tokens,
                       std::span<const int64_t> offsets, void* y, Precision precision, int threads) noexcept {
-    QMOE_TRY(check(weights, tokens, offsets));
+    QMOE_TRY(check_offsets(weights.experts(), tokens, offsets));
     const PanelKernels* const kernels = panel_kernels();
     if (kernels == nullptr)
         return Status::error(Code::kNoKernel, "linear: QMOE_FORCE_ISA names an instruction set that is not available");
