@@ -238,30 +238,34 @@ Status build_record(std::span<const MatrixInput> inputs, std::vector<uint8_t>& o
         for (size_t c = 0; c < classes.size(); ++c)
             QMOE_TRY(find_format(classes[c].front()->format)->make_spec(classes[c], specs[c], threads));
 
-        // Every matrix into bytes of its own, on any thread; then all of them, in order, into the record.
+        // A few matrices at a time into bytes of their own, on any thread, and then, in order, into the record: memory
+        // holds the record once.
         std::vector<RecordEntry> entries(inputs.size());
-        std::vector<std::vector<uint8_t>> encoded(inputs.size());
-        std::vector<Status> statuses(inputs.size());
-        parallel_for(inputs.size(), threads, [&](uint64_t e) {
-            try {
-                statuses[e] = find_format(inputs[e].format)->encode(inputs[e], specs[class_of[e]], encoded[e]);
-                if (!statuses[e].ok()) return;
-                encoded[e].resize(ceil_div(encoded[e].size(), kRecordAlign) * kRecordAlign);
-                entries[e] = {0, encoded[e].size(), class_of[e], crc32c(encoded[e])};
-            } catch (const std::bad_alloc&) {
-                statuses[e] = Status::error(Code::kNoSpace, "record: out of memory");
+        out.assign(ceil_div(tables_end(specs.size(), inputs.size()), kRecordAlign) * kRecordAlign, 0);
+        const size_t batch = 4 * static_cast<size_t>(std::max(threads, 1));
+        for (size_t first = 0; first < inputs.size(); first += batch) {
+            const size_t count = std::min(batch, inputs.size() - first);
+            std::vector<std::vector<uint8_t>> encoded(count);
+            std::vector<Status> statuses(count);
+            parallel_for(count, threads, [&](uint64_t i) {
+                try {
+                    const size_t e = first + i;
+                    statuses[i] = find_format(inputs[e].format)->encode(inputs[e], specs[class_of[e]], encoded[i]);
+                    if (!statuses[i].ok()) return;
+                    encoded[i].resize(ceil_div(encoded[i].size(), kRecordAlign) * kRecordAlign);
+                    entries[e] = {0, encoded[i].size(), class_of[e], crc32c(encoded[i])};
+                } catch (const std::bad_alloc&) {
+                    statuses[i] = Status::error(Code::kNoSpace, "record: out of memory");
+                }
+            });
+            for (size_t i = 0; i < count; ++i) {
+                QMOE_TRY(statuses[i]);
+                entries[first + i].offset = out.size();
+                out.insert(out.end(), encoded[i].begin(), encoded[i].end());
+                // Others will be about as large; what is reserved too much is never touched.
+                if (first + i == 0) out.reserve(out.size() + encoded[0].size() * inputs.size() * 9 / 8);
             }
-        });
-        uint64_t size = ceil_div(tables_end(specs.size(), inputs.size()), kRecordAlign) * kRecordAlign;
-        for (size_t e = 0; e < inputs.size(); ++e) {
-            QMOE_TRY(statuses[e]);
-            entries[e].offset = size;
-            size += entries[e].bytes;
         }
-        out.assign(size, 0);
-        parallel_for(inputs.size(), threads, [&](uint64_t e) {
-            std::memcpy(out.data() + entries[e].offset, encoded[e].data(), encoded[e].size());
-        });
         finish(out, rows, cols, specs, entries);
         return {};
     } catch (const std::bad_alloc&) {

@@ -70,7 +70,7 @@ def publish(temporary: Path, final: Path) -> None:
         sync_directory(temporary.parent)
 
 
-def write_atomic(path: Path, chunks: bytes | Iterator[bytes]) -> int:
+def write_atomic(path: Path, chunks: bytes | Iterator[bytes | memoryview]) -> int:
     """Writes a file whole or not at all, and durably. Returns its size in bytes.
 
     Raises:

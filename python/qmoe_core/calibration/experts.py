@@ -20,11 +20,13 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .. import quantize as methods
 from ..families import Reader, Target
+from ..formats import IntMatrix, PackedTensor
 from ..quantize import Matrix, MethodSpec, TensorReport
 from ..quantize.base import StackStatistics, dequantized
 from ..source import CheckedReader
@@ -53,11 +55,30 @@ class StackResult:
     reports: list[TensorReport] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
+    _codes: np.ndarray | None = None  # of all matrices: one allocation, where many would leave memory full of holes
+
     def take(self, parts: list[list[tuple[Matrix, TensorReport]]] | None) -> None:
         """Adds quantized matrices, by the process that made them; None on those that do not lead."""
         for matrix, report in chain.from_iterable(parts or []):
+            if self.target.kind == "experts":
+                if self._codes is None:
+                    self._codes = np.empty(self.target.shape, dtype=np.uint8)
+                mine = self._codes[len(self.matrices)]
+                if isinstance(matrix, IntMatrix):
+                    mine[:] = matrix.codes
+                    matrix.codes = mine
+                else:
+                    mine[:] = matrix.trits.view(np.uint8)
+                    matrix.trits = mine.view(np.int8)
             self.matrices.append(matrix)
             self.reports.append(report)
+
+    def pack(self) -> PackedTensor:
+        """The record of all matrices, which are then gone."""
+        packed = PackedTensor.pack(self.matrices)
+        self.matrices.clear()
+        self._codes = None
+        return packed
 
 
 class ExpertsStage:

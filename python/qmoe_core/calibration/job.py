@@ -212,9 +212,8 @@ class CalibratedRecords:
         """Makes a finished layer's records durable, and then the journal say so; `states`: of every process."""
         records = {}
         for stack in result.stacks:
-            packed = PackedTensor.pack(stack.matrices)
-            stack.matrices.clear()
-            write_atomic(self._file(stack.target.packed_name), packed.data.tobytes())
+            packed = stack.pack()
+            write_atomic(self._file(stack.target.packed_name), iter([packed.data.data]))
             records[stack.target.packed_name] = packed_entry(
                 self.checkpoint, stack.target, stack.spec, packed, stack.reports, stack.reader.crcs, stack.tokens
             )
