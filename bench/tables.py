@@ -344,7 +344,8 @@ def recovery(result: dict[str, Any]) -> list[str]:
         + "| | " * len(variants)
         + "|",
     ]
-    for start in (row for row in rows if "variant" not in row):
+    starts = [row for row in rows if "variant" not in row]
+    for start in sorted(starts, key=lambda row: -row["bits_per_expert_weight"]):
         after = {row["variant"]: row for row in rows if row.get("start") == start["name"]}
         cells = [
             f"{row['perplexity']:.2f} ± {row['perplexity_se']:.2f} | {row['kl']:.4f}"

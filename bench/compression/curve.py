@@ -1,7 +1,8 @@
-"""The curve of bench/compression/calibrated.py as a picture, beside round to nearest and the plainest GPTQ.
+"""The curve of bench/compression/calibrated.py as a picture, beside round to nearest and light recovery.
 
     python bench/compression/curve.py bench/results/calibrated-novels-moe-28m.json \\
-        --plain bench/results/quality-novels-moe-28m.json --output docs/curve.svg
+        --plain bench/results/quality-novels-moe-28m.json --recovered bench/results/recovery-novels-moe-28m.json \\
+        --output docs/curve.svg
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("calibrated", type=Path)
     parser.add_argument("--plain", type=Path, required=True, help="the same model without calibration")
+    parser.add_argument("--recovered", type=Path, help="the same model after recovery")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     matplotlib.rcParams["svg.hashsalt"] = "qmoe"  # the same picture gives the same file
@@ -35,6 +37,10 @@ def main() -> None:
             if row["name"].startswith(kind)
         )
         axes.plot(*zip(*points, strict=True), f"{marker}-", label=f"{kind}, calibrated")
+    if arguments.recovered is not None:
+        recovered = json.loads(arguments.recovered.read_text())["rows"]
+        points = [(r["bits_per_expert_weight"], r["perplexity"]) for r in recovered if r.get("variant") == "light"]
+        axes.plot(*zip(*points, strict=True), "*", markersize=9, label="calibrated, then light recovery")
     axes.axhline(original["held_out"]["perplexity"], color="0.3", linestyle=":", label="original, 16 bits")
     axes.set(
         xlabel="bits per expert weight, all metadata included",
