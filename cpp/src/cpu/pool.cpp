@@ -90,7 +90,11 @@ class Pool {
         drain(0);
         // Every task has been taken. Nobody may come in any more; wait for those at work.
         state_.fetch_and(~kOpen, std::memory_order_relaxed);
-        while (state_.load(std::memory_order_acquire) & kActive) relax();
+        for (int spins = 0; state_.load(std::memory_order_acquire) & kActive; ++spins)
+            if (spins < kSpins)
+                relax();
+            else
+                std::this_thread::yield();  // one of them may be waiting for this core
     }
 
     void drain(uint64_t self) {
