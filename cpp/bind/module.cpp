@@ -15,6 +15,10 @@
 #include "qmoe/quantize.h"
 #include "qmoe/record.h"
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 namespace py = pybind11;
 
 namespace qmoe::bind {
@@ -247,6 +251,16 @@ Bytes slice_experts(const Bytes& bytes, uint64_t first, uint64_t count) {
     return to_array(std::move(out));
 }
 
+bool release_memory() {
+#if defined(__GLIBC__)
+    const py::gil_scoped_release release;
+    malloc_trim(0);
+    return true;
+#else
+    return false;
+#endif
+}
+
 py::list isa_names() {
     py::list names;
     for (const char* name : available_isas()) names.append(name);
@@ -276,6 +290,9 @@ PYBIND11_MODULE(_C, m) {
         "crc32c", [](const Bytes& bytes, uint32_t seed) { return qmoe::crc32c(bytes_of(bytes), seed); },
         py::arg("bytes"), py::arg("seed") = 0, "CRC-32C of uint8 (bytes,).");
     m.def("cpu_features", &isa_names, "Instruction sets with kernels on this machine, best first.");
+    m.def("release_memory", &release_memory,
+          "Give free memory back to the system, also where it lies between blocks that are in use. False where the C "
+          "library cannot.");
     m.def(
         "version", [] { return QMOE_VERSION; }, "Version of the core.");
     bind_cuda(m);

@@ -1,9 +1,14 @@
-"""Sums over tokens against float64: symmetric ones that are made by halves, and rows in several pieces."""
+"""Sums over tokens against float64: symmetric ones that are made by halves, and rows in several pieces. And memory that
+they leave."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from qmoe_core import _C
+
+psutil = pytest.importorskip("psutil")
 torch = pytest.importorskip("torch")
 
 from qmoe_core.calibration import sums  # noqa: E402
@@ -31,3 +36,15 @@ def test_products_add_up_over_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     total = torch.ones(33, 33)
     sums.add_products(total, left, right)
     assert torch.allclose(total.double(), 1 + left.double().T @ right.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_free_memory_goes_back_to_the_system() -> None:
+    process = psutil.Process()
+    blocks = [np.ones(1 << 13) for _ in range(4000)]  # 64 KiB each: none has a mapping of its own
+    kept = blocks[::50]
+    full = process.memory_info().rss
+    blocks.clear()
+    if not _C.release_memory():
+        pytest.skip("this C library keeps free memory")
+    assert process.memory_info().rss < full - 200e6
+    assert all((block == 1).all() for block in kept)

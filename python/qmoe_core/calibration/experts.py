@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .. import _C
 from .. import quantize as methods
 from ..families import Reader, Target
 from ..formats import IntMatrix, PackedTensor
@@ -137,6 +138,8 @@ class ExpertsStage:
             self.gates = self._gates(tap)
         for work in rounds(experts, self.chunk, self.group.size):
             self._round(work, tap, original, pooled)
+            # What stays of every round lies between what was freed, which the allocator would keep: gigabytes a layer.
+            _C.release_memory()
             self.tell(work.experts.stop, experts)
 
     def _calibrated(self, target: Target) -> bool:
