@@ -362,6 +362,32 @@ def recovery(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def large(result: dict[str, Any]) -> list[str]:
+    """Gigabytes through calibrated compression on a small machine (bench/compression/large.py)."""
+    lines = [
+        "| run | minutes | peak memory beyond torch | read | written |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        read, written = (
+            f"{row[f'{kind}_bytes'] / 1e9:.1f} GB ({row[f'{kind}_mb_per_second']:.0f} MB/s)"
+            for kind in ("read", "written")
+        )
+        lines.append(
+            f"| {row['name']} | {row['seconds'] / 60:.1f} | {row['peak_beyond_torch_bytes'] / 1e9:.1f} GB "
+            f"| {read} | {written} |"
+        )
+    config = result["config"]
+    lines += [
+        "",
+        f"{config['num_hidden_layers']} layers of {config['num_experts']} experts of {config['hidden_size']} x "
+        f"{config['moe_intermediate_size']}, {result['source_bytes'] / 1e9:.1f} GB in bfloat16, become "
+        f"{result['output_bytes'] / 1e9:.1f} GB; {result['tokens']} calibration tokens, {result['threads']} threads. "
+        f"Load average before: {result['load_average_before'][0]:.1f}. {origin(result)}",
+    ]
+    return lines
+
+
 RENDERERS = {
     "recovery": recovery,
     "gptq-gpu": gptq_gpu,
@@ -371,6 +397,7 @@ RENDERERS = {
     "generation": generation,
     "calibrated": calibrated,
     "fit": fit,
+    "large": large,
     "quality": quality,
     "codec": codec,
     "ternary-codes": ternary_codes,
