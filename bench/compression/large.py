@@ -186,7 +186,8 @@ def main() -> None:
         }
         for name, part in (("until SIGKILL", killed), ("the same command again", finished))
     ]
-    report = {key: value for key, value in finished["report"].items() if key not in ("tensors", "files", "recipe")}
+    left_out = ("output", "tensors", "files", "recipe")
+    report = {key: value for key, value in finished["report"].items() if key not in left_out}
     write_results(
         arguments.json, "large", rows, source_bytes=nbytes, output_bytes=size_of(output), config=config.to_dict(),
         options=arguments.options, tokens=arguments.tokens, threads=torch.get_num_threads(), load_average_before=load,
