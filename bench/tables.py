@@ -380,7 +380,7 @@ def large(result: dict[str, Any]) -> list[str]:
     config = result["config"]
     lines += [
         "",
-        f"{config['num_hidden_layers']} layers of {config['num_experts']} experts of {config['hidden_size']} x "
+        f"{config['num_hidden_layers']} layers of {config['num_local_experts']} experts of {config['hidden_size']} x "
         f"{config['moe_intermediate_size']}, {result['source_bytes'] / 1e9:.1f} GB in bfloat16, become "
         f"{result['output_bytes'] / 1e9:.1f} GB; {result['tokens']} calibration tokens, {result['threads']} threads. "
         f"Load average before: {result['load_average_before'][0]:.1f}. {origin(result)}",
