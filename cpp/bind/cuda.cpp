@@ -71,17 +71,15 @@ void cuda_dequantize(const Bytes& record_bytes, uint64_t expert, uintptr_t recor
 }
 
 void cuda_round_block(const py::dict& block, const py::dict& grid, uintptr_t stream) {
-    check(
-        required_library().round_block(round_block_of<cuda::RoundBlock>(block, grid), reinterpret_cast<void*>(stream)));
+    check(required_library().round_block(round_block_of(block, grid), reinterpret_cast<void*>(stream)));
 }
 
 void cuda_choose_grid(const py::dict& target, const py::dict& grid, uintptr_t stream) {
-    check(required_library().choose_grid(choose_grid_of<cuda::ChooseGrid>(target, grid),
-                                         reinterpret_cast<void*>(stream)));
+    check(required_library().choose_grid(choose_grid_of(target, grid), reinterpret_cast<void*>(stream)));
 }
 
 void cuda_ternary_sums(const py::dict& fields, uintptr_t stream) {
-    check(required_library().ternary_sums(ternary_sums_of<cuda::TernarySums>(fields), reinterpret_cast<void*>(stream)));
+    check(required_library().ternary_sums(ternary_sums_of(fields), reinterpret_cast<void*>(stream)));
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "bind.h"
+#include "qmoe/gptq.h"
 
 namespace qmoe::bind {
 
@@ -18,8 +19,7 @@ T number(const pybind11::dict& fields, const char* name) {
     return fields[name].cast<T>();
 }
 
-template <class RoundBlock>
-RoundBlock round_block_of(const pybind11::dict& block, const pybind11::dict& grid) {
+inline RoundBlock round_block_of(const pybind11::dict& block, const pybind11::dict& grid) {
     RoundBlock a{};
     a.experts = number<uint32_t>(block, "experts");
     a.rows = number<uint32_t>(block, "rows");
@@ -53,8 +53,7 @@ RoundBlock round_block_of(const pybind11::dict& block, const pybind11::dict& gri
     return a;
 }
 
-template <class ChooseGrid>
-ChooseGrid choose_grid_of(const pybind11::dict& target, const pybind11::dict& grid) {
+inline ChooseGrid choose_grid_of(const pybind11::dict& target, const pybind11::dict& grid) {
     ChooseGrid a{};
     a.experts = number<uint32_t>(target, "experts");
     a.rows = number<uint32_t>(target, "rows");
@@ -75,8 +74,7 @@ ChooseGrid choose_grid_of(const pybind11::dict& target, const pybind11::dict& gr
     return a;
 }
 
-template <class TernarySums>
-TernarySums ternary_sums_of(const pybind11::dict& fields) {
+inline TernarySums ternary_sums_of(const pybind11::dict& fields) {
     TernarySums a{};
     a.experts = number<uint32_t>(fields, "experts");
     a.rows = number<uint32_t>(fields, "rows");

@@ -162,7 +162,7 @@ Status launch(const RoundBlock& a, cudaStream_t stream) noexcept {
     const uint32_t strips = (a.columns + kStrip - 1) / kStrip, bytes = shared_bytes(strips);
     if (const cudaError_t error =
             cudaFuncSetAttribute(round_block_kernel<Rounder>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes(kMaxRoundColumns / kStrip)));
+                                 static_cast<int>(shared_bytes(kMaxBlockColumns / kStrip)));
         error != cudaSuccess)
         return Status::error(Code::kNoKernel, cudaGetErrorString(error));
     const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
@@ -177,8 +177,8 @@ Status launch(const RoundBlock& a, cudaStream_t stream) noexcept {
 
 Status round_block(const RoundBlock& a, cudaStream_t stream) noexcept {
     if (a.experts == 0 || a.rows == 0 || a.columns == 0) return Status::error(Code::kShape, "round_block: empty");
-    if (a.columns > kMaxRoundColumns)
-        return Status::mismatch(Code::kShape, "round_block: columns", 0, kMaxRoundColumns, a.columns);
+    if (a.columns > kMaxBlockColumns)
+        return Status::mismatch(Code::kShape, "round_block: columns", 0, kMaxBlockColumns, a.columns);
     if (a.experts > 65535) return Status::mismatch(Code::kLimit, "round_block: experts", 0, 65535, a.experts);
     if (a.ternary) return launch<TernaryRounder>(a, stream);
     if (a.width == 0 || a.top == 0 || a.top > 255) return Status::error(Code::kValue, "round_block: group or top code");

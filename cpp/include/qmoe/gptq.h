@@ -1,5 +1,5 @@
-// The inner loops of calibrated quantization on the CPU: what libqmoe_cuda (qmoe/cuda.h) does on a GPU. Their readable
-// twins in torch are python/qmoe_core/quantize/feedback.py and grids.py.
+// The inner loops of calibrated quantization on the CPU; libqmoe_cuda (qmoe/cuda.h) does the same, by the same arguments,
+// on a GPU. Their readable twins in torch are python/qmoe_core/quantize/feedback.py and grids.py.
 //
 // Deterministic: a result depends neither on `threads` nor on the instruction set. Raw pointers to memory of the caller;
 // refused are shapes, numbers that cannot be, and a QMOE_FORCE_ISA that this machine or build does not have.
