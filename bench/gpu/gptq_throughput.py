@@ -24,7 +24,7 @@ import torch
 from qmoe_core import IntFormat, PackedTensor, TernaryFormat
 from qmoe_core.quantize import feedback_cuda, gptq
 from qmoe_core.quantize.base import MethodSpec, StackStatistics
-from qmoe_core.quantize.feedback import SPAN, descend, factorize, output_error, round_with_feedback, sum_of_squares
+from qmoe_core.quantize.feedback import SPAN, descend, factorize, round_with_feedback, sum_of_squares
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import processor, write_results
@@ -152,7 +152,7 @@ def stages(
     )
 
     def begin() -> Any:
-        grid = gptq._grid(weight, shared, factors, spec)
+        grid = gptq.grid_for(weight, shared, factors, spec)
         grid.begin(weight, factors.diagonal)
         return grid
 
@@ -186,13 +186,13 @@ def stages(
     stage(
         "errors",
         lambda: (
-            output_error(residual, shared.hessian).tolist(),
-            output_error(weight, shared.hessian).tolist(),
+            gptq._output_errors(residual, factors, shared.hessian),
+            gptq._output_errors(weight, factors, shared.hessian),
             sum_of_squares(residual).tolist(),
             sum_of_squares(weight).tolist(),
             gptq._zeros(grid, codes),
         ),
-        tensor_flops=2 * 3 * full,
+        tensor_flops=3 * full * min(1.0, gptq.REPORTED_ROWS / weight.shape[1]),  # by triangles, of a sample of rows
         read_written=every * (2 * 4 + 1),
     )
     stage("to host", lambda: feedback_cuda.to_host(codes), to_host=every)

@@ -16,13 +16,11 @@ import torch
 from ..formats import IntFormat, IntMatrix, PackedTensor
 from . import METHODS, quantize
 from .base import Matrix, MethodSpec, StackStatistics, number_option
-from .feedback import descend, factorize, round_with_feedback
-from .gptq import _grid, _ternary_matrices, lean_on_pooled
+from .feedback import factorize
+from .gptq import DAMPING, PRIOR, SWEEPS, grid_for, lean_on_pooled, rounded, ternary_matrices
 from .grids import IntGrid, TernaryGrid
 
-# As "gptq" has them: how much the layer's pooled statistics weigh, damping, and rounds of coordinate descent.
-PRIOR, DAMPING, SWEEPS = 0.25, 0.01, 2
-STEPS = 12  # widths of a group's grid that are tried: fewer than "gptq" tries, and hardly worse
+FEWER_STEPS = 12  # widths of a group's grid that are tried: fewer than "gptq" tries, and hardly worse
 
 
 @dataclass(frozen=True)
@@ -75,19 +73,15 @@ class Estimator:
         """(bytes, W - Q) of the sampled rows, as "gptq" makes them."""
         grid: IntGrid | TernaryGrid
         if isinstance(spec.format, IntFormat):
-            options = {**spec.options, "steps": STEPS}
-            grid = _grid(self.weights, self.statistics, self.factors, replace(spec, options=options))
+            options = {**spec.options, "steps": FEWER_STEPS}
+            grid = grid_for(self.weights, self.statistics, self.factors, replace(spec, options=options))
         else:  # what a bit is worth in each row depends on the whole matrix
-            grid = _grid(self.whole, self.statistics, self.factors, spec)
+            grid = grid_for(self.whole, self.statistics, self.factors, spec)
             assert isinstance(grid, TernaryGrid)
             grid = TernaryGrid(spec.format, grid.price[:, self.chosen])
-        grid.begin(self.weights, self.factors.diagonal)
-        codes, residual = round_with_feedback(self.weights, self.factors, grid)
-        for _ in range(int(number_option(spec, "sweeps", SWEEPS, 0, 100))):
-            grid.refine(residual, self.factors.hessian, codes)
-            descend(self.weights, self.factors, grid, codes, residual)
-        grid.refine(residual, self.factors.hessian, codes)
-        return self._bytes(spec, [] if isinstance(grid, IntGrid) else _ternary_matrices(grid, codes)), residual
+        sweeps = int(number_option(spec, "sweeps", SWEEPS, 0, 100))
+        codes, residual = rounded(self.weights, self.factors, grid, sweeps)
+        return self._bytes(spec, [] if isinstance(grid, IntGrid) else ternary_matrices(grid, codes)), residual
 
     def _bytes(self, spec: MethodSpec, matrices: Sequence[Matrix]) -> int:
         if isinstance(spec.format, IntFormat):

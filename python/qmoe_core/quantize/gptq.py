@@ -32,6 +32,7 @@ from .feedback import Factors, all_finite, descend, factorize, retarget, round_w
 from .grids import IntGrid, TernaryGrid
 
 OPTIONS = frozenset({"damping", "sweeps", "steps", "prior", "order", "rate"})
+DAMPING, SWEEPS, STEPS, PRIOR = 0.01, 2, 24, 0.25  # defaults of the options
 REPORTED_ROWS = 512  # of a matrix, whose errors stand for those of all of its rows in the report
 GOLDEN = 0.6180339887  # multiples of it are spread evenly over [0, 1), modulo 1
 
@@ -56,22 +57,16 @@ def quantize_stack(
     """
     _check(weight, statistics)
     weight = weight.to(statistics.hessian.device).contiguous()
-    damping = number_option(spec, "damping", 0.01, 0.0, 1.0)
-    sweeps = int(number_option(spec, "sweeps", 2, 0, 100))
-    shared, notes = lean_on_pooled(statistics, number_option(spec, "prior", 0.25, 0.0, 1e6))
+    damping = number_option(spec, "damping", DAMPING, 0.0, 1.0)
+    sweeps = int(number_option(spec, "sweeps", SWEEPS, 0, 100))
+    shared, notes = lean_on_pooled(statistics, number_option(spec, "prior", PRIOR, 0.0, 1e6))
     order = _order(shared.hessian, spec)
     if order is not None:
         weight, shared = _permuted(weight, shared, order)
     factors = factorize(shared.hessian, damping)
     target = weight if shared.drift is None else retarget(weight, shared.drift, factors)
-    grid = _grid(target, shared, factors, spec)
-    grid.begin(target, factors.diagonal)
-    codes, residual = round_with_feedback(target, factors, grid)
-    for _ in range(sweeps):
-        grid.refine(residual, factors.hessian, codes)
-        descend(target, factors, grid, codes, residual)
-    grid.refine(residual, factors.hessian, codes)
-
+    grid = grid_for(target, shared, factors, spec)
+    codes, residual = rounded(target, factors, grid, sweeps)
     if target is not weight:
         residual += weight - target
     errors, energies = (_output_errors(stack, factors, shared.hessian) for stack in (residual, weight))
@@ -80,7 +75,7 @@ def quantize_stack(
     if order is not None:
         codes = torch.empty_like(codes).scatter_(2, order.unsqueeze(1).expand_as(codes), codes)
     matrices: Sequence[Matrix] = (
-        _int_matrices(grid, codes, order) if isinstance(grid, IntGrid) else _ternary_matrices(grid, codes)
+        _int_matrices(grid, codes, order) if isinstance(grid, IntGrid) else ternary_matrices(grid, codes)
     )
     return [
         (
@@ -98,6 +93,19 @@ def quantize_stack(
         )
         for expert, matrix in enumerate(matrices)
     ]
+
+
+def rounded(
+    target: torch.Tensor, factors: Factors, grid: IntGrid | TernaryGrid, sweeps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Steps 3 and 4 above for weights (E, N, K): codes int8 and the residual W - Q float32. `grid` is fitted."""
+    grid.begin(target, factors.diagonal)
+    codes, residual = round_with_feedback(target, factors, grid)
+    for _ in range(sweeps):
+        grid.refine(residual, factors.hessian, codes)
+        descend(target, factors, grid, codes, residual)
+    grid.refine(residual, factors.hessian, codes)
+    return codes, residual
 
 
 def lean_on_pooled(statistics: StackStatistics, prior: float) -> tuple[StackStatistics, list[str]]:
@@ -214,11 +222,11 @@ def _permuted(
     )
 
 
-def _grid(
+def grid_for(
     weight: torch.Tensor, statistics: StackStatistics, factors: Factors, spec: MethodSpec
 ) -> IntGrid | TernaryGrid:
     if isinstance(spec.format, IntFormat):
-        steps = int(number_option(spec, "steps", 24, 2, 1000))
+        steps = int(number_option(spec, "steps", STEPS, 2, 1000))
         return IntGrid(spec.format, (weight.shape[0], weight.shape[1], weight.shape[2]), weight.device, steps)
     rate = number_option(spec, "rate", 0.5, 0.0, 100.0)
     energies = row_errors(weight, factors)
@@ -261,7 +269,7 @@ def _int_matrices(grid: IntGrid, codes: torch.Tensor, order: torch.Tensor | None
     ]
 
 
-def _ternary_matrices(grid: TernaryGrid, codes: torch.Tensor) -> list[TernaryMatrix]:
+def ternary_matrices(grid: TernaryGrid, codes: torch.Tensor) -> list[TernaryMatrix]:
     levels = [grid.high] if grid.format.levels == "symmetric" else [grid.low, grid.high]
     host_levels, host_codes = torch.stack(levels, dim=2).cpu().numpy(), feedback_cuda.to_host(codes).numpy()
     return [
