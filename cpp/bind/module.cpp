@@ -287,7 +287,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("slice_experts", &slice_experts, py::arg("record"), py::arg("first"), py::arg("count"),
           "A record of experts [first, first + count).");
     m.def(
-        "crc32c", [](const Bytes& bytes, uint32_t seed) { return qmoe::crc32c(bytes_of(bytes), seed); },
+        "crc32c",
+        [](const Bytes& bytes, uint32_t seed) {
+            const auto span = bytes_of(bytes);
+            const py::gil_scoped_release unlocked;
+            return qmoe::crc32c(span, seed);
+        },
         py::arg("bytes"), py::arg("seed") = 0, "CRC-32C of uint8 (bytes,).");
     m.def("cpu_features", &isa_names, "Instruction sets with kernels on this machine, best first.");
     m.def("release_memory", &release_memory,

@@ -10,8 +10,6 @@
 namespace qmoe {
 namespace {
 
-constexpr uint64_t kBlock = 504;  // tokens that a unit's results are held for at a time
-
 // A form of activations: what Rows::resize takes from an expert.
 struct Form {
     uint32_t chunk;
@@ -180,18 +178,13 @@ Status experts(const Prepacked& first, const Prepacked& second, const ExpertsSpe
         if (!quantized) return no_memory();
 
         const bool projected = loop(active * first_units, [&](uint64_t task) {
-            thread_local std::vector<float> results;
             const uint64_t i = task / first_units, unit = task % first_units, expert = schedule.active[i];
-            const uint64_t count = schedule.first[i + 1] - schedule.first[i];
-            if (results.size() < std::min(count, kBlock) * kUnitRows)
-                results.resize(std::min(count, kBlock) * kUnitRows);
             const Rows& inputs = gather ? b.first[i] : b.forms[kind_of(i)];
-            for (uint64_t t = 0; t < count; t += kBlock) {
-                const uint64_t some = std::min(kBlock, count - t);
-                multiply_unit(*kernels, first, expert, unit, inputs, t, some, spec.precision, results.data());
-                finish_first(*kernels, first, spec, expert, unit, results.data(), some,
-                             b.hidden.data() + (schedule.first[i] + t) * width, width);
-            }
+            multiply_rows(*kernels, first, expert, unit, inputs, schedule.first[i + 1] - schedule.first[i],
+                          [&](uint64_t t, uint64_t some, float* results) {
+                              finish_first(*kernels, first, spec, expert, unit, results, some,
+                                           b.hidden.data() + (schedule.first[i] + t) * width, width);
+                          });
         });
         if (!projected) return no_memory();
 
@@ -201,19 +194,14 @@ Status experts(const Prepacked& first, const Prepacked& second, const ExpertsSpe
         });
 
         const bool returned = loop(active * second_units, [&](uint64_t task) {
-            thread_local std::vector<float> results;
             const uint64_t i = task / second_units, unit = task % second_units, expert = schedule.active[i];
-            const uint64_t count = schedule.first[i + 1] - schedule.first[i], column = unit * kUnitRows;
-            if (results.size() < std::min(count, kBlock) * kUnitRows)
-                results.resize(std::min(count, kBlock) * kUnitRows);
-            for (uint64_t t = 0; t < count; t += kBlock) {
-                const uint64_t some = std::min(kBlock, count - t);
-                multiply_unit(*kernels, second, expert, unit, b.second[i], t, some, spec.precision, results.data());
-                for (uint64_t j = 0; j < some; ++j)
-                    std::memcpy(b.results.data() + (schedule.first[i] + t + j) * cols + column,
-                                results.data() + j * kUnitRows,
-                                std::min<uint64_t>(kUnitRows, cols - column) * sizeof(float));
-            }
+            const uint64_t column = unit * kUnitRows, some_cols = std::min<uint64_t>(kUnitRows, cols - column);
+            multiply_rows(*kernels, second, expert, unit, b.second[i], schedule.first[i + 1] - schedule.first[i],
+                          [&](uint64_t t, uint64_t some, const float* results) {
+                              for (uint64_t j = 0; j < some; ++j)
+                                  std::memcpy(b.results.data() + (schedule.first[i] + t + j) * cols + column,
+                                              results + j * kUnitRows, some_cols * sizeof(float));
+                          });
         });
         if (!returned) return no_memory();
 

@@ -4,6 +4,12 @@
 
 #if defined(__aarch64__)
 #include <sys/auxv.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include <algorithm>
@@ -29,25 +35,47 @@ extern const Kernels kernels_neon;
 
 namespace {
 
+#if defined(__x86_64__)
+// AMX's tiles for 8-bit integers, and the kernel's leave to use them, which this process gets here. Other systems than
+// Linux are not asked.
+bool may_use_amx() noexcept {
+#if defined(__linux__)
+    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // CPUID 7.0, EDX
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kTile) != 0 && (d & kInt8) != 0 &&
+           __builtin_cpu_supports("avx512vnni") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 struct Choice {
-    std::vector<const Kernels*> available;
     std::vector<const char*> names;
+    const char* name = nullptr;  // of the active set; null where QMOE_FORCE_ISA names one that is not available
     const Kernels* active = nullptr;
 
     Choice() {
 #if defined(__x86_64__)
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-            available.push_back(&kernels_avx512);
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) available.push_back(&kernels_avx2);
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+            if (may_use_amx()) add("amx", kernels_avx512);  // which differs in the kernels over prepacked weights
+            add(kernels_avx512.isa, kernels_avx512);
+        }
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add(kernels_avx2.isa, kernels_avx2);
 #elif defined(__aarch64__)
-        if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) available.push_back(&kernels_neon);
+        if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) add(kernels_neon.isa, kernels_neon);
 #endif
-        available.push_back(&kernels_generic);
-        for (const Kernels* k : available) names.push_back(k->isa);
-        const char* forced = std::getenv("QMOE_FORCE_ISA");
-        for (const Kernels* k : available)
-            if (active == nullptr && (forced == nullptr || std::strcmp(forced, k->isa) == 0)) active = k;
+        add(kernels_generic.isa, kernels_generic);
+    }
+
+    void add(const char* isa, const Kernels& kernels) {
+        names.push_back(isa);
+        const char* const forced = std::getenv("QMOE_FORCE_ISA");
+        if (active != nullptr || (forced != nullptr && std::strcmp(forced, isa) != 0)) return;
+        active = &kernels;
+        name = isa;
     }
 };
 
@@ -152,7 +180,7 @@ std::span<const char* const> available_isas() noexcept {
     return choice().names;
 }
 const char* active_isa() noexcept {
-    return choice().active == nullptr ? nullptr : choice().active->isa;
+    return choice().name;
 }
 
 Status grouped_linear(const Record& record, const void* x, ActivationType type, uint64_t tokens,

@@ -12,11 +12,15 @@ namespace qmoe {
 extern const PanelKernels panel_kernels_generic;
 #if defined(__x86_64__)
 extern const PanelKernels panel_kernels_avx2, panel_kernels_avx512vnni;
+const PanelKernels& panel_kernels_amx() noexcept;
 #elif defined(__aarch64__)
 extern const PanelKernels panel_kernels_neon;
 #endif
 
 namespace {
+
+// Rows behind the last one that a kernel may read: AMX loads sixteen at a time.
+constexpr uint64_t kRowsBeyond = 15;
 
 Tuning initial_tuning() noexcept {
     Tuning values;
@@ -37,6 +41,7 @@ const PanelKernels* choose() noexcept {
     const char* const isa = active_isa();
     if (isa == nullptr) return nullptr;
 #if defined(__x86_64__)
+    if (std::strcmp(isa, "amx") == 0) return &panel_kernels_amx();
     if (std::strcmp(isa, "avx512") == 0 && __builtin_cpu_supports("avx512vnni")) return &panel_kernels_avx512vnni;
     if (std::strcmp(isa, "generic") != 0) return &panel_kernels_avx2;
 #elif defined(__aarch64__)
@@ -74,18 +79,18 @@ void Rows::resize(const Prepacked& weights, const Prepacked::Expert& expert, uin
     stride_ = ceil_div(chunks_ * chunk_, kLine) * kLine;
     if (stride_ % (2 * kLine) == 0) stride_ += kLine;
     offset_ = expert.offset;
+    precision_ = precision;
     if (precision == Precision::kFloat) {
         if (floats_.size() < rows * stride_) floats_.resize(rows * stride_);
-        values_.clear();
-    } else {
-        if (values_.size() < rows * stride_) values_.resize(rows * stride_);
-        if (scales_.size() < rows * 3 * chunks_) scales_.resize(rows * 3 * chunks_);
-        floats_.clear();
+        return;
     }
+    const uint64_t values = (rows + kRowsBeyond) * stride_;
+    if (values_.size() < values) values_.resize(values);
+    if (scales_.size() < rows * 3 * chunks_) scales_.resize(rows * 3 * chunks_);
 }
 
 void Rows::set(const PanelKernels& kernels, uint64_t row, const float* values) noexcept {
-    if (values_.empty()) {
+    if (precision_ == Precision::kFloat) {
         float* const to = floats_.data() + row * stride_;
         std::memcpy(to, values, cols_ * sizeof(float));
         std::fill(to + cols_, to + stride_, 0.0f);
@@ -97,7 +102,7 @@ void Rows::set(const PanelKernels& kernels, uint64_t row, const float* values) n
 }
 
 void Rows::copy(uint64_t row, const Rows& from, uint64_t from_row) noexcept {
-    if (values_.empty()) {
+    if (precision_ == Precision::kFloat) {
         std::memcpy(floats_.data() + row * stride_, from.floats_.data() + from_row * stride_, stride_ * sizeof(float));
         return;
     }
@@ -134,18 +139,47 @@ QuantizedView advance(QuantizedView x, uint64_t tokens) noexcept {
             x.chunk_stride};
 }
 
+// A panel of a unit, or some, with the codes unpacked: steps are then quads, a line each.
+struct Unpacked {
+    uint64_t steps;  // of packed codes, a panel
+    UnitView view;
+
+    // codes_stride: whole chunks, although the last one's codes may end before.
+    Unpacked(const UnitView& unit, Codes codes) noexcept
+        : steps(uint64_t{unit.chunks - 1} * unit.steps + unit.last_steps), view(unit) {
+        const uint32_t quads = step_cols(codes) / 4;
+        view.codes = nullptr;
+        view.codes_stride = uint64_t{unit.chunks} * unit.steps * quads * kLine;
+        view.steps = unit.steps * quads;
+        view.last_steps = unit.last_steps * quads;
+    }
+
+    // Panels [panel, panel + count) of `unit` to `out`, count * codes_stride bytes.
+    void unpack(const PanelKernels& kernels, const UnitView& unit, Codes codes, uint64_t panel, uint32_t count,
+                uint8_t* out) noexcept {
+        const uint64_t bytes = steps * (step_cols(codes) / 4) * kLine;
+        for (uint32_t p = 0; p < count; ++p) {
+            uint8_t* const to = out + p * view.codes_stride;
+            kernels.unpack[static_cast<size_t>(codes)](unit.codes + (panel + p) * unit.codes_stride, steps, to);
+            std::memset(to + bytes, 0, view.codes_stride - bytes);
+        }
+        view.codes = out;
+        view.scales = unit.scales + panel * unit.scales_stride;
+        if (unit.zeros != nullptr) view.zeros = unit.zeros + panel * unit.zeros_stride;
+    }
+};
+
 }  // namespace
 
 void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64_t expert, uint64_t unit,
-                   const Rows& rows, uint64_t first, uint64_t tokens, Precision precision, float* y) {
+                   const Rows& rows, uint64_t first, uint64_t tokens, float* y) {
     const Prepacked::Expert& e = weights.expert(expert);
     const Tuning tuned = tuning();
     const UnitView view = unit_view(weights, expert, unit, tuned.prefetch);
-    const auto codes = static_cast<size_t>(e.codes), scales = static_cast<size_t>(e.scales),
-               zeros = static_cast<size_t>(e.zeros);
-    const bool direct = precision == Precision::kInt8 && tokens <= tuned.direct_tokens;
-    if (direct) {
-        const auto& table = kernels.direct[codes][scales][zeros];
+    const auto scales = static_cast<size_t>(e.scales), zeros = static_cast<size_t>(e.zeros);
+    const bool floats = rows.precision() == Precision::kFloat;
+    if (!floats && tokens <= tuned.direct_tokens) {
+        const auto& table = kernels.direct[static_cast<size_t>(e.codes)][scales][zeros];
         const QuantizedView x = rows.quantized(first);
         for (uint64_t t = 0; t < tokens;) {
             const uint32_t size = tokens - t >= 4 ? 2 : tokens - t >= 2 ? 1 : 0;
@@ -154,30 +188,20 @@ void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64
         }
         return;
     }
-    // From here on a step is a quad: one line of unpacked codes.
     thread_local Scratch scratch;
-    const uint64_t steps = uint64_t{view.chunks - 1} * view.steps + view.last_steps, quads = step_cols(e.codes) / 4,
-                   codes_stride = steps * quads * kLine;
-    const uint32_t at_once = precision == Precision::kFloat ? 1 : kernels.tile_panels[e.trits()];
-    uint8_t* const unpacked = aligned(scratch.codes, codes_stride * at_once);
-    UnitView part = view;
-    part.codes = unpacked;
-    part.codes_stride = codes_stride;
-    part.steps = view.steps * static_cast<uint32_t>(quads);
-    part.last_steps = view.last_steps * static_cast<uint32_t>(quads);
+    Unpacked part(view, e.codes);
+    const uint32_t at_once = floats ? 1 : kernels.tile_panels[e.trits()];
+    uint8_t* const codes = aligned(scratch.codes, part.view.codes_stride * at_once);
+    const uint64_t cols = part.view.codes_stride / kPanelRows;
+    if (floats && scratch.weights.size() < cols * kPanelRows) scratch.weights.resize(cols * kPanelRows);
     for (uint32_t panel = 0; panel < kUnitPanels; panel += at_once) {
-        for (uint32_t p = 0; p < at_once; ++p)
-            kernels.unpack[codes](view.codes + (panel + p) * view.codes_stride, steps, unpacked + p * codes_stride);
-        part.scales = view.scales + panel * view.scales_stride;
-        if (view.zeros != nullptr) part.zeros = view.zeros + panel * view.zeros_stride;
+        part.unpack(kernels, view, e.codes, panel, at_once, codes);
         float* const to = y + panel * kPanelRows;
-        if (precision == Precision::kInt8) {
-            kernels.tile[e.trits()][scales][zeros](part, rows.quantized(first), tokens, to, kUnitRows);
+        if (!floats) {
+            kernels.tile[e.trits()][scales][zeros](part.view, rows.quantized(first), tokens, to, kUnitRows);
             continue;
         }
-        const uint64_t cols = codes_stride / kPanelRows;
-        if (scratch.weights.size() < cols * kPanelRows) scratch.weights.resize(cols * kPanelRows);
-        kernels.dequantize(part, 0, e.trits(), e.scales, e.offset, scratch.weights.data());
+        kernels.dequantize(part.view, 0, e.trits(), e.scales, e.offset, scratch.weights.data());
         kernels.float_tile(scratch.weights.data(), cols, rows.floats(first), rows.stride(), tokens, to, kUnitRows);
     }
 }
@@ -189,21 +213,15 @@ Status Prepacked::dequantize(uint64_t index, float* out) const noexcept {
     if (index >= experts_) return Status::mismatch(Code::kValue, "prepacked: no such expert", 0, experts_, index);
     try {
         const Expert& e = expert(index);
-        const PanelSizes sizes(e, cols_);
-        const uint64_t padded = sizes.padded_cols(e), steps = padded / step_cols(e.codes);
-        std::vector<uint8_t> codes(padded * kPanelRows);
-        std::vector<float> weights(padded * kPanelRows);
+        std::vector<uint8_t> codes;
+        std::vector<float> weights;
         for (uint64_t panel = 0; panel < panels_of(rows_, order_); ++panel) {
             const UnitView view = unit_view(*this, index, panel / kUnitPanels, 0);
-            const uint64_t within = panel % kUnitPanels;
-            UnitView part = view;
-            kernels->unpack[static_cast<size_t>(e.codes)](view.codes + within * view.codes_stride, steps, codes.data());
-            part.codes = codes.data();
-            part.steps = view.steps * (step_cols(e.codes) / 4);
-            part.last_steps = view.last_steps * (step_cols(e.codes) / 4);
-            part.scales = view.scales + within * view.scales_stride;
-            if (view.zeros != nullptr) part.zeros = view.zeros + within * view.zeros_stride;
-            kernels->dequantize(part, 0, e.trits(), e.scales, e.offset, weights.data());
+            Unpacked part(view, e.codes);
+            codes.resize(part.view.codes_stride);
+            weights.resize(part.view.codes_stride);
+            part.unpack(*kernels, view, e.codes, panel % kUnitPanels, 1, codes.data());
+            kernels->dequantize(part.view, 0, e.trits(), e.scales, e.offset, weights.data());
             for (uint32_t r = 0; r < kPanelRows; ++r) {
                 const uint64_t row = row_of(panel, r, rows_, order_);
                 for (uint64_t k = 0; row < rows_ && k < cols_; ++k) out[row * cols_ + k] = weights[k * kPanelRows + r];

@@ -2,6 +2,7 @@
 // and one unit times some tokens.
 #pragma once
 
+#include <algorithm>
 #include <span>
 #include <vector>
 
@@ -20,11 +21,13 @@ class Rows {
     void resize(const Prepacked& weights, const Prepacked::Expert& expert, uint64_t rows, Precision precision);
     void set(const PanelKernels& kernels, uint64_t row, const float* values) noexcept;  // `cols` values
     void copy(uint64_t row, const Rows& from, uint64_t from_row) noexcept;
+    Precision precision() const noexcept { return precision_; }
     QuantizedView quantized(uint64_t first) const noexcept;
     const float* floats(uint64_t first) const noexcept { return floats_.data() + first * stride_; }
     uint64_t stride() const noexcept { return stride_; }
 
   private:
+    Precision precision_ = Precision::kInt8;
     uint64_t cols_ = 0, stride_ = 0, chunks_ = 0;
     uint32_t chunk_ = 0;
     float offset_ = 0.0f;
@@ -34,6 +37,22 @@ class Rows {
 
 // y (tokens, 64) = a unit of `expert` times rows [first, first + tokens) of `rows`.
 void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64_t expert, uint64_t unit,
-                   const Rows& rows, uint64_t first, uint64_t tokens, Precision precision, float* y);
+                   const Rows& rows, uint64_t first, uint64_t tokens, float* y);
+
+// Calls use(first, tokens, y) with the products (tokens, 64) of a unit and rows [first, first + tokens), for all of
+// `count` rows. The products of one call are in the second-level cache: 128 KiB at most.
+template <typename Use>
+void multiply_rows(const PanelKernels& kernels, const Prepacked& weights, uint64_t expert, uint64_t unit,
+                   const Rows& rows, uint64_t count, Use&& use) {
+    constexpr uint64_t kBlock = 504;  // divides into the tokens that tiles take at a time
+    thread_local std::vector<float> products;
+    const uint64_t most = std::min(count, kBlock) * kUnitRows;
+    if (products.size() < most) products.resize(most);
+    for (uint64_t first = 0; first < count; first += kBlock) {
+        const uint64_t tokens = std::min(kBlock, count - first);
+        multiply_unit(kernels, weights, expert, unit, rows, first, tokens, products.data());
+        use(first, tokens, products.data());
+    }
+}
 
 }  // namespace qmoe

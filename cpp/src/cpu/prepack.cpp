@@ -32,7 +32,7 @@ uint32_t table_crc(const uint8_t* bytes, uint64_t experts) noexcept {
     std::memcpy(&header, bytes, sizeof header);
     header.crc = 0;
     const uint32_t first = crc32c({reinterpret_cast<const uint8_t*>(&header), sizeof header});
-    return first ^ crc32c({bytes + sizeof header, experts * sizeof(Prepacked::Expert)});
+    return crc32c({bytes + sizeof header, experts * sizeof(Prepacked::Expert)}, first);
 }
 
 // Half precision where it loses nothing, which is so for stored float16 and for almost all bfloat16.

@@ -11,9 +11,6 @@
 namespace qmoe {
 namespace {
 
-// Tokens that a unit's 64 results are held for at a time: 128 KiB.
-constexpr uint64_t kBlock = 504;
-
 struct Task {
     uint64_t expert, unit;
 };
@@ -58,29 +55,26 @@ Status grouped_linear(const Prepacked& weights, const void* x, ActivationType ty
             }
         });
         parallel_for(tasks.size(), threads, [&](uint64_t i) {
-            thread_local std::vector<float> results;
             const auto [e, unit] = tasks[i];
             const auto begin = static_cast<uint64_t>(offsets[e]), count = static_cast<uint64_t>(offsets[e + 1]) - begin;
-            try {
-                results.resize(std::max<size_t>(results.size(), std::min(count, kBlock) * kUnitRows));
-                for (uint64_t t = 0; t < count; t += kBlock) {
-                    const uint64_t some = std::min(kBlock, count - t);
-                    multiply_unit(*kernels, weights, e, unit, inputs[e], t, some, precision, results.data());
-                    const uint64_t first = unit * kUnitRows, last = std::min(rows, first + kUnitRows);
-                    for (uint64_t j = 0; j < some; ++j) {
-                        const float* const result = results.data() + j * kUnitRows;
-                        const uint64_t at = (begin + t + j) * rows;
-                        if (weights.order() == RowOrder::kPlain) {
-                            store_row(result, last - first, type, y, at + first);
-                            continue;
-                        }
-                        for (uint64_t r = 0; r < kUnitRows; ++r)
-                            if (const uint64_t row =
-                                    row_of(unit * kUnitPanels + r / kPanelRows, r % kPanelRows, rows, weights.order());
-                                row < rows)
-                                store_row(result + r, 1, type, y, at + row);
+            const uint64_t first = unit * kUnitRows, last = std::min(rows, first + kUnitRows);
+            const auto keep = [&](uint64_t t, uint64_t some, const float* results) {
+                for (uint64_t j = 0; j < some; ++j) {
+                    const float* const result = results + j * kUnitRows;
+                    const uint64_t at = (begin + t + j) * rows;
+                    if (weights.order() == RowOrder::kPlain) {
+                        store_row(result, last - first, type, y, at + first);
+                        continue;
                     }
+                    for (uint64_t r = 0; r < kUnitRows; ++r)
+                        if (const uint64_t row =
+                                row_of(unit * kUnitPanels + r / kPanelRows, r % kPanelRows, rows, weights.order());
+                            row < rows)
+                            store_row(result + r, 1, type, y, at + row);
                 }
+            };
+            try {
+                multiply_rows(*kernels, weights, e, unit, inputs[e], count, keep);
             } catch (const std::bad_alloc&) {
                 failed = true;
             }

@@ -27,7 +27,7 @@ const GptqKernels* kernels() noexcept {
     if (active == nullptr) return nullptr;
     [[maybe_unused]] const std::string_view isa = active;
 #if defined(__x86_64__)
-    if (isa.starts_with("avx512")) return &gptq_kernels_avx512;
+    if (isa == "avx512" || isa == "amx") return &gptq_kernels_avx512;
     if (isa.starts_with("avx2")) return &gptq_kernels_avx2;
 #endif
     return &gptq_kernels_generic;

@@ -1,0 +1,126 @@
+// Many tokens with AMX: 16 x 16 int32 tiles of tokens x rows, int8 activations (signed) times codes (unsigned).
+//
+// A line of unpacked codes is a row of a B tile as it is. A chunk is one or two tile products deep; its sums then leave
+// the tiles and are scaled in vector registers, which takes as long as the products do. Two panels by two blocks of
+// tokens at a time: four tiles of sums, two of each operand.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/panels.h"
+#include "half.h"
+
+namespace qmoe {
+
+extern const PanelKernels panel_kernels_avx512vnni;
+const PanelKernels& panel_kernels_amx() noexcept;
+
+namespace {
+
+constexpr uint32_t kRows = 16, kPanels = 2, kBlocks = 2;
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t colsb[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Sums are tiles 0-3, activations 4 and 5, codes 6 and 7. `depth` columns a product: at most 64.
+void configure(uint32_t depth) noexcept {
+    TileConfig config;
+    for (int t = 0; t < 4; ++t) config.colsb[t] = 64, config.rows[t] = kRows;
+    for (int t = 4; t < 6; ++t) config.colsb[t] = static_cast<uint16_t>(depth), config.rows[t] = kRows;
+    for (int t = 6; t < 8; ++t) config.colsb[t] = 64, config.rows[t] = static_cast<uint8_t>(depth / 4);
+    // GCC 12's intrinsic does not say that it reads memory, so the stores above may be left out.
+    asm volatile("ldtilecfg %0" ::"m"(config));
+}
+
+template <Scales kScales, Zeros kZeros>
+void tile(const UnitView& unit, const QuantizedView& x, uint64_t tokens, float* y, uint64_t y_stride) noexcept {
+    const uint32_t chunk_cols = unit.steps * 4, depth = std::min(chunk_cols, 64u), products = chunk_cols / depth;
+    configure(depth);
+    alignas(64) int32_t sums[kBlocks * kPanels][kRows][kPanelRows];
+    for (uint64_t first = 0; first < tokens; first += kBlocks * kRows) {
+        const uint64_t count = std::min<uint64_t>(tokens - first, kBlocks * kRows);
+        const bool both = count > kRows;
+        const uint8_t *scales = unit.scales, *zeros = unit.zeros;
+        uint32_t within = 0;
+        for (uint32_t chunk = 0; chunk < unit.chunks; ++chunk) {
+            const int8_t* const a = x.x + first * x.x_stride + chunk * chunk_cols;
+            const uint8_t* const b = unit.codes + uint64_t{chunk} * chunk_cols * kPanelRows;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (uint32_t p = 0; p < products; ++p) {
+                const uint64_t line = uint64_t{p} * depth * kPanelRows;
+                _tile_loadd(4, a + p * depth, static_cast<long>(x.x_stride));
+                _tile_loadd(6, b + line, 64);
+                _tile_loadd(7, b + unit.codes_stride + line, 64);
+                _tile_dpbsud(0, 4, 6);
+                _tile_dpbsud(1, 4, 7);
+                if (both) {
+                    _tile_loadd(5, a + kRows * x.x_stride + p * depth, static_cast<long>(x.x_stride));
+                    _tile_dpbsud(2, 5, 6);
+                    _tile_dpbsud(3, 5, 7);
+                }
+            }
+            _tile_stored(0, sums[0], 64);
+            _tile_stored(1, sums[1], 64);
+            if (both) {
+                _tile_stored(2, sums[2], 64);
+                _tile_stored(3, sums[3], 64);
+            }
+            asm volatile("" ::: "memory");  // the stores above are not known to the compiler
+            __m512 scale[kPanels], zero[kPanels];
+            for (uint32_t p = 0; p < kPanels; ++p) {
+                const uint8_t* const s = scales + p * unit.scales_stride;
+                if constexpr (kScales == Scales::kFloat16)
+                    scale[p] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(s)));
+                else
+                    scale[p] = _mm512_loadu_ps(s);
+                if constexpr (kZeros == Zeros::kStored)
+                    zero[p] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
+                        _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + p * unit.zeros_stride))));
+            }
+            for (uint64_t t = 0; t < count; ++t) {
+                const uint64_t at = (first + t) * x.chunk_stride + chunk;
+                const __m512 factor = _mm512_set1_ps(x.scale[at]), correction = _mm512_set1_ps(x.correction[at]);
+                for (uint32_t p = 0; p < kPanels; ++p) {
+                    float* const to = y + (first + t) * y_stride + p * kPanelRows;
+                    const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums[t / kRows * kPanels + p][t % kRows]));
+                    __m512 value = _mm512_fmadd_ps(sum, factor, correction);
+                    if constexpr (kZeros == Zeros::kStored)
+                        value = _mm512_fmadd_ps(zero[p], _mm512_set1_ps(x.negative_sum[at]), value);
+                    const __m512 before = chunk == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(to);
+                    _mm512_storeu_ps(to, _mm512_fmadd_ps(value, scale[p], before));
+                }
+            }
+            if (++within < unit.repeat) continue;
+            within = 0;
+            scales += unit.scale_step;
+            if constexpr (kZeros == Zeros::kStored) zeros += unit.zero_step;
+        }
+    }
+    asm volatile("tilerelease");
+}
+
+}  // namespace
+
+// AVX-512 VNNI's, and tiles for what is not ternary: two dot products per weight would need two sums.
+const PanelKernels& panel_kernels_amx() noexcept {
+    static const PanelKernels kernels = [] {
+        PanelKernels k = panel_kernels_avx512vnni;
+        k.isa = "amx";
+        k.tile[0][0][0] = tile<Scales::kFloat16, Zeros::kConstant>;
+        k.tile[0][0][1] = tile<Scales::kFloat16, Zeros::kStored>;
+        k.tile[0][1][0] = tile<Scales::kFloat32, Zeros::kConstant>;
+        k.tile[0][1][1] = tile<Scales::kFloat32, Zeros::kStored>;
+        k.tile_panels[0] = kPanels;
+        return k;
+    }();
+    return kernels;
+}
+
+}  // namespace qmoe
