@@ -33,7 +33,7 @@ from qmoe_core.calibration import CalibrationSpec
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "compression"))
 from common import processor, write_results
-from large import make
+from large import make, size_of
 
 
 def work(source: Path, output: Path, arguments: argparse.Namespace) -> None:
@@ -106,8 +106,9 @@ def main() -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        nbytes = make(scratch / "source", config)
+        make(scratch / "source", config)
         np.save(scratch / "tokens.npy", np.random.default_rng(0).integers(0, config.vocab_size, arguments.tokens))
+        nbytes = size_of(scratch / "source")
         os.sync()  # what is written now would be written during the first run
         rows: list[dict[str, Any]] = []
         for processes in arguments.processes:

@@ -1,4 +1,5 @@
-"""Activations of all calibration tokens: in memory while they fit, in files where not, and safe from a kill.
+"""Activations of all calibration tokens: on the device or in memory while they fit, in files where not, and safe from
+a kill.
 
 Files are written with `pwrite` and never through a memory map: on a full disk a map kills the process with SIGBUS, a
 write returns an error. Their blocks are reserved when they are made, so that a disk too small is found at the start.
@@ -7,6 +8,9 @@ write returns an error. Their blocks are reserved when they are made, so that a 
 from __future__ import annotations
 
 import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ import torch
 from ..store import crc32c, io_errors
 
 CHUNK = 8 << 20  # bytes per system call
+DEVICE_PART = 8  # a buffer lies on the device if it takes at most the 1/DEVICE_PART of the memory that is free there
 
 
 class Budget:
@@ -75,19 +80,64 @@ class _File:
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().to("cpu", torch.float32).contiguous().view(-1).view(torch.uint8).numpy()
+    """A copy as float32 on the host, byte by byte."""
+    out = torch.empty(tensor.shape, pin_memory=tensor.is_cuda)
+    out.copy_(tensor.detach())
+    return out.view(-1).view(torch.uint8).numpy()
+
+
+class _Behind:
+    """Does things in order in a thread of its own, a few of them behind. What one of them raises is raised later, by
+    `wait` at the latest."""
+
+    AHEAD = 2
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: deque[Future[None]] = deque()
+
+    def do(self, work: Callable[[], None]) -> None:
+        while len(self._pending) >= self.AHEAD:
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(work))
+
+    def wait(self) -> None:
+        while self._pending:
+            self._pending.popleft().result()
+
+    def close(self) -> None:
+        """Drops what has not begun."""
+        self._thread.shutdown(cancel_futures=True)
+        self._pending.clear()
+
+
+def _fits_device(device: torch.device, nbytes: int) -> bool:
+    """Whether a buffer leaves enough memory of a CUDA device to everything else."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return nbytes <= free // DEVICE_PART
 
 
 class RowBuffer:
-    """(rows, width) float32, zero at first; rows are written in order and gathered in any order."""
+    """(rows, width) float32, zero at first; rows are written in order and gathered in any order.
 
-    def __init__(self, rows: int, width: int, budget: Budget, spill: Path) -> None:
+    It lies on `device` where that is a CUDA device with room for it, else in the host's memory while `budget` lasts,
+    else in the file `spill`: what is read is the same.
+    """
+
+    def __init__(self, rows: int, width: int, budget: Budget, spill: Path, device: str | torch.device = "cpu") -> None:
         self.rows, self.width = rows, width
         self.nbytes = 4 * rows * width
-        self._budget, self._spill = budget, spill
+        self._spill = spill
+        self._budget: Budget | None = None  # that memory was taken from
         self._memory: torch.Tensor | None = None
         self._file: _File | None = None
-        if budget.take(self.nbytes):
+        if _fits_device(torch.device(device), self.nbytes):
+            self._memory = torch.zeros(rows, width, device=device)
+        elif budget.take(self.nbytes):
+            self._budget = budget
             self._memory = torch.zeros(rows, width)
         else:
             with io_errors(spill):
@@ -103,7 +153,7 @@ class RowBuffer:
             self._file.write(4 * self.width * first, _bytes(values))
 
     def read(self, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last) as (n, width) float32 on the host."""
+        """Rows [first, last) as (n, width) float32, on the host or where the buffer is."""
         if self._memory is not None:
             return self._memory[first:last]
         assert self._file is not None
@@ -112,9 +162,9 @@ class RowBuffer:
         return out
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows by number, ascending int64 (n,), as (n, width) float32 on the host."""
+        """Rows by number, ascending int64 (n,), as (n, width) float32, on the host or where the buffer is."""
         if self._memory is not None:
-            return self._memory.index_select(0, rows)
+            return self._memory.index_select(0, rows.to(self._memory.device))
         assert self._file is not None
         out = torch.empty(len(rows), self.width)
         data, step = out.view(-1).view(torch.uint8).numpy(), 4 * self.width
@@ -124,10 +174,11 @@ class RowBuffer:
 
     def add(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Adds values (n, width) to distinct rows."""
-        values = values.to("cpu", torch.float32)
         if self._memory is not None:
-            self._memory.index_add_(0, rows, values)
+            device = self._memory.device
+            self._memory.index_add_(0, rows.to(device), values.to(device, torch.float32))
             return
+        values = values.to("cpu", torch.float32)
         assert self._file is not None
         data, step = _bytes(self.gather(rows) + values), 4 * self.width
         for at, row in enumerate(rows.tolist()):
@@ -135,9 +186,10 @@ class RowBuffer:
 
     def close(self) -> None:
         """Gives the memory back or deletes the file."""
-        if self._memory is not None:
-            self._memory = None
+        self._memory = None
+        if self._budget is not None:
             self._budget.give(self.nbytes)
+            self._budget = None
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -146,35 +198,51 @@ class RowBuffer:
 
 
 class States:
-    """Inputs of the current layer, (windows, *shape) float32, twice on the disk and, if it fits, in memory.
+    """Inputs of the current layer, (windows, *shape) float32: in memory if they fit (as a `RowBuffer` does), and behind
+    the first layer twice on the disk.
 
     The inputs of layer i are in file i % 2; its outputs go to the other one, which becomes durable (`commit`) before
-    the journal says so: whenever the process dies, one whole set is there.
+    the journal says so: whenever the process dies, one whole set is there. The embeddings a new process makes again.
     """
 
-    def __init__(self, directory: Path, name: str, windows: int, shape: tuple[int, ...], budget: Budget) -> None:
+    def __init__(
+        self, directory: Path, name: str, windows: int, shape: tuple[int, ...], budget: Budget, device: str = "cpu"
+    ) -> None:
         """Reserves both files. Raises `E_NO_SPACE`, `E_IO`."""
         self.windows, self.shape = windows, shape
         self._window_bytes = 4 * int(np.prod(shape))
-        self._files = [_File(directory / f"{name}-{k}", windows * self._window_bytes) for k in range(2)]
-        self._memory = torch.empty(windows, *shape) if budget.take(windows * self._window_bytes) else None
+        nbytes = windows * self._window_bytes
+        self._files = [_File(directory / f"{name}-{k}", nbytes) for k in range(2)]
+        self._memory: torch.Tensor | None = None
+        if _fits_device(torch.device(device), nbytes):
+            self._memory = torch.empty(windows, *shape, device=device)
+        elif budget.take(nbytes):
+            self._memory = torch.empty(windows, *shape)
+        self._behind = _Behind()
         self._current = 0
         self._crc = 0
 
     def begin(self, layer: int) -> None:
         """Layer `layer` - 1 writes what layer `layer` will read (0: the embeddings)."""
+        self._behind.wait()
         self._current, self._crc = layer, 0
 
     def write(self, first: int, values: torch.Tensor) -> None:
         """Windows from `first` on; they must come in order."""
-        data = _bytes(values)
-        self._files[self._current % 2].write(first * self._window_bytes, data)
-        self._crc = crc32c(data, self._crc)
+        if self._current > 0 or self._memory is None:
+            file, data = self._files[self._current % 2], _bytes(values)
+
+            def keep() -> None:
+                file.write(first * self._window_bytes, data)
+                self._crc = crc32c(data, self._crc)
+
+            self._behind.do(keep)
         if self._memory is not None:
             self._memory[first : first + len(values)].copy_(values)
 
     def commit(self) -> int:
         """Makes what was written durable; returns its CRC32C."""
+        self._behind.wait()
         self._files[self._current % 2].sync()
         return self._crc
 
@@ -190,10 +258,11 @@ class States:
         return found == crc
 
     def read(self, layer: int, first: int, last: int) -> torch.Tensor:
-        """Windows [first, last) of the inputs of `layer`. In memory they are overwritten by `write`, window by
-        window."""
+        """Windows [first, last) of the inputs of `layer`, on the host or where they are. In memory they are overwritten
+        by `write`, window by window."""
         if self._memory is not None:
             return self._memory[first:last]
+        self._behind.wait()
         out = torch.empty(last - first, *self.shape)
         self._files[layer % 2].read(first * self._window_bytes, out.view(-1).view(torch.uint8).numpy())
         return out
@@ -206,6 +275,7 @@ class States:
                 file.path.unlink(missing_ok=True)
 
     def close(self) -> None:
+        self._behind.close()
         for file in self._files:
             file.close()
         self._memory = None

@@ -67,9 +67,9 @@ class Round:
 
 
 def rounds(experts: int, chunk: int, size: int) -> list[Round]:
-    """All experts in chunks, a chunk for each of `size` processes at a time. Where fewer chunks are left than there are
-    processes, all of them share every chunk."""
-    chunks = [range(first, min(first + chunk, experts)) for first in range(0, experts, chunk)]
+    """All experts in chunks of about equal size, at most `chunk`, a chunk for each of `size` processes at a time. Where
+    fewer chunks are left than there are processes, all of them share every chunk."""
+    chunks = parts(range(experts), -(-experts // chunk))
     whole = len(chunks) // size * size
     return [Round(chunks[first : first + size], False) for first in range(0, whole, size)] + [
         Round(parts(chunk, size), True) for chunk in chunks[whole:]

@@ -118,7 +118,7 @@ def load_calibration(
     around = 4 * sum(t.elements for name, t in checkpoint.tensors.items() if "embed" in name)
     if measuring:  # as large as the embeddings, which it may be tied to
         around *= 2
-    memory = spec.buffer_bytes + (3 + group.size) * spec.chunk_bytes + around
+    memory = spec.buffer_bytes + (3 + group.size) * spec.chunk_on("cpu") + around  # on CUDA far less of the host's
     description = tokens.describe(spec, device)
     if group.size > 1:
         description["processes"] = group.size  # the order of summation depends on it

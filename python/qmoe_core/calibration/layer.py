@@ -113,7 +113,8 @@ class Layer:
         for number, module in enumerate(sorted(self.fused)):
             for stream in ("compressed", "original")[: 1 if self.original is None else 2]:
                 spill = self.p.directory / f"experts-{number}-{stream}{self.p.group.suffix}"
-                tap = ExpertsTap(module, rows, self.p.budget, spill, self.p.counted * self.p.ids.shape[1])
+                counted = self.p.counted * self.p.ids.shape[1]
+                tap = ExpertsTap(module, rows, self.p.budget, spill, counted, self.p.device)
                 self.taps.setdefault(module, []).append(tap)
 
     def _call(self, module: nn.Module, states: States, first: int, last: int) -> torch.Tensor:
@@ -277,7 +278,7 @@ class Layer:
             self.results,
             self.p.checkpoint.read,
             device=self.p.device,
-            chunk_bytes=self.p.spec.chunk_bytes,
+            chunk_bytes=self.p.spec.chunk_on(self.p.device),
             gate_weighted=self.p.spec.gate_weighted,
             group=self.p.group,
             energy=energy,

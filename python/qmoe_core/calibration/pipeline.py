@@ -173,10 +173,11 @@ class Pipeline:
                 hidden, arguments = self.skeleton.trace(self.ids[first:last])
                 if not self.streams:
                     shape = tuple(hidden.shape[1:])
-                    self.streams = {
-                        name: States(self.directory, f"activations-{name}{suffix}", len(self.ids), shape, self.budget)
-                        for name in names
-                    }
+                    for name in names:
+                        stem = f"activations-{name}{suffix}"
+                        self.streams[name] = States(
+                            self.directory, stem, len(self.ids), shape, self.budget, self.device
+                        )
                 known = self.arguments.setdefault(last - first, arguments)
                 if not all(map(same_arguments, known, arguments)):
                     raise QmoeError(

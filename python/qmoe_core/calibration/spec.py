@@ -30,9 +30,11 @@ class CalibrationSpec:
         seed: which windows are used where there are more than `max_tokens`: drawn without replacement, kept in order.
             None takes the first.
         buffer_bytes: memory for activations between and within layers; what goes beyond lies in files in the journal.
-            Does not change the result.
-        chunk_bytes: memory for the Hessians and float32 weights of the experts that are quantized together. Each of
-            several processes holds the weights of as many such chunks as there are processes.
+            On CUDA each kind of them lies on the device instead where it takes at most an eighth of the free memory
+            there. None of this changes the result.
+        chunk_bytes: memory for the Hessians and float32 weights of the experts that are quantized together; None for
+            512 MiB on a CPU and 4 GiB on CUDA. Each of several processes holds the weights of as many such chunks as
+            there are processes.
         gate_weighted: scale every token's row by its routing weight g, so that an expert's Hessian is the sum of
             g^2 x x^T: the error that remains in the layer's output instead of that in the expert's own. Pooled sums
             use the mean g^2 of the token's choices.
@@ -48,7 +50,7 @@ class CalibrationSpec:
     batch_size: int = 8
     seed: int | None = 0
     buffer_bytes: int = 1 << 30
-    chunk_bytes: int = 512 << 20
+    chunk_bytes: int | None = None
     gate_weighted: bool = False
     drift: bool = False
     dtype: str = "float32"
@@ -59,10 +61,18 @@ class CalibrationSpec:
         """Raises `E_VALUE` for settings out of range."""
         for name, low in (("window", 2), ("max_tokens", 2), ("batch_size", 1), ("buffer_bytes", 0), ("chunk_bytes", 1)):
             value = getattr(self, name)
+            if name == "chunk_bytes" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise QmoeError("E_VALUE", f"calibration: {name} is out of range", expected=f">= {low}", actual=value)
         if self.dtype not in DTYPES:
             raise QmoeError("E_VALUE", "calibration: unknown dtype", expected=DTYPES, actual=self.dtype)
+
+    def chunk_on(self, device: str) -> int:
+        """`chunk_bytes`, or what None means on this device."""
+        if self.chunk_bytes is not None:
+            return self.chunk_bytes
+        return 4 << 30 if device.startswith("cuda") else 512 << 20
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class CalibrationTokens:
             "window": spec.window,
             "batch_size": spec.batch_size,
             "seed": spec.seed,
-            "chunk_bytes": spec.chunk_bytes,
+            "chunk_bytes": spec.chunk_on(device),
             "gate_weighted": spec.gate_weighted,
             "drift": spec.drift,
             "dtype": spec.dtype,

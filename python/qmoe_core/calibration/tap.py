@@ -20,14 +20,14 @@ class ExpertsTap:
         mode: "record"; "replay" to hand back `outputs`; "skip" to return zeros and note nothing.
     """
 
-    def __init__(self, name: str, rows: int, budget: Budget, spill: Path, counted: int) -> None:
+    def __init__(self, name: str, rows: int, budget: Budget, spill: Path, counted: int, device: str) -> None:
         self.name, self.rows, self.position, self.counted = name, rows, 0, counted
         self.mode = "skip"
         self.inputs: RowBuffer | None = None
         self.outputs: RowBuffer | None = None
         self.index: torch.Tensor | None = None
         self.weight: torch.Tensor | None = None
-        self._budget, self._spill = budget, spill
+        self._budget, self._spill, self._device = budget, spill, device
         self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, *arguments: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
@@ -58,13 +58,16 @@ class ExpertsTap:
 
     def make_inputs(self, width: int, choices: int) -> None:
         """Room for inputs of `width` columns and `choices` experts per token, no token of which is routed yet."""
-        self.inputs = RowBuffer(self.rows, width, self._budget, self._spill.with_suffix(".inputs"))
+        self.inputs = self._buffer(width, ".inputs")
         self.index = torch.full((self.rows, choices), -1, dtype=torch.int64)
         self.weight = torch.zeros(self.rows, choices)
 
     def make_outputs(self) -> None:
         assert self.inputs is not None
-        self.outputs = RowBuffer(self.rows, self.inputs.width, self._budget, self._spill.with_suffix(".outputs"))
+        self.outputs = self._buffer(self.inputs.width, ".outputs")
+
+    def _buffer(self, width: int, suffix: str) -> RowBuffer:
+        return RowBuffer(self.rows, width, self._budget, self._spill.with_suffix(suffix), self._device)
 
     def routed(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, weights): the tokens of one expert in ascending order, and their routing weights."""
