@@ -33,6 +33,30 @@ Status dequantize(const DeviceMatrix& matrix, void* out, OutputType type, void* 
     return Status::error(Code::kNoKernel, "cuda: no kernel for this format");
 }
 
+bool is_int(const uint8_t* spec) noexcept {
+    return (spec[0] | spec[1] << 8) == 1;
+}
+Status only_int() noexcept {
+    return Status::error(Code::kNoKernel, "cuda: products take int matrices");
+}
+
+Status prepacked_bytes(const DeviceMatrix& matrix, uint64_t* bytes) noexcept {
+    return is_int(matrix.spec) ? int_tiles_bytes(matrix, bytes) : only_int();
+}
+
+Status prepack(const DeviceMatrix& matrix, void* out, uint64_t out_bytes, void* stream) noexcept {
+    if (!is_int(matrix.spec)) return only_int();
+    return prepack_int(matrix, out, out_bytes, static_cast<cudaStream_t>(stream));
+}
+
+Status int_linear(const IntLinear& linear, void* stream) noexcept {
+    if (!is_int(linear.spec)) return only_int();
+    const uint32_t team = linear.team;
+    if ((team & (team - 1)) != 0 || team > 16)
+        return Status::mismatch(Code::kValue, "cuda: warps of a team, a power of two", 0, 16, team);
+    return linear_int(linear, static_cast<cudaStream_t>(stream));
+}
+
 Status round_block_on(const RoundBlock& block, void* stream) noexcept {
     return round_block(block, static_cast<cudaStream_t>(stream));
 }
@@ -45,7 +69,8 @@ Status ternary_sums_on(const TernarySums& sums, void* stream) noexcept {
     return ternary_sums(sums, static_cast<cudaStream_t>(stream));
 }
 
-constexpr Api kApi{kApiVersion, device_count, device_info, dequantize, round_block_on, choose_grid_on, ternary_sums_on};
+constexpr Api kApi{kApiVersion, device_count, device_info,    dequantize,     prepacked_bytes,
+                   prepack,     int_linear,   round_block_on, choose_grid_on, ternary_sums_on};
 
 }  // namespace
 }  // namespace qmoe::cuda

@@ -1,0 +1,109 @@
+"""Products of int matrices and few tokens on a GPU, beside cuBLAS in bfloat16 and the memory's limit.
+
+    python bench/gpu/int_linear.py [--output FILE]
+
+Medians of CUDA graph replays; weights rotate past the second-level cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dequantize import CACHE_BYTES, copy_bandwidth, graph_seconds, write_results
+
+from qmoe_core import _C, IntFormat, IntMatrix, PackedTensor
+
+SHAPES = ((14336, 4096), (8192, 8192), (4096, 4096), (1536, 2048), (2048, 768))
+TOKENS = (1, 2, 4, 8, 16)
+GROUP = 128
+
+
+def sample(bits: int, rows: int, cols: int) -> PackedTensor:
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 2**bits, (rows, cols), np.uint8)
+    scales = (rng.random((rows, cols // GROUP)) / 64).astype(np.float32)
+    return PackedTensor.pack([IntMatrix(IntFormat(bits, GROUP), codes, scales, None)])
+
+
+def microseconds(calls: list[Callable[[], None]]) -> dict[str, float]:
+    """Per call, over graphs that make all calls one after the other."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    times = sorted(t / len(calls) * 1e6 for t in graph_seconds(run))
+    return {
+        "median_us": statistics.median(times),
+        "p10_us": times[len(times) // 10],
+        "p90_us": times[9 * len(times) // 10],
+    }
+
+
+def dense(rows: int, cols: int, tokens: int) -> dict[str, float]:
+    copies = max(2, -(-CACHE_BYTES // (2 * rows * cols)))
+    weights = [torch.randn(rows, cols, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
+    x = torch.randn(tokens, cols, dtype=torch.bfloat16, device="cuda")
+    y = torch.empty(tokens, rows, dtype=torch.bfloat16, device="cuda")
+    return microseconds([lambda w=w: torch.mm(x, w.T, out=y) for w in weights])  # type: ignore[misc]
+
+
+class Ours:
+    def __init__(self, bits: int, rows: int, cols: int) -> None:
+        packed = sample(bits, rows, cols)
+        self.matrix, self.rows, self.cols = _C.CudaInt(packed.data, 0), rows, cols
+        record, stream = torch.from_numpy(packed.data).cuda(), torch.cuda.current_stream().cuda_stream
+        first = torch.empty(self.matrix.bytes, dtype=torch.uint8, device="cuda")
+        self.matrix.prepack(record.data_ptr(), first.data_ptr(), first.numel(), stream)
+        copies = max(2, -(-CACHE_BYTES // self.matrix.bytes))
+        self.copies = [first, *(first.clone() for _ in range(copies - 1))]
+
+    def measure(self, tokens: int, team: int = 0) -> dict[str, float]:
+        x = torch.randn(tokens, self.cols, dtype=torch.bfloat16, device="cuda")
+        y = torch.empty(tokens, self.rows, dtype=torch.bfloat16, device="cuda")
+
+        def call(tiles: torch.Tensor) -> None:
+            stream = torch.cuda.current_stream().cuda_stream
+            pointers = tiles.data_ptr(), x.data_ptr(), 0, y.data_ptr()
+            self.matrix.linear(*pointers, tokens, "bfloat16", stream, team)
+
+        return microseconds([lambda t=t: call(t) for t in self.copies])  # type: ignore[misc]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--teams", action="store_true", help="try every number of warps for a tile at one token")
+    arguments = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    print(f"copy {bandwidth / 1e9:.0f} GB/s")
+    table: list[dict[str, Any]] = []
+    for rows, cols in SHAPES:
+        baseline = {tokens: dense(rows, cols, tokens) for tokens in TOKENS}
+        for bits in (2, 3, 4, 8):
+            ours = Ours(bits, rows, cols)
+            for tokens in TOKENS:
+                row: dict[str, Any] = {"shape": [rows, cols], "format": f"int{bits}-g{GROUP}", "tokens": tokens}
+                row |= ours.measure(tokens)
+                row["cublas_bf16_us"] = baseline[tokens]["median_us"]
+                row["speedup"] = row["cublas_bf16_us"] / row["median_us"]
+                row["share_of_copy_bandwidth"] = ours.matrix.bytes / row["median_us"] * 1e6 / bandwidth
+                table.append(row)
+            cells = [f"{r['median_us']:6.1f} ({r['speedup']:4.2f}x)" for r in table[-len(TOKENS) :]]
+            share = table[-len(TOKENS)]["share_of_copy_bandwidth"]
+            print(f"{rows}x{cols} int{bits}: {' '.join(cells)}  {100 * share:.0f} % of copy at 1", flush=True)
+            if arguments.teams:
+                print("   ", {team: round(ours.measure(1, team)["median_us"], 1) for team in (1, 2, 4, 8, 16)})
+    if arguments.output:
+        device = torch.cuda.get_device_name()
+        write_results(arguments.output, "int-linear-gpu", table, device=device, copy_bytes_per_second=bandwidth)
+
+
+if __name__ == "__main__":
+    main()

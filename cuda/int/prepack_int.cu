@@ -1,0 +1,91 @@
+// Stored `int` to the tiles of tiles.h: a thread per lane and block, and one per scale.
+#include "common.cuh"
+#include "int/tiles.h"
+
+namespace qmoe::cuda {
+namespace {
+
+__global__ void prepack_codes(IntLayout stored, IntTiles tiles, const uint8_t* __restrict__ data,
+                              uint8_t* __restrict__ out) {
+    const uint64_t total = tiles.tiles * tiles.blocks * kLanes;
+    for (uint64_t i = blockIdx.x * uint64_t{blockDim.x} + threadIdx.x; i < total;
+         i += uint64_t{gridDim.x} * blockDim.x) {
+        const uint32_t lane = i % kLanes, g = lane / 4, t = lane % 4;
+        const uint64_t block = i / kLanes % tiles.blocks, tile = i / kLanes / tiles.blocks;
+        uint32_t words[16] = {};
+        for (uint32_t step = 0; step < kTileSteps; ++step)
+            for (uint32_t p = 0; p < 8; ++p)
+                for (uint32_t second = 0; second < 2; ++second) {
+                    const uint32_t m = p / 4, j = p % 4;
+                    const uint64_t row = tile * kTileRows + g + 8 * (j & 1);
+                    const uint64_t col = block * kTileColumns + step * 32 + 8 * t + 4 * m + 2 * (j >> 1) + second;
+                    if (row >= tiles.rows || col >= tiles.cols) continue;
+                    const uint8_t* const packed = data + row * stored.row_bytes + col / kIntBlock * stored.block_bytes;
+                    const uint32_t code = int_code(packed, stored.bits, col % kIntBlock), half = 16 * second;
+                    switch (stored.bits) {
+                        case 2: words[step] |= code << (2 * p + half); break;
+                        case 3:
+                            words[step] |= (code & 3) << (2 * p + half);
+                            words[4 + step / 2] |= (code >> 2) << (8 * (step % 2) + p + half);
+                            break;
+                        case 4: words[2 * step + m] |= code << (4 * j + half); break;
+                        default: words[4 * step + 2 * m + (j >> 1)] |= code << (8 * (j & 1) + half);
+                    }
+                }
+        uint8_t* const to = out + (tile * tiles.blocks + block) * tiles.block_bytes();
+        for (uint32_t w = 0; w < tiles.words; ++w) {
+            const uint32_t width = min(tiles.words - w / 4 * 4, 4u);  // words of this piece
+            *reinterpret_cast<uint32_t*>(to + w / 4 * 16 * kLanes + lane * width * 4 + w % 4 * 4) = words[w];
+        }
+    }
+}
+
+__global__ void prepack_scales(IntLayout stored, IntTiles tiles, const uint8_t* __restrict__ data,
+                               uint8_t* __restrict__ out) {
+    const uint64_t total = tiles.tiles * tiles.tile_scales;
+    auto* const scales = reinterpret_cast<uint16_t*>(out + tiles.scales_at);
+    auto* const zeros = reinterpret_cast<__half*>(out + tiles.zeros_at);
+    // Groups of a block are innermost but for the pair, so that a lane's are one piece.
+    const uint64_t groups = tiles.groups == 0 ? 1 : tiles.groups;
+    for (uint64_t i = blockIdx.x * uint64_t{blockDim.x} + threadIdx.x; i < total;
+         i += uint64_t{gridDim.x} * blockDim.x) {
+        const uint64_t tile = i / tiles.tile_scales, within = i % tiles.tile_scales;
+        const uint64_t group = within / (16 * groups) * groups + within / 2 % groups;
+        const uint64_t row = tile * kTileRows + within / (2 * groups) % 8 + 8 * (within % 2);
+        const bool there = row < tiles.rows && group < stored.groups;
+        scales[i] = there ? load<uint16_t>(data + stored.scales_at + (row * stored.groups + group) * 2) : uint16_t{0};
+        if (tiles.has_zeros) zeros[i] = __float2half_rn(there ? stored.zero(data, row, group) : 0.0f);
+    }
+}
+
+uint32_t grid_for(uint64_t threads) noexcept {
+    return static_cast<uint32_t>(ceil_div(threads, 256) < 65536 ? ceil_div(threads, 256) : 65536);
+}
+
+}  // namespace
+
+Status int_tiles_bytes(const DeviceMatrix& matrix, uint64_t* bytes) noexcept {
+    const IntLayout stored(matrix.spec, matrix.rows, matrix.cols);
+    if (!has_tiles(stored))
+        return Status::error(Code::kNoKernel,
+                             "cuda: products take groups of 32, 64 or 128 columns or whole rows, and 16-bit scales");
+    *bytes = IntTiles(stored).bytes;
+    return {};
+}
+
+Status prepack_int(const DeviceMatrix& matrix, void* out, uint64_t out_bytes, cudaStream_t stream) noexcept {
+    const IntLayout stored(matrix.spec, matrix.rows, matrix.cols);
+    if (matrix.bytes < stored.bytes)
+        return Status::mismatch(Code::kShape, "cuda: int data is shorter than its shape", 0, stored.bytes,
+                                matrix.bytes);
+    uint64_t bytes = 0;
+    QMOE_TRY(int_tiles_bytes(matrix, &bytes));
+    if (out_bytes != bytes) return Status::mismatch(Code::kShape, "cuda: bytes of the tiles", 0, bytes, out_bytes);
+    const IntTiles tiles(stored);
+    auto* const to = static_cast<uint8_t*>(out);
+    prepack_codes<<<grid_for(tiles.tiles * tiles.blocks * kLanes), 256, 0, stream>>>(stored, tiles, matrix.data, to);
+    prepack_scales<<<grid_for(tiles.tiles * tiles.tile_scales), 256, 0, stream>>>(stored, tiles, matrix.data, to);
+    return launch_status();
+}
+
+}  // namespace qmoe::cuda

@@ -1,0 +1,113 @@
+"""Products of int matrices on a GPU against float64: every width, group and zero, ragged shapes, poisoned outputs, two
+identical runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_cuda_library import GUARD, int_record
+
+from qmoe_core import _C, IntFormat, IntMatrix, PackedTensor, QmoeError
+
+torch = pytest.importorskip("torch")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SHAPES = [(1, 1), (5, 7), (33, 129), (64, 256), (136, 768), (17, 4096), (300, 2080)]
+ERROR = {"bfloat16": 4e-3, "float16": 6e-4}  # of the output's rounding, most of it
+
+
+class Linear:
+    """A record's first matrix on the device."""
+
+    def __init__(self, packed: PackedTensor) -> None:
+        record = torch.from_numpy(np.ascontiguousarray(packed.data)).cuda()
+        self.matrix, self.shape = _C.CudaInt(packed.data, 0), (packed.rows, packed.cols)
+        stream = torch.cuda.current_stream().cuda_stream
+        self.tiles = torch.full((self.matrix.bytes + 2 * GUARD,), 0xA5, dtype=torch.uint8, device="cuda")
+        self.matrix.prepack(record.data_ptr(), self.tiles.data_ptr() + GUARD, self.matrix.bytes, stream)
+        guards = torch.cat([self.tiles[:GUARD], self.tiles[-GUARD:]])
+        assert (guards == 0xA5).all(), "wrote outside of the tiles"
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None, team: int = 0) -> torch.Tensor:
+        size = len(x) * self.shape[0]
+        out = torch.full((size + 2 * GUARD,), float("nan"), dtype=x.dtype, device="cuda")
+        self.matrix.linear(
+            self.tiles.data_ptr() + GUARD,
+            x.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr() + GUARD * out.element_size(),
+            len(x),
+            str(x.dtype).removeprefix("torch."),
+            torch.cuda.current_stream().cuda_stream,
+            team,
+        )
+        torch.cuda.synchronize()
+        assert out[:GUARD].isnan().all() and out[-GUARD:].isnan().all(), "wrote outside the output"
+        return out[GUARD : GUARD + size].view(len(x), self.shape[0])
+
+
+def check(packed: PackedTensor, tokens: int, dtype: str, seed: int, biased: bool = False, team: int = 0) -> None:
+    linear = Linear(packed)
+    n, k = linear.shape
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(tokens, k, generator=generator) + 0.5).to(getattr(torch, dtype))
+    bias = torch.randn(n, generator=generator).to(x.dtype) if biased else None
+    weight = torch.from_numpy(packed.decode(0)).double()
+    expected = x.double() @ weight.T + (0 if bias is None else bias.double())
+    scale = x.double().abs() @ weight.abs().T + 1e-3  # errors are relative to the sum of magnitudes' square root and up
+    found = linear(x.cuda(), None if bias is None else bias.cuda(), team)
+    assert torch.equal(found, linear(x.cuda(), None if bias is None else bias.cuda(), team))
+    error = (found.cpu().double() - expected).abs()
+    assert (error <= ERROR[dtype] * expected.abs() + 1e-4 * scale).all(), float((error / scale).max())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128, 0])
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_it_is_the_product(shape: tuple[int, int], bits: int, group: int, zero_point: bool) -> None:
+    packed = int_record(bits, group, zero_point, *shape)
+    for tokens, dtype in [(1, "bfloat16"), (8, "float16"), (13, "bfloat16")]:
+        check(packed, tokens, dtype, seed=shape[0])
+
+
+@pytest.mark.parametrize("team", [1, 2, 4, 8, 16])
+def test_it_does_not_matter_how_many_warps_share_a_tile(team: int) -> None:
+    check(int_record(4, 128, False, 300, 2080), 3, "bfloat16", 0, team=team)
+
+
+def test_random_configurations() -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(200):
+        rows, cols = int(rng.integers(1, 700)), int(rng.integers(1, 3000))
+        packed = int_record(
+            int(rng.choice([2, 3, 4, 8])),
+            int(rng.choice([0, 32, 64, 128])),
+            bool(rng.integers(2)),
+            rows,
+            cols,
+            str(rng.choice(["float16", "bfloat16"])),
+            bool(rng.integers(2)),
+        )
+        dtype = str(rng.choice(["float16", "bfloat16"]))
+        check(packed, int(rng.integers(1, 40)), dtype, seed, biased=bool(rng.integers(2)))
+
+
+def test_no_tokens_and_what_has_no_kernel() -> None:
+    linear = Linear(int_record(4, 128, False, 33, 129))
+    assert linear(torch.empty(0, 129, dtype=torch.bfloat16, device="cuda")).shape == (0, 33)
+    with pytest.raises(QmoeError, match="E_DTYPE"):
+        linear(torch.zeros(1, 129, device="cuda"))
+    for packed in (int_record(4, 16, False, 33, 129), int_record(4, 32, False, 33, 129, "float32")):
+        with pytest.raises(QmoeError, match="E_NO_KERNEL"):
+            _C.CudaInt(packed.data, 0)
+    with pytest.raises(QmoeError, match="E_VALUE"):
+        linear(torch.zeros(1, 129, dtype=torch.bfloat16, device="cuda"), team=3)
+
+
+def test_extreme_codes() -> None:
+    for bits in (2, 3, 4, 8):
+        codes = np.full((40, 256), 2**bits - 1, np.uint8)
+        codes[::2] = 0
+        matrix = IntMatrix(IntFormat(bits, 64), codes, np.full((40, 4), 2.0, np.float32), None)
+        check(PackedTensor.pack([matrix, matrix]), 2, "float16", bits)
