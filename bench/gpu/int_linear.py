@@ -27,8 +27,8 @@ GROUP = 128
 def sample(bits: int, rows: int, cols: int) -> PackedTensor:
     rng = np.random.default_rng(bits)
     codes = rng.integers(0, 2**bits, (rows, cols), np.uint8)
-    scales = (rng.random((rows, cols // GROUP)) / 64).astype(np.float32)
-    return PackedTensor.pack([IntMatrix(IntFormat(bits, GROUP), codes, scales, None)])
+    scales = (rng.random((rows, cols // GROUP)) / 64).astype(np.float16).astype(np.float32)
+    return PackedTensor.pack([IntMatrix(IntFormat(bits, GROUP, False), codes, scales, None)])
 
 
 def microseconds(calls: list[Callable[[], None]]) -> dict[str, float]:

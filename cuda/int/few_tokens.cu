@@ -3,10 +3,12 @@
 // A block of threads stays on its multiprocessor and its warps in teams; a team takes one tile of 16 rows after the
 // other, its warps divide the columns. Each lane copies its own share of the codes into a ring in shared memory, far
 // ahead of its use and across tiles, and takes it from there without any other thread: what keeps memory busy is the
-// ring, not registers or the number of warps. Codes become floats by bits alone: with those of 128.0 around it, code c
-// is 128 + c. The 128, and the zero, are taken away again from the sum over a group, of which the tensor cores keep the
-// sum of the activations beside it (a product with ones). Products of a group are scaled in float32. The order of
-// summation is fixed: results do not depend on anything but the shape.
+// ring, not registers or the number of warps. Codes become floats by bits: with those of 128.0 around it, code c is
+// 128 + c, from which the middle of the codes is then subtracted, exactly. (To do that once a group, from the sums, is
+// cheaper but costs digits: tensor cores cut off what is small beside 128 times the activations.) Where a zero is not
+// the middle, the rest is taken from the sum over a group, of which the tensor cores keep the sum of the activations
+// beside it, a product with ones. Products of a group are scaled in float32. The order of summation is fixed: results
+// do not depend on anything but the shape.
 #include "common.cuh"
 #include "int/tiles.h"
 
@@ -20,7 +22,7 @@ struct Product {
     const void *x, *bias;
     void* y;
     uint32_t rows, cols, tiles, blocks, groups, tile_scales, tokens, team;
-    float zero;
+    float zero;  // from the middle of the codes, where none are stored
     bool bf16_scales;
 };
 
@@ -76,8 +78,16 @@ __device__ __forceinline__ uint32_t around(uint32_t word, uint32_t more = Elemen
     return (moved & kMask) | more;
 }
 
-// First operands of product `kM` of step `kStep`, from a lane's words. Codes of 8 bits are two planes of 4, the upper one
-// worth sixteen times as much.
+// a - b, two of them.
+template <typename T>
+__device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
+    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    const Pair d = __hsub2(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
+    return *reinterpret_cast<const uint32_t*>(&d);
+}
+
+// First operands of product `kM` of step `kStep`, from a lane's words: codes minus the middle, 2^(bits - 1). Codes of 8
+// bits are two planes of 4, the upper one worth sixteen times as much, and its middle that of all.
 template <typename T, int kBits, int kStep, int kM, int kPlane>
 __device__ __forceinline__ void operands(const uint32_t* words, uint32_t (&a)[4]) {
     constexpr int kAt = Element<T>::kAt;
@@ -111,6 +121,10 @@ __device__ __forceinline__ void operands(const uint32_t* words, uint32_t (&a)[4]
         a[2] = around<T, 4 * kPlane, 4>(second);
         a[3] = around<T, 8 + 4 * kPlane, 4>(second);
     }
+    constexpr uint32_t kMiddle = kBits < 8 ? 1u << (kBits - 1) : kPlane == 1 ? 8 : 0;
+    constexpr uint32_t kBoth = Element<T>::kMagic | (kMiddle * 0x00010001u << kAt);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = subtract<T>(a[i], kBoth);
 }
 
 // A lane's 8 columns of one token from `col` on; zeros beyond the last column.
@@ -127,7 +141,6 @@ __device__ __forceinline__ uint4 load_columns(const T* row, uint32_t col, uint32
     }
 }
 
-template <typename T>
 __device__ __forceinline__ float2 pair_of_scales(uint32_t word, bool bf16) {
     return bf16 ? __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word))
                 : __half22float2(*reinterpret_cast<const __half2*>(&word));
@@ -140,14 +153,17 @@ struct Sums {
     static constexpr int kPlanes = kBits == 8 ? 2 : 1;
     float products[kPlanes][kN][4] = {}, ones[kN][4] = {};
 
+    // `zeros`: whether some zero is not the middle.
     template <int kStep>
-    __device__ __forceinline__ void add(const uint32_t* words, const uint4 (&x)[kN]) {
-        const uint32_t one[4] = {Element<T>::kOnes, Element<T>::kOnes, Element<T>::kOnes, Element<T>::kOnes};
+    __device__ __forceinline__ void add(const uint32_t* words, const uint4 (&x)[kN], bool zeros) {
         uint32_t a[4];
+        if (zeros) {
+            const uint32_t one[4] = {Element<T>::kOnes, Element<T>::kOnes, Element<T>::kOnes, Element<T>::kOnes};
 #pragma unroll
-        for (int n = 0; n < kN; ++n) {
-            mma<T>(ones[n], one, x[n].x, x[n].y);
-            mma<T>(ones[n], one, x[n].z, x[n].w);
+            for (int n = 0; n < kN; ++n) {
+                mma<T>(ones[n], one, x[n].x, x[n].y);
+                mma<T>(ones[n], one, x[n].z, x[n].w);
+            }
         }
         operands<T, kBits, kStep, 0, 0>(words, a);
 #pragma unroll
@@ -165,16 +181,15 @@ struct Sums {
         }
     }
 
-    // totals += scale (codes - zero) x, and begins anew. `zero`, `scale`: of rows g and g + 8.
+    // totals += scale (codes - zero) x, and begins anew. `zero`, `scale`: of rows g and g + 8; zeros from the middle.
     __device__ __forceinline__ void finish(float (&totals)[kN][4], float2 scale, float2 zero) {
-        constexpr float kAround = kPlanes == 2 ? 128.0f * 17.0f : 128.0f;
 #pragma unroll
         for (int n = 0; n < kN; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 float value = products[0][n][i];
                 if constexpr (kPlanes == 2) value = fmaf(16.0f, products[1][n][i], value);
-                value = fmaf(-(kAround + (i < 2 ? zero.x : zero.y)), ones[n][i], value);
+                value = fmaf(i < 2 ? -zero.x : -zero.y, ones[n][i], value);
                 totals[n][i] = fmaf(i < 2 ? scale.x : scale.y, value, totals[n][i]);
                 products[0][n][i] = products[kPlanes - 1][n][i] = ones[n][i] = 0.0f;
             }
@@ -236,11 +251,20 @@ __global__ __launch_bounds__(kThreads, 1) void few_tokens(const Product p) {
         there[n] = 8 * n + g < p.tokens;
         x[n] = static_cast<const T*>(p.x) + uint64_t{there[n] ? 8 * n + g : 0} * p.cols;
     }
+    const bool zeros = p.zeros != nullptr || p.zero != 0.0f;
     const float2 constant = {p.zero, p.zero};
+    const auto stored_zeros = [&](uint32_t word) {
+        constexpr float kMiddle = 1 << (kBits - 1);
+        const float2 zero = __half22float2(*reinterpret_cast<const __half2*>(&word));
+        return float2{zero.x - kMiddle, zero.y - kMiddle};
+    };
     uint32_t stage = 0, turn = 0;
     for (uint32_t tile = team; tile < p.tiles; tile += teams, ++turn) {
         float totals[kN][4] = {};
         Sums<T, kBits, kN> sums;
+        float2 row_zero = constant;
+        if (p.groups == 0 && p.zeros != nullptr)
+            row_zero = stored_zeros(reinterpret_cast<const uint32_t*>(p.zeros)[uint64_t{tile} * 8 + g]);
         for (uint32_t block = member; block < p.blocks; block += p.team) {
             uint4 columns[kTileSteps][kN];
 #pragma unroll
@@ -266,25 +290,27 @@ __global__ __launch_bounds__(kThreads, 1) void few_tokens(const Product p) {
             copy_next();
             const auto finish = [&](uint32_t group) {
                 float2 zero = constant;
-                if (p.zeros != nullptr) zero = pair_of_scales<T>(scales[R::kScales / 4 + group], false);
-                sums.finish(totals, pair_of_scales<T>(scales[group], p.bf16_scales), zero);
+                if (p.zeros != nullptr) zero = stored_zeros(scales[R::kScales / 4 + group]);
+                sums.finish(totals, pair_of_scales(scales[group], p.bf16_scales), zero);
             };
-            sums.template add<0>(words, columns[0]);
+            sums.template add<0>(words, columns[0], zeros);
             if (p.groups == 4) finish(0);
-            sums.template add<1>(words, columns[1]);
+            sums.template add<1>(words, columns[1], zeros);
             if (p.groups == 4) finish(1);
             if (p.groups == 2) finish(0);
-            sums.template add<2>(words, columns[2]);
+            sums.template add<2>(words, columns[2], zeros);
             if (p.groups == 4) finish(2);
-            sums.template add<3>(words, columns[3]);
-            if (p.groups != 0) finish(p.groups - 1);
+            sums.template add<3>(words, columns[3], zeros);
+            if (p.groups != 0)
+                finish(p.groups - 1);
+            else  // not once a row: the tensor cores' sums lose digits as they grow
+                sums.finish(totals, {1.0f, 1.0f}, row_zero);
         }
         if (p.groups == 0) {
-            const auto* const scales = reinterpret_cast<const uint32_t*>(p.scales) + uint64_t{tile} * 8 + g;
-            float2 zero = constant;
-            if (p.zeros != nullptr)
-                zero = pair_of_scales<T>(reinterpret_cast<const uint32_t*>(p.zeros)[uint64_t{tile} * 8 + g], false);
-            sums.finish(totals, pair_of_scales<T>(*scales, p.bf16_scales), zero);
+            const float2 scale =
+                pair_of_scales(reinterpret_cast<const uint32_t*>(p.scales)[uint64_t{tile} * 8 + g], p.bf16_scales);
+            for (int n = 0; n < kN; ++n)
+                for (int i = 0; i < 4; ++i) totals[n][i] *= i < 2 ? scale.x : scale.y;
         }
         // The sums of a team's warps, in their order, by each of them in turn. A barrier a tile is enough, since what is
         // written next is what was read before the last barrier.

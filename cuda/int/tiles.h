@@ -29,7 +29,7 @@ struct IntTiles {
     uint32_t bits = 0, words = 0;  // words of a lane and block
     uint32_t groups = 0;           // of a block, 1, 2 or 4; 0 where a row is one group
     bool has_zeros = false;
-    float zero = 0.0f;  // of all codes, where none are stored
+    float zero = 0.0f;  // of all codes where none are stored, from their middle
     ScaleType scale_type = ScaleType::kFloat16;
     uint64_t rows = 0, cols = 0, tiles = 0, blocks = 0;
     uint64_t tile_scales = 0;  // scales of a tile, 2 bytes each
@@ -39,7 +39,7 @@ struct IntTiles {
         : bits(stored.bits),
           words(2 * stored.bits),
           has_zeros(stored.has_zeros),
-          zero(static_cast<float>(1u << (stored.bits - 1)) + stored.offset),
+          zero(stored.has_zeros ? 0.0f : stored.offset),
           scale_type(stored.scale_type),
           rows(stored.rows),
           cols(stored.cols),

@@ -109,5 +109,5 @@ def test_extreme_codes() -> None:
     for bits in (2, 3, 4, 8):
         codes = np.full((40, 256), 2**bits - 1, np.uint8)
         codes[::2] = 0
-        matrix = IntMatrix(IntFormat(bits, 64), codes, np.full((40, 4), 2.0, np.float32), None)
+        matrix = IntMatrix(IntFormat(bits, 64, False), codes, np.full((40, 4), 2.0, np.float32), None)
         check(PackedTensor.pack([matrix, matrix]), 2, "float16", bits)
