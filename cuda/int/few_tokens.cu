@@ -2,13 +2,15 @@
 //
 // A block of threads stays on its multiprocessor and its warps in teams; a team takes one tile of 16 rows after the
 // other, its warps divide the columns. Each lane copies its own share of the codes into a ring in shared memory, far
-// ahead of its use and across tiles, and takes it from there without any other thread: what keeps memory busy is the
-// ring, not registers or the number of warps. Codes become floats by bits: with those of 128.0 around it, code c is
-// 128 + c, from which the middle of the codes is then subtracted, exactly. (To do that once a group, from the sums, is
-// cheaper but costs digits: tensor cores cut off what is small beside 128 times the activations.) Where a zero is not
-// the middle, the rest is taken from the sum over a group, of which the tensor cores keep the sum of the activations
-// beside it, a product with ones. Products of a group are scaled in float32. The order of summation is fixed: results
-// do not depend on anything but the shape.
+// ahead of its use and across tiles: what keeps memory busy is the ring, not registers or the number of warps. The
+// activations are in shared memory as a whole, in the order in which lanes want them, beside their sums over groups.
+//
+// What limits such a kernel below 4 bits is the number of instructions per code. Here a code becomes an operand of the
+// tensor cores by masking alone: the bits of the integer c, read as a float, are the subnormal c 2^-24 in float16 and
+// c 2^-133 in bfloat16 (above 127 it is a normal number, of the same value), which the tensor cores take as exactly as
+// any other number. Activations in bfloat16 are multiplied by 2^64 beforehand, so that products are normal float32
+// numbers. Sums over a group are brought back, the zero times the sum of the activations taken off, and scaled, in
+// float32. The order of summation is fixed: results depend on nothing but the shape and the size of a team.
 #include "common.cuh"
 #include "int/tiles.h"
 
@@ -18,24 +20,25 @@ namespace {
 constexpr uint32_t kWarps = 16, kThreads = kWarps * kLanes;
 
 struct Product {
-    const uint8_t *codes, *scales, *zeros;
+    const uint8_t* tiles;
     const void *x, *bias;
     void* y;
-    uint32_t rows, cols, tiles, blocks, groups, tile_scales, tokens, team;
-    float zero;  // from the middle of the codes, where none are stored
-    bool bf16_scales;
+    uint64_t tile_bytes;
+    uint32_t block_bytes, rows, cols, count, blocks, tokens, team;  // count: of tiles
+    float zero;
+    bool has_zeros, bf16_scales, row_groups;
 };
 
 template <typename T>
 struct Element;
-// A code's lowest bit in the pattern of 128 + code, 1 beside 1, and the product.
 template <>
 struct Element<__nv_bfloat16> {
-    static constexpr uint32_t kMagic = 0x43004300, kOnes = 0x3f803f80, kAt = 0;
+    static constexpr float kBefore = 18446744073709551616.0f;   // 2^64
+    static constexpr float kBehind = 590295810358705651712.0f;  // 2^69
 };
 template <>
 struct Element<__half> {
-    static constexpr uint32_t kMagic = 0x58005800, kOnes = 0x3c003c00, kAt = 3;
+    static constexpr float kBefore = 1.0f, kBehind = 16777216.0f;  // 2^24
 };
 
 template <typename T>
@@ -55,273 +58,259 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
 }
 
 template <int kBytes>
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+__device__ __forceinline__ void copy_async(uint32_t to, const uint8_t* from) {
     if constexpr (kBytes == 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes));
 }
-__device__ __forceinline__ void copies_commit() {
-    asm volatile("cp.async.commit_group;");
-}
-template <int kLeft>
-__device__ __forceinline__ void copies_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+
+// Codes of kBits at bits kFrom and 16 + kFrom of a word, at the lower end of each half.
+template <int kFrom, int kBits>
+__device__ __forceinline__ uint32_t pair(uint32_t word) {
+    return (word >> kFrom) & (((1u << kBits) - 1) * 0x00010001u);
 }
 
-// The bits of `kBits` wide codes at bits kFrom and 16 + kFrom of a word, as 128 + code twice.
-template <typename T, int kFrom, int kBits>
-__device__ __forceinline__ uint32_t around(uint32_t word, uint32_t more = Element<T>::kMagic) {
-    constexpr int kAt = Element<T>::kAt;
-    constexpr uint32_t kMask = ((1u << kBits) - 1) * 0x00010001u << kAt;
-    const uint32_t moved = kFrom >= kAt ? word >> (kFrom >= kAt ? kFrom - kAt : 0) : word << (kAt - kFrom);
-    return (moved & kMask) | more;
-}
-
-// a - b, two of them.
-template <typename T>
-__device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
-    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    const Pair d = __hsub2(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
-    return *reinterpret_cast<const uint32_t*>(&d);
-}
-
-// First operands of product `kM` of step `kStep`, from a lane's words: codes minus the middle, 2^(bits - 1). Codes of 8
-// bits are two planes of 4, the upper one worth sixteen times as much, and its middle that of all.
-template <typename T, int kBits, int kStep, int kM, int kPlane>
+// First operands of product kM of step kStep from a lane's words: see tiles.h.
+template <int kBits, int kStep, int kM>
 __device__ __forceinline__ void operands(const uint32_t* words, uint32_t (&a)[4]) {
-    constexpr int kAt = Element<T>::kAt;
-    if constexpr (kBits == 2) {
-        a[0] = around<T, 8 * kM, 2>(words[kStep]);
-        a[1] = around<T, 8 * kM + 2, 2>(words[kStep]);
-        a[2] = around<T, 8 * kM + 4, 2>(words[kStep]);
-        a[3] = around<T, 8 * kM + 6, 2>(words[kStep]);
-    } else if constexpr (kBits == 3) {
-        const uint32_t high = words[4 + kStep / 2];
-        constexpr int kFirst = 8 * (kStep % 2) + 4 * kM;
-        constexpr uint32_t kMask = 0x00010001u << (kAt + 2);
-        const auto with = [&](int from) {  // bit 2 of the codes within the pattern of 128
-            const int by = from - (kAt + 2);
-            return ((by >= 0 ? high >> by : high << -by) & kMask) | Element<T>::kMagic;
-        };
-        a[0] = around<T, 8 * kM, 2>(words[kStep], with(kFirst));
-        a[1] = around<T, 8 * kM + 2, 2>(words[kStep], with(kFirst + 1));
-        a[2] = around<T, 8 * kM + 4, 2>(words[kStep], with(kFirst + 2));
-        a[3] = around<T, 8 * kM + 6, 2>(words[kStep], with(kFirst + 3));
+    if constexpr (kBits == 2 || kBits == 3) {
+        a[0] = pair<8 * kM, 2>(words[kStep]);
+        a[1] = pair<8 * kM + 2, 2>(words[kStep]);
+        a[2] = pair<8 * kM + 4, 2>(words[kStep]);
+        a[3] = pair<8 * kM + 6, 2>(words[kStep]);
+        if constexpr (kBits == 3) {
+            constexpr int kFirst = 8 * (kStep % 2) + 4 * kM;
+            const uint32_t high = words[4 + kStep / 2];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int by = kFirst + j - 2;
+                a[j] |= (by >= 0 ? high >> by : high << -by) & 0x00040004u;
+            }
+        }
     } else if constexpr (kBits == 4) {
         const uint32_t word = words[2 * kStep + kM];
-        a[0] = around<T, 0, 4>(word);
-        a[1] = around<T, 4, 4>(word);
-        a[2] = around<T, 8, 4>(word);
-        a[3] = around<T, 12, 4>(word);
+        a[0] = pair<0, 4>(word);
+        a[1] = pair<4, 4>(word);
+        a[2] = pair<8, 4>(word);
+        a[3] = pair<12, 4>(word);
     } else {
         const uint32_t first = words[4 * kStep + 2 * kM], second = words[4 * kStep + 2 * kM + 1];
-        a[0] = around<T, 4 * kPlane, 4>(first);
-        a[1] = around<T, 8 + 4 * kPlane, 4>(first);
-        a[2] = around<T, 4 * kPlane, 4>(second);
-        a[3] = around<T, 8 + 4 * kPlane, 4>(second);
-    }
-    constexpr uint32_t kMiddle = kBits < 8 ? 1u << (kBits - 1) : kPlane == 1 ? 8 : 0;
-    constexpr uint32_t kBoth = Element<T>::kMagic | (kMiddle * 0x00010001u << kAt);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = subtract<T>(a[i], kBoth);
-}
-
-// A lane's 8 columns of one token from `col` on; zeros beyond the last column.
-template <typename T, bool kAligned>
-__device__ __forceinline__ uint4 load_columns(const T* row, uint32_t col, uint32_t cols) {
-    if constexpr (kAligned) {
-        return col < cols ? __ldg(reinterpret_cast<const uint4*>(row + col)) : uint4{};
-    } else {
-        uint32_t words[4] = {};
-        for (uint32_t i = 0; i < 8; ++i)
-            if (col + i < cols)
-                words[i / 2] |= uint32_t{__ldg(reinterpret_cast<const uint16_t*>(row + col + i))} << (16 * (i % 2));
-        return {words[0], words[1], words[2], words[3]};
+        a[0] = pair<0, 8>(first);
+        a[1] = pair<8, 8>(first);
+        a[2] = pair<0, 8>(second);
+        a[3] = pair<8, 8>(second);
     }
 }
 
-__device__ __forceinline__ float2 pair_of_scales(uint32_t word, bool bf16) {
+__device__ __forceinline__ float2 floats_of(uint32_t word, bool bf16) {
     return bf16 ? __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word))
                 : __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
 
-// Sums of one group of a warp's tile and kN x 8 tokens. In every array of four: rows g, g, g + 8, g + 8 and tokens 2 t,
-// 2 t + 1, 2 t, 2 t + 1.
-template <typename T, int kBits, int kN>
-struct Sums {
-    static constexpr int kPlanes = kBits == 8 ? 2 : 1;
-    float products[kPlanes][kN][4] = {}, ones[kN][4] = {};
-
-    // `zeros`: whether some zero is not the middle.
-    template <int kStep>
-    __device__ __forceinline__ void add(const uint32_t* words, const uint4 (&x)[kN], bool zeros) {
-        uint32_t a[4];
-        if (zeros) {
-            const uint32_t one[4] = {Element<T>::kOnes, Element<T>::kOnes, Element<T>::kOnes, Element<T>::kOnes};
+// A lane's 8 neighbouring columns of one token; zeros beyond the last column.
+template <typename T>
+__device__ __forceinline__ void load_columns(const T* row, uint32_t col, uint32_t cols, bool aligned, float (&v)[8]) {
+    if (aligned && col < cols) {
+        const uint4 raw = __ldg(reinterpret_cast<const uint4*>(row + col));
+        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-            for (int n = 0; n < kN; ++n) {
-                mma<T>(ones[n], one, x[n].x, x[n].y);
-                mma<T>(ones[n], one, x[n].z, x[n].w);
-            }
+        for (int i = 0; i < 4; ++i) {
+            const float2 two = floats_of(words[i], std::is_same_v<T, __nv_bfloat16>);
+            v[2 * i] = two.x, v[2 * i + 1] = two.y;
         }
-        operands<T, kBits, kStep, 0, 0>(words, a);
-#pragma unroll
-        for (int n = 0; n < kN; ++n) mma<T>(products[0][n], a, x[n].x, x[n].y);
-        operands<T, kBits, kStep, 1, 0>(words, a);
-#pragma unroll
-        for (int n = 0; n < kN; ++n) mma<T>(products[0][n], a, x[n].z, x[n].w);
-        if constexpr (kPlanes == 2) {
-            operands<T, kBits, kStep, 0, 1>(words, a);
-#pragma unroll
-            for (int n = 0; n < kN; ++n) mma<T>(products[1][n], a, x[n].x, x[n].y);
-            operands<T, kBits, kStep, 1, 1>(words, a);
-#pragma unroll
-            for (int n = 0; n < kN; ++n) mma<T>(products[1][n], a, x[n].z, x[n].w);
-        }
+        return;
     }
+#pragma unroll
+    for (uint32_t i = 0; i < 8; ++i) v[i] = col + i < cols ? static_cast<float>(row[col + i]) : 0.0f;
+}
 
-    // totals += scale (codes - zero) x, and begins anew. `zero`, `scale`: of rows g and g + 8; zeros from the middle.
-    __device__ __forceinline__ void finish(float (&totals)[kN][4], float2 scale, float2 zero) {
-#pragma unroll
-        for (int n = 0; n < kN; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float value = products[0][n][i];
-                if constexpr (kPlanes == 2) value = fmaf(16.0f, products[1][n][i], value);
-                value = fmaf(i < 2 ? -zero.x : -zero.y, ones[n][i], value);
-                totals[n][i] = fmaf(i < 2 ? scale.x : scale.y, value, totals[n][i]);
-                products[0][n][i] = products[kPlanes - 1][n][i] = ones[n][i] = 0.0f;
-            }
+template <typename T>
+__device__ __forceinline__ uint32_t two_of(float a, float b) {
+    if constexpr (std::is_same_v<T, __half>) {
+        const __half2 both = __floats2half2_rn(a, b);
+        return *reinterpret_cast<const uint32_t*>(&both);
+    } else {
+        const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+        return *reinterpret_cast<const uint32_t*>(&both);
+    }
+}
+
+// What is where in shared memory: rings, partial sums of teams, activations (block, step, token, t; 16 bytes), and their
+// sums (group, token).
+template <int kBits, int kN, int kGroups>
+struct Room {
+    static constexpr uint32_t kWords = 2 * kBits, kCodes = kWords * 4 * kLanes;
+    static constexpr uint32_t kStage = kCodes + kGroups * 64;
+    static constexpr int kStages = (kBits == 8 ? 3 : kBits == 2 ? 6 : 4) - (kN == 2 && kBits > 2 ? 1 : 0);
+    static constexpr uint32_t kRing = kStages * kStage;
+    static constexpr uint32_t kPartial = kWarps * kRing, kX = kPartial + 2 * kWarps * kN * kLanes * 16;
+
+    static uint32_t bytes(uint32_t tokens, uint32_t blocks) noexcept {
+        return kX + blocks * (tokens * kTileColumns * 2 + kGroups * 8 * kN * 4);
     }
 };
 
-// Sizes of a warp's ring.
-template <int kBits>
-struct Ring {
-    static constexpr int kStages = kBits == 8 ? 4 : kBits == 4 ? 6 : 8;
-    static constexpr uint32_t kWords = 2 * kBits, kBlock = kWords * 4 * kLanes;
-    static constexpr uint32_t kScales = 8 * 4 * 4;  // of a block: 8 pairs of up to 4 groups, 4 bytes each
-    static constexpr uint32_t kStage = kBlock + 2 * kScales, kBytes = kStages * kStage;
-};
-
-template <typename T, int kBits, int kN, bool kAligned>
+// kGroups: of a block; one where a row is a group, which only its scale tells from groups of a block.
+template <typename T, int kBits, int kN, int kGroups>
 __global__ __launch_bounds__(kThreads, 1) void few_tokens(const Product p) {
-    using R = Ring<kBits>;
+    using R = Room<kBits, kN, kGroups>;
     extern __shared__ __align__(128) uint8_t shared[];
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
     const uint32_t teams_here = kWarps / p.team, teams = gridDim.x * teams_here;
     const uint32_t team_here = warp / p.team, member = warp % p.team;
     const uint32_t team = team_here * gridDim.x + blockIdx.x;
-    uint8_t* const ring = shared + warp * R::kBytes;
-    const auto ring_at = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
-    float4* const partial = reinterpret_cast<float4*>(shared + kWarps * R::kBytes);  // [2][warp][kN][lane]
+    uint8_t* const ring = shared + warp * R::kRing;
+    float4* const partial = reinterpret_cast<float4*>(shared + R::kPartial);  // [2][warp][kN][lane]
+    uint4* const x = reinterpret_cast<uint4*>(shared + R::kX);
+    float* const sums = reinterpret_cast<float*>(x + p.blocks * kTileSteps * p.tokens * 4);
 
-    // What is copied next.
-    uint32_t next_tile = team, next_block = member, next_stage = 0;
+    // What is copied next, and where to.
+    const uint32_t ring_begin = static_cast<uint32_t>(__cvta_generic_to_shared(ring)), ring_end = ring_begin + R::kRing;
+    const uint32_t block_step = p.team * p.block_bytes, scale_lanes = p.row_groups ? 0 : 8 * kGroups;
+    const uint8_t* next = p.tiles + uint64_t{team} * p.tile_bytes + member * p.block_bytes;
+    uint32_t next_tile = team, next_block = member, next_to = ring_begin;
     const auto copy_next = [&] {
-        if (next_tile < p.tiles && next_block < p.blocks) {
-            const uint64_t block = uint64_t{next_tile} * p.blocks + next_block;
-            const uint8_t* const from = p.codes + block * R::kBlock;
-            const uint32_t to = ring_at + next_stage * R::kStage;
+        if (next_tile < p.count && next_block < p.blocks) {
 #pragma unroll
             for (uint32_t piece = 0; piece < R::kWords / 4; ++piece)
-                copy_async<16>(to + piece * 512 + lane * 16, from + piece * 512 + lane * 16);
+                copy_async<16>(next_to + lane * 16 + piece * 512, next + lane * 16 + piece * 512);
             if constexpr (R::kWords % 4 != 0)
-                copy_async<8>(to + R::kWords / 4 * 512 + lane * 8, from + R::kWords / 4 * 512 + lane * 8);
-            if (p.groups != 0 && lane < 8 * p.groups) {  // a word a lane
-                const uint64_t at = (block * 8 * p.groups + lane) * 4;
-                copy_async<4>(to + R::kBlock + lane * 4, p.scales + at);
-                if (p.zeros != nullptr) copy_async<4>(to + R::kBlock + R::kScales + lane * 4, p.zeros + at);
+                copy_async<8>(next_to + lane * 8 + R::kWords / 4 * 512, next + lane * 8 + R::kWords / 4 * 512);
+            if (lane < scale_lanes) {  // a word a lane
+                copy_async<4>(next_to + lane * 4 + R::kCodes, next + lane * 4 + R::kCodes);
+                if (p.has_zeros)
+                    copy_async<4>(next_to + lane * 4 + R::kCodes + kGroups * 32,
+                                  next + lane * 4 + R::kCodes + kGroups * 32);
             }
             next_block += p.team;
+            next += block_step;
             if (next_block >= p.blocks) {
                 next_block = member;
                 next_tile += teams;
+                next = p.tiles + uint64_t{next_tile} * p.tile_bytes + member * p.block_bytes;
             }
         }
-        copies_commit();
-        next_stage = next_stage + 1 == R::kStages ? 0 : next_stage + 1;
+        asm volatile("cp.async.commit_group;");
+        next_to = next_to + R::kStage == ring_end ? ring_begin : next_to + R::kStage;
     };
+#pragma unroll 1
     for (int i = 0; i < R::kStages - 1; ++i) copy_next();
 
-    const T* x[kN];
-    bool there[kN];
-    for (int n = 0; n < kN; ++n) {
-        there[n] = 8 * n + g < p.tokens;
-        x[n] = static_cast<const T*>(p.x) + uint64_t{there[n] ? 8 * n + g : 0} * p.cols;
+    const bool aligned = p.cols % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+    const uint32_t pieces = p.blocks * (kTileColumns / 8);
+    for (uint32_t i = threadIdx.x; i < pieces * p.tokens; i += kThreads) {  // whole warps: pieces are a multiple of 16,
+        const uint32_t token = i / pieces, piece = i % pieces;              // and halves of a warp do not mix below
+        float v[8], sum = 0.0f;
+        load_columns(static_cast<const T*>(p.x) + uint64_t{token} * p.cols, 8 * piece, p.cols, aligned, v);
+        uint32_t words[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            words[k] = two_of<T>(v[2 * k] * Element<T>::kBefore, v[2 * k + 1] * Element<T>::kBefore);
+            sum += v[2 * k] + v[2 * k + 1];
+        }
+        x[(piece / 4 * p.tokens + token) * 4 + piece % 4] = {words[0], words[1], words[2], words[3]};
+        const uint32_t mask = i / kLanes * kLanes + kLanes <= pieces * p.tokens ? ~0u : 0xffffu;
+#pragma unroll
+        for (uint32_t d = 1; d < 16 / kGroups; d *= 2) sum += __shfl_xor_sync(mask, sum, d);
+        if (piece % (16 / kGroups) == 0) sums[piece / (16 / kGroups) * 8 * kN + token] = sum;
     }
-    const bool zeros = p.zeros != nullptr || p.zero != 0.0f;
-    const float2 constant = {p.zero, p.zero};
-    const auto stored_zeros = [&](uint32_t word) {
-        constexpr float kMiddle = 1 << (kBits - 1);
-        const float2 zero = __half22float2(*reinterpret_cast<const __half2*>(&word));
-        return float2{zero.x - kMiddle, zero.y - kMiddle};
-    };
-    uint32_t stage = 0, turn = 0;
-    for (uint32_t tile = team; tile < p.tiles; tile += teams, ++turn) {
+    __syncthreads();
+
+    const uint4* own[kN];  // tokens that are not there may be any: a column of products has nothing to do with others
+#pragma unroll
+    for (int n = 0; n < kN; ++n) own[n] = x + min(8 * n + g, p.tokens - 1) * 4 + t;
+    const uint32_t step_stride = p.tokens * 4;
+    const uint8_t* from = ring;
+    uint32_t turn = 0;
+#pragma unroll 1
+    for (uint32_t tile = team; tile < p.count; tile += teams, ++turn) {
         float totals[kN][4] = {};
-        Sums<T, kBits, kN> sums;
-        float2 row_zero = constant;
-        if (p.groups == 0 && p.zeros != nullptr)
-            row_zero = stored_zeros(reinterpret_cast<const uint32_t*>(p.zeros)[uint64_t{tile} * 8 + g]);
+        const uint8_t* const tail =
+            p.tiles + uint64_t{tile} * p.tile_bytes + uint64_t{p.blocks} * p.block_bytes + g * 4;
+        float2 zero{p.zero, p.zero};
+        if (p.row_groups && p.has_zeros) zero = floats_of(*reinterpret_cast<const uint32_t*>(tail + 32), false);
+#pragma unroll 1
         for (uint32_t block = member; block < p.blocks; block += p.team) {
-            uint4 columns[kTileSteps][kN];
-#pragma unroll
-            for (uint32_t step = 0; step < kTileSteps; ++step)
-#pragma unroll
-                for (int n = 0; n < kN; ++n)
-                    columns[step][n] =
-                        there[n] ? load_columns<T, kAligned>(x[n], block * kTileColumns + step * 32 + 8 * t, p.cols)
-                                 : uint4{};
-            copies_wait<R::kStages - 2>();
-            __syncwarp();  // scales are copied by other lanes; and all have read what is overwritten next
-            const uint8_t* const from = ring + stage * R::kStage;
-            stage = stage + 1 == R::kStages ? 0 : stage + 1;
-            uint32_t words[R::kWords];
+            asm volatile("cp.async.wait_group %0;" ::"n"(R::kStages - 2) : "memory");
+            __syncwarp();  // scales were copied by other lanes; and all have read what is overwritten next
+            uint32_t words[R::kWords], scales[kGroups], zeros[kGroups];
 #pragma unroll
             for (uint32_t piece = 0; piece < R::kWords / 4; ++piece)
                 *reinterpret_cast<uint4*>(words + 4 * piece) =
-                    *reinterpret_cast<const uint4*>(from + piece * 512 + lane * 16);
+                    *reinterpret_cast<const uint4*>(from + lane * 16 + piece * 512);
             if constexpr (R::kWords % 4 != 0)
                 *reinterpret_cast<uint2*>(words + R::kWords / 4 * 4) =
-                    *reinterpret_cast<const uint2*>(from + R::kWords / 4 * 512 + lane * 8);
-            const auto* const scales = reinterpret_cast<const uint32_t*>(from + R::kBlock) + g * p.groups;
+                    *reinterpret_cast<const uint2*>(from + lane * 8 + R::kWords / 4 * 512);
+#pragma unroll
+            for (int i = 0; i < kGroups; ++i) {
+                const auto* const at = reinterpret_cast<const uint32_t*>(from + R::kCodes) + g * kGroups + i;
+                scales[i] = at[0];
+                zeros[i] = at[8 * kGroups];
+            }
+            from = from + R::kStage == ring + R::kRing ? ring : from + R::kStage;
             copy_next();
-            const auto finish = [&](uint32_t group) {
-                float2 zero = constant;
-                if (p.zeros != nullptr) zero = stored_zeros(scales[R::kScales / 4 + group]);
-                sums.finish(totals, pair_of_scales(scales[group], p.bf16_scales), zero);
+            float products[kN][4];
+            const auto step = [&]<int kStep>() {
+                if (kStep % (kTileSteps / kGroups) == 0)
+#pragma unroll
+                    for (int n = 0; n < kN; ++n)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) products[n][i] = 0.0f;
+                uint4 columns[kN];
+#pragma unroll
+                for (int n = 0; n < kN; ++n) columns[n] = own[n][(block * kTileSteps + kStep) * step_stride];
+                uint32_t a[4];
+                operands<kBits, kStep, 0>(words, a);
+#pragma unroll
+                for (int n = 0; n < kN; ++n) mma<T>(products[n], a, columns[n].x, columns[n].y);
+                operands<kBits, kStep, 1>(words, a);
+#pragma unroll
+                for (int n = 0; n < kN; ++n) mma<T>(products[n], a, columns[n].z, columns[n].w);
+                if ((kStep + 1) % (kTileSteps / kGroups) != 0) return;
+                constexpr int kGroup = kStep / (kTileSteps / kGroups);
+                float2 scale{1.0f, 1.0f};
+                if (!p.row_groups) {
+                    scale = floats_of(scales[kGroup], p.bf16_scales);
+                    if (p.has_zeros) zero = floats_of(zeros[kGroup], false);
+                }
+#pragma unroll
+                for (int n = 0; n < kN; ++n) {
+                    const float2 sum =
+                        *reinterpret_cast<const float2*>(sums + (block * kGroups + kGroup) * 8 * kN + 8 * n + 2 * t);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float off = (i < 2 ? zero.x : zero.y) * (i % 2 == 0 ? sum.x : sum.y);
+                        const float value = fmaf(products[n][i], Element<T>::kBehind, -off);
+                        totals[n][i] = fmaf(i < 2 ? scale.x : scale.y, value, totals[n][i]);
+                    }
+                }
             };
-            sums.template add<0>(words, columns[0], zeros);
-            if (p.groups == 4) finish(0);
-            sums.template add<1>(words, columns[1], zeros);
-            if (p.groups == 4) finish(1);
-            if (p.groups == 2) finish(0);
-            sums.template add<2>(words, columns[2], zeros);
-            if (p.groups == 4) finish(2);
-            sums.template add<3>(words, columns[3], zeros);
-            if (p.groups != 0)
-                finish(p.groups - 1);
-            else  // not once a row: the tensor cores' sums lose digits as they grow
-                sums.finish(totals, {1.0f, 1.0f}, row_zero);
+            step.template operator()<0>();
+            step.template operator()<1>();
+            step.template operator()<2>();
+            step.template operator()<3>();
         }
-        if (p.groups == 0) {
-            const float2 scale =
-                pair_of_scales(reinterpret_cast<const uint32_t*>(p.scales)[uint64_t{tile} * 8 + g], p.bf16_scales);
+        if (p.row_groups) {
+            const float2 scale = floats_of(*reinterpret_cast<const uint32_t*>(tail), p.bf16_scales);
+#pragma unroll
             for (int n = 0; n < kN; ++n)
+#pragma unroll
                 for (int i = 0; i < 4; ++i) totals[n][i] *= i < 2 ? scale.x : scale.y;
         }
         // The sums of a team's warps, in their order, by each of them in turn. A barrier a tile is enough, since what is
         // written next is what was read before the last barrier.
         if (p.team > 1) {
             float4* const here = partial + (turn % 2 * kWarps + team_here * p.team) * kN * kLanes + lane;
+#pragma unroll
             for (int n = 0; n < kN; ++n)
                 here[(member * kN + n) * kLanes] = {totals[n][0], totals[n][1], totals[n][2], totals[n][3]};
             asm volatile("bar.sync %0, %1;" ::"r"(1 + team_here), "r"(p.team * kLanes) : "memory");
             if (turn % p.team != member) continue;
+#pragma unroll
             for (int n = 0; n < kN; ++n) {
                 float4 sum = here[n * kLanes];
+#pragma unroll 1
                 for (uint32_t other = 1; other < p.team; ++other) {
                     const float4 more = here[(other * kN + n) * kLanes];
                     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
@@ -329,7 +318,9 @@ __global__ __launch_bounds__(kThreads, 1) void few_tokens(const Product p) {
                 totals[n][0] = sum.x, totals[n][1] = sum.y, totals[n][2] = sum.z, totals[n][3] = sum.w;
             }
         }
+#pragma unroll
         for (int n = 0; n < kN; ++n)
+#pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const uint32_t row = tile * kTileRows + g + i / 2 * 8, token = 8 * n + 2 * t + i % 2;
                 if (row >= p.rows || token >= p.tokens) continue;
@@ -338,7 +329,7 @@ __global__ __launch_bounds__(kThreads, 1) void few_tokens(const Product p) {
                 static_cast<T*>(p.y)[uint64_t{token} * p.rows + row] = from_float<T>(value);
             }
     }
-    copies_wait<0>();
+    asm volatile("cp.async.wait_all;");
 }
 
 // Warps of a team: those that read the busiest multiprocessor's tiles in the fewest turns. The sum over a team costs about
@@ -355,35 +346,61 @@ uint32_t choose_team(uint32_t tiles, uint32_t blocks, uint32_t multiprocessors) 
     return best;
 }
 
-template <typename T, int kBits, int kN, bool kAligned>
-Status launch(const Product& product, uint32_t multiprocessors, cudaStream_t stream) noexcept {
-    constexpr uint32_t kShared = kWarps * Ring<kBits>::kBytes + 2 * kWarps * kN * kLanes * sizeof(float4);
-    const cudaError_t error =
-        cudaFuncSetAttribute(few_tokens<T, kBits, kN, kAligned>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-    if (error != cudaSuccess) return Status::error(Code::kNoKernel, cudaGetErrorString(error));
-    const uint32_t grid = product.tiles < multiprocessors ? product.tiles : multiprocessors;
-    few_tokens<T, kBits, kN, kAligned><<<grid, kThreads, kShared, stream>>>(product);
+struct Device {
+    uint32_t multiprocessors, shared;  // shared: bytes that a block may have
+};
+
+Status runtime_error(cudaError_t error) noexcept {
+    return Status::error(Code::kNoKernel, cudaGetErrorString(error));
+}
+
+// One launch per as many tokens as there is room for.
+template <typename T, int kBits, int kN, int kGroups>
+Status launch(Product product, uint64_t tokens, const Device& device, cudaStream_t stream) noexcept {
+    using R = Room<kBits, kN, kGroups>;
+    const auto kernel = few_tokens<T, kBits, kN, kGroups>;
+    uint32_t most = 8 * kN;
+    while (most > 1 && R::bytes(most, product.blocks) > device.shared) --most;
+    if (R::bytes(most, product.blocks) > device.shared)
+        return Status::mismatch(Code::kNoKernel, "cuda: columns that one token may have", 0, 1 << 15, product.cols);
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared));
+    if (error != cudaSuccess) return runtime_error(error);
+    const uint64_t launches = ceil_div(tokens, uint64_t{most});
+    const uint32_t grid = product.count < device.multiprocessors ? product.count : device.multiprocessors;
+    for (uint64_t i = 0, first = 0; i < launches; ++i) {
+        const uint64_t last = tokens * (i + 1) / launches;
+        Product part = product;
+        part.tokens = static_cast<uint32_t>(last - first);
+        part.x = static_cast<const T*>(product.x) + first * product.cols;
+        part.y = static_cast<T*>(product.y) + first * product.rows;
+        kernel<<<grid, kThreads, R::bytes(part.tokens, product.blocks), stream>>>(part);
+        first = last;
+    }
     return launch_status();
 }
 
 template <typename T, int kBits>
-Status launch_bits(const Product& product, uint32_t multiprocessors, cudaStream_t stream) noexcept {
-    const bool aligned = product.cols % 8 == 0 && reinterpret_cast<uintptr_t>(product.x) % 16 == 0;
-    if (product.tokens <= 8)
-        return aligned ? launch<T, kBits, 1, true>(product, multiprocessors, stream)
-                       : launch<T, kBits, 1, false>(product, multiprocessors, stream);
-    return aligned ? launch<T, kBits, 2, true>(product, multiprocessors, stream)
-                   : launch<T, kBits, 2, false>(product, multiprocessors, stream);
+Status launch_bits(const Product& product, uint32_t groups, uint64_t tokens, const Device& device,
+                   cudaStream_t stream) noexcept {
+    const auto with = [&]<int kN>() {
+        switch (groups) {
+            case 2: return launch<T, kBits, kN, 2>(product, tokens, device, stream);
+            case 4: return launch<T, kBits, kN, 4>(product, tokens, device, stream);
+            default: return launch<T, kBits, kN, 1>(product, tokens, device, stream);
+        }
+    };
+    return tokens <= 8 ? with.template operator()<1>() : with.template operator()<2>();
 }
 
 template <typename T>
-Status launch_type(const IntTiles& tiles, const Product& product, uint32_t multiprocessors,
+Status launch_type(const IntTiles& tiles, const Product& product, uint64_t tokens, const Device& device,
                    cudaStream_t stream) noexcept {
     switch (tiles.bits) {
-        case 2: return launch_bits<T, 2>(product, multiprocessors, stream);
-        case 3: return launch_bits<T, 3>(product, multiprocessors, stream);
-        case 4: return launch_bits<T, 4>(product, multiprocessors, stream);
-        default: return launch_bits<T, 8>(product, multiprocessors, stream);
+        case 2: return launch_bits<T, 2>(product, tiles.groups, tokens, device, stream);
+        case 3: return launch_bits<T, 3>(product, tiles.groups, tokens, device, stream);
+        case 4: return launch_bits<T, 4>(product, tiles.groups, tokens, device, stream);
+        default: return launch_bits<T, 8>(product, tiles.groups, tokens, device, stream);
     }
 }
 
@@ -394,40 +411,34 @@ Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept {
     if (!has_tiles(stored)) return Status::error(Code::kNoKernel, "cuda: there are no tiles of this matrix");
     if (linear.tokens == 0) return {};
     const IntTiles tiles(stored);
-    int device = 0, multiprocessors = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return Status::error(Code::kNoKernel, cudaGetErrorString(error));
-    const auto sms = static_cast<uint32_t>(multiprocessors);
-    const auto* const data = static_cast<const uint8_t*>(linear.tiles);
+    int index = 0, multiprocessors = 0, shared = 0;
+    cudaError_t error = cudaGetDevice(&index);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    if (error != cudaSuccess) return runtime_error(error);
+    const Device device{static_cast<uint32_t>(multiprocessors), static_cast<uint32_t>(shared)};
     const auto count = static_cast<uint32_t>(tiles.tiles), blocks = static_cast<uint32_t>(tiles.blocks);
-    Product product{data,
-                    data + tiles.scales_at,
-                    tiles.has_zeros ? data + tiles.zeros_at : nullptr,
-                    linear.x,
-                    linear.bias,
-                    linear.y,
-                    static_cast<uint32_t>(tiles.rows),
-                    static_cast<uint32_t>(tiles.cols),
-                    count,
-                    blocks,
-                    tiles.groups,
-                    static_cast<uint32_t>(tiles.tile_scales),
-                    0,
-                    linear.team != 0 ? linear.team : choose_team(count, blocks, sms),
-                    tiles.zero,
-                    tiles.scale_type == ScaleType::kBfloat16};
-    for (uint64_t first = 0; first < linear.tokens; first += 16) {
-        product.tokens = static_cast<uint32_t>(linear.tokens - first < 16 ? linear.tokens - first : 16);
-        product.x = static_cast<const uint8_t*>(linear.x) + 2 * first * linear.cols;
-        product.y = static_cast<uint8_t*>(linear.y) + 2 * first * linear.rows;
-        switch (linear.type) {
-            case OutputType::kFloat16: QMOE_TRY(launch_type<__half>(tiles, product, sms, stream)); break;
-            case OutputType::kBfloat16: QMOE_TRY(launch_type<__nv_bfloat16>(tiles, product, sms, stream)); break;
-            default: return Status::error(Code::kDtype, "cuda: activations are float16 or bfloat16");
-        }
+    const Product product{static_cast<const uint8_t*>(linear.tiles),
+                          linear.x,
+                          linear.bias,
+                          linear.y,
+                          tiles.tile_bytes,
+                          tiles.block_bytes,
+                          static_cast<uint32_t>(tiles.rows),
+                          static_cast<uint32_t>(tiles.cols),
+                          count,
+                          blocks,
+                          0,
+                          linear.team != 0 ? linear.team : choose_team(count, blocks, device.multiprocessors),
+                          tiles.zero,
+                          tiles.has_zeros,
+                          tiles.scale_type == ScaleType::kBfloat16,
+                          tiles.groups == 0};
+    switch (linear.type) {
+        case OutputType::kFloat16: return launch_type<__half>(tiles, product, linear.tokens, device, stream);
+        case OutputType::kBfloat16: return launch_type<__nv_bfloat16>(tiles, product, linear.tokens, device, stream);
+        default: return Status::error(Code::kDtype, "cuda: activations are float16 or bfloat16");
     }
-    return {};
 }
 
 }  // namespace qmoe::cuda

@@ -32,7 +32,7 @@ __global__ void prepack_codes(IntLayout stored, IntTiles tiles, const uint8_t* _
                         default: words[4 * step + 2 * m + (j >> 1)] |= code << (8 * (j & 1) + half);
                     }
                 }
-        uint8_t* const to = out + (tile * tiles.blocks + block) * tiles.block_bytes();
+        uint8_t* const to = out + tile * tiles.tile_bytes + block * tiles.block_bytes;
         for (uint32_t w = 0; w < tiles.words; ++w) {
             const uint32_t width = min(tiles.words - w / 4 * 4, 4u);  // words of this piece
             *reinterpret_cast<uint32_t*>(to + w / 4 * 16 * kLanes + lane * width * 4 + w % 4 * 4) = words[w];
@@ -40,21 +40,25 @@ __global__ void prepack_codes(IntLayout stored, IntTiles tiles, const uint8_t* _
     }
 }
 
+// A thread per row of a tile and group, of which a row of one group has one behind the last block.
 __global__ void prepack_scales(IntLayout stored, IntTiles tiles, const uint8_t* __restrict__ data,
                                uint8_t* __restrict__ out) {
-    const uint64_t total = tiles.tiles * tiles.tile_scales;
-    auto* const scales = reinterpret_cast<uint16_t*>(out + tiles.scales_at);
-    auto* const zeros = reinterpret_cast<__half*>(out + tiles.zeros_at);
-    // Groups of a block are innermost but for the pair, so that a lane's are one piece.
-    const uint64_t groups = tiles.groups == 0 ? 1 : tiles.groups;
+    const uint64_t places = tiles.groups == 0 ? 1 : tiles.blocks * tiles.groups;  // of groups in a tile
+    const uint64_t total = tiles.tiles * places * kTileRows, groups = tiles.groups == 0 ? 1 : tiles.groups;
     for (uint64_t i = blockIdx.x * uint64_t{blockDim.x} + threadIdx.x; i < total;
          i += uint64_t{gridDim.x} * blockDim.x) {
-        const uint64_t tile = i / tiles.tile_scales, within = i % tiles.tile_scales;
-        const uint64_t group = within / (16 * groups) * groups + within / 2 % groups;
-        const uint64_t row = tile * kTileRows + within / (2 * groups) % 8 + 8 * (within % 2);
-        const bool there = row < tiles.rows && group < stored.groups;
-        scales[i] = there ? load<uint16_t>(data + stored.scales_at + (row * stored.groups + group) * 2) : uint16_t{0};
-        if (tiles.has_zeros) zeros[i] = __float2half_rn(there ? stored.zero(data, row, group) : 0.0f);
+        const uint64_t r = i % kTileRows, place = i / kTileRows % places, tile = i / kTileRows / places;
+        const uint64_t row = tile * kTileRows + r, block = place / groups, group = place % groups;
+        const bool there = row < tiles.rows && place < stored.groups;
+        uint8_t* const to =
+            out + tile * tiles.tile_bytes +
+            (tiles.groups == 0 ? tiles.blocks * tiles.block_bytes : block * tiles.block_bytes + tiles.code_bytes());
+        const uint64_t at = (r % 8 * groups + group) * 2 + r / 8;
+        reinterpret_cast<uint16_t*>(to)[at] =
+            there ? load<uint16_t>(data + stored.scales_at + (row * stored.groups + place) * 2) : uint16_t{0};
+        if (tiles.has_zeros)
+            reinterpret_cast<__half*>(to)[groups * kTileRows + at] =
+                __float2half_rn(there ? stored.zero(data, row, place) : 0.0f);
     }
 }
 
@@ -84,7 +88,8 @@ Status prepack_int(const DeviceMatrix& matrix, void* out, uint64_t out_bytes, cu
     const IntTiles tiles(stored);
     auto* const to = static_cast<uint8_t*>(out);
     prepack_codes<<<grid_for(tiles.tiles * tiles.blocks * kLanes), 256, 0, stream>>>(stored, tiles, matrix.data, to);
-    prepack_scales<<<grid_for(tiles.tiles * tiles.tile_scales), 256, 0, stream>>>(stored, tiles, matrix.data, to);
+    const uint64_t groups = tiles.groups == 0 ? 1 : tiles.blocks * tiles.groups;
+    prepack_scales<<<grid_for(tiles.tiles * groups * kTileRows), 256, 0, stream>>>(stored, tiles, matrix.data, to);
     return launch_status();
 }
 

@@ -14,9 +14,10 @@
 //     4 bits  step s is words 2 s + m:             pair (m, j) at bit 4 j
 //     8 bits  step s is words 4 s + 2 m + (j >> 1): pair (m, j) at bit 8 (j & 1)
 //
-// Memory holds, tile by tile and block by block, words 0-3 of all lanes, then 4-7 (for 3 bits 4 and 5), and so on: what a
-// warp loads at once is one contiguous piece. Behind the codes of all tiles are the scales in the stored type, by tile,
-// block, g, group of the block, and row (g, g + 8); then zeros, where they are stored, as float16 in the same order.
+// Memory holds tile by tile, and of each one block by block, what a warp takes in one go: words 0-3 of all lanes, then 4-7
+// (for 3 bits 4 and 5), and so on; behind them the block's scales in the stored type, by g, group, and row (g, g + 8); then
+// zeros, where they are stored, as float16 in the same order. Where a row is one group, its scale and zero are behind the
+// tile's last block.
 #pragma once
 
 #include "formats/int.h"
@@ -29,29 +30,30 @@ struct IntTiles {
     uint32_t bits = 0, words = 0;  // words of a lane and block
     uint32_t groups = 0;           // of a block, 1, 2 or 4; 0 where a row is one group
     bool has_zeros = false;
-    float zero = 0.0f;  // of all codes where none are stored, from their middle
+    float zero = 0.0f;  // of all codes, where none are stored
     ScaleType scale_type = ScaleType::kFloat16;
     uint64_t rows = 0, cols = 0, tiles = 0, blocks = 0;
-    uint64_t tile_scales = 0;  // scales of a tile, 2 bytes each
-    uint64_t scales_at = 0, zeros_at = 0, bytes = 0;
+    uint32_t block_bytes = 0, tail_bytes = 0;  // tail: behind a tile's blocks
+    uint64_t tile_bytes = 0, bytes = 0;
 
     explicit IntTiles(const IntLayout& stored) noexcept
         : bits(stored.bits),
           words(2 * stored.bits),
           has_zeros(stored.has_zeros),
-          zero(stored.has_zeros ? 0.0f : stored.offset),
+          zero(static_cast<float>(1u << (stored.bits - 1)) + stored.offset),
           scale_type(stored.scale_type),
           rows(stored.rows),
           cols(stored.cols),
           tiles(ceil_div(rows, kTileRows)),
           blocks(ceil_div(cols, kTileColumns)) {
         groups = stored.groups == 1 ? 0 : kTileColumns / stored.group;
-        tile_scales = kTileRows * (groups == 0 ? 1 : blocks * groups);
-        scales_at = tiles * blocks * block_bytes();
-        zeros_at = scales_at + tiles * tile_scales * 2;
-        bytes = zeros_at + (has_zeros ? tiles * tile_scales * 2 : 0);
+        const uint32_t group_bytes = 2 * kTileRows * (has_zeros ? 2 : 1);
+        block_bytes = code_bytes() + groups * group_bytes;
+        tail_bytes = groups == 0 ? group_bytes : 0;
+        tile_bytes = blocks * block_bytes + tail_bytes;
+        bytes = tiles * tile_bytes;
     }
-    QMOE_INLINE uint64_t block_bytes() const noexcept { return uint64_t{words} * 4 * kLanes; }
+    QMOE_INLINE uint32_t code_bytes() const noexcept { return words * 4 * kLanes; }  // of a block
 };
 
 // Whether there are such tiles of a stored matrix: groups of 32, 64 or 128 columns or the row, 16-bit scales.
