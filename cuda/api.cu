@@ -52,8 +52,8 @@ Status prepack(const DeviceMatrix& matrix, void* out, uint64_t out_bytes, void* 
 Status int_linear(const IntLinear& linear, void* stream) noexcept {
     if (!is_int(linear.spec)) return only_int();
     const uint32_t team = linear.team;
-    if ((team & (team - 1)) != 0 || team > 16)
-        return Status::mismatch(Code::kValue, "cuda: warps of a team, a power of two", 0, 16, team);
+    if ((team & (team - 1)) != 0 || team > 32)
+        return Status::mismatch(Code::kValue, "cuda: warps of a team, a power of two", 0, 32, team);
     return linear_int(linear, static_cast<cudaStream_t>(stream));
 }
 

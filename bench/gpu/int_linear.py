@@ -99,7 +99,7 @@ def main() -> None:
             share = table[-len(TOKENS)]["share_of_copy_bandwidth"]
             print(f"{rows}x{cols} int{bits}: {' '.join(cells)}  {100 * share:.0f} % of copy at 1", flush=True)
             if arguments.teams:
-                print("   ", {team: round(ours.measure(1, team)["median_us"], 1) for team in (1, 2, 4, 8, 16)})
+                print("   ", {team: round(ours.measure(1, team)["median_us"], 1) for team in (1, 2, 4, 8, 16, 32)})
     if arguments.output:
         device = torch.cuda.get_device_name()
         write_results(arguments.output, "int-linear-gpu", table, device=device, copy_bytes_per_second=bandwidth)

@@ -17,8 +17,6 @@
 namespace qmoe::cuda {
 namespace {
 
-constexpr uint32_t kWarps = 16, kThreads = kWarps * kLanes;
-
 struct Product {
     const uint8_t* tiles;
     const void *x, *bias;
@@ -29,17 +27,12 @@ struct Product {
     bool has_zeros, bf16_scales, row_groups;
 };
 
+// What activations are multiplied by before, and sums of products behind.
+constexpr float kBeforeBf16 = 18446744073709551616.0f;  // 2^64
 template <typename T>
-struct Element;
+constexpr float kBehind = 590295810358705651712.0f;  // 2^(133 - 64)
 template <>
-struct Element<__nv_bfloat16> {
-    static constexpr float kBefore = 18446744073709551616.0f;   // 2^64
-    static constexpr float kBehind = 590295810358705651712.0f;  // 2^69
-};
-template <>
-struct Element<__half> {
-    static constexpr float kBefore = 1.0f, kBehind = 16777216.0f;  // 2^24
-};
+constexpr float kBehind<__half> = 16777216.0f;  // 2^24
 
 template <typename T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -108,41 +101,35 @@ __device__ __forceinline__ float2 floats_of(uint32_t word, bool bf16) {
                 : __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
 
-// A lane's 8 neighbouring columns of one token; zeros beyond the last column.
+// Eight neighbouring columns of one token as they are, zeros beyond the last column.
 template <typename T>
-__device__ __forceinline__ void load_columns(const T* row, uint32_t col, uint32_t cols, bool aligned, float (&v)[8]) {
-    if (aligned && col < cols) {
-        const uint4 raw = __ldg(reinterpret_cast<const uint4*>(row + col));
-        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+__device__ __forceinline__ uint4 load_columns(const T* row, uint32_t col, uint32_t cols, bool aligned) {
+    if (aligned) return col < cols ? __ldg(reinterpret_cast<const uint4*>(row + col)) : uint4{};
+    uint32_t words[4] = {};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float2 two = floats_of(words[i], std::is_same_v<T, __nv_bfloat16>);
-            v[2 * i] = two.x, v[2 * i + 1] = two.y;
-        }
-        return;
-    }
-#pragma unroll
-    for (uint32_t i = 0; i < 8; ++i) v[i] = col + i < cols ? static_cast<float>(row[col + i]) : 0.0f;
+    for (uint32_t i = 0; i < 8; ++i)
+        if (col + i < cols)
+            words[i / 2] |= uint32_t{__ldg(reinterpret_cast<const uint16_t*>(row + col + i))} << (16 * (i % 2));
+    return {words[0], words[1], words[2], words[3]};
 }
 
+// Two activations as the products want them.
 template <typename T>
-__device__ __forceinline__ uint32_t two_of(float a, float b) {
-    if constexpr (std::is_same_v<T, __half>) {
-        const __half2 both = __floats2half2_rn(a, b);
-        return *reinterpret_cast<const uint32_t*>(&both);
-    } else {
-        const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
-        return *reinterpret_cast<const uint32_t*>(&both);
-    }
+__device__ __forceinline__ uint32_t prepared(uint32_t two) {
+    if constexpr (std::is_same_v<T, __half>) return two;
+    const __nv_bfloat162 v = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&two), __float2bfloat162_rn(kBeforeBf16));
+    return *reinterpret_cast<const uint32_t*>(&v);
 }
 
 // What is where in shared memory: rings, partial sums of teams, activations (block, step, token, t; 16 bytes), and their
 // sums (group, token).
 template <int kBits, int kN, int kGroups>
 struct Room {
+    // As many warps as registers allow: each of them waits for itself most of the time.
+    static constexpr uint32_t kWarps = kN == 1 && kBits < 8 ? 32 : 16, kThreads = kWarps * kLanes;
     static constexpr uint32_t kWords = 2 * kBits, kCodes = kWords * 4 * kLanes;
     static constexpr uint32_t kStage = kCodes + kGroups * 64;
-    static constexpr int kStages = (kBits == 8 ? 3 : kBits == 2 ? 6 : 4) - (kN == 2 && kBits > 2 ? 1 : 0);
+    static constexpr int kStages = kWarps == 32 ? (kBits == 2 ? 4 : 3) : kN == 2 && kBits == 8 ? 2 : kBits == 2 ? 6 : 3;
     static constexpr uint32_t kRing = kStages * kStage;
     static constexpr uint32_t kPartial = kWarps * kRing, kX = kPartial + 2 * kWarps * kN * kLanes * 16;
 
@@ -153,8 +140,9 @@ struct Room {
 
 // kGroups: of a block; one where a row is a group, which only its scale tells from groups of a block.
 template <typename T, int kBits, int kN, int kGroups>
-__global__ __launch_bounds__(kThreads, 1) void few_tokens(const Product p) {
+__global__ __launch_bounds__(Room<kBits, kN, kGroups>::kThreads, 1) void few_tokens(const Product p) {
     using R = Room<kBits, kN, kGroups>;
+    constexpr uint32_t kWarps = R::kWarps, kThreads = R::kThreads;
     extern __shared__ __align__(128) uint8_t shared[];
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
     const uint32_t teams_here = kWarps / p.team, teams = gridDim.x * teams_here;
@@ -201,15 +189,15 @@ __global__ __launch_bounds__(kThreads, 1) void few_tokens(const Product p) {
     const uint32_t pieces = p.blocks * (kTileColumns / 8);
     for (uint32_t i = threadIdx.x; i < pieces * p.tokens; i += kThreads) {  // whole warps: pieces are a multiple of 16,
         const uint32_t token = i / pieces, piece = i % pieces;              // and halves of a warp do not mix below
-        float v[8], sum = 0.0f;
-        load_columns(static_cast<const T*>(p.x) + uint64_t{token} * p.cols, 8 * piece, p.cols, aligned, v);
-        uint32_t words[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            words[k] = two_of<T>(v[2 * k] * Element<T>::kBefore, v[2 * k + 1] * Element<T>::kBefore);
-            sum += v[2 * k] + v[2 * k + 1];
+        const uint4 raw =
+            load_columns(static_cast<const T*>(p.x) + uint64_t{token} * p.cols, 8 * piece, p.cols, aligned);
+        x[(piece / 4 * p.tokens + token) * 4 + piece % 4] = {prepared<T>(raw.x), prepared<T>(raw.y), prepared<T>(raw.z),
+                                                             prepared<T>(raw.w)};
+        float sum = 0.0f;
+        for (const uint32_t two : {raw.x, raw.y, raw.z, raw.w}) {
+            const float2 v = floats_of(two, std::is_same_v<T, __nv_bfloat16>);
+            sum += v.x + v.y;
         }
-        x[(piece / 4 * p.tokens + token) * 4 + piece % 4] = {words[0], words[1], words[2], words[3]};
         const uint32_t mask = i / kLanes * kLanes + kLanes <= pieces * p.tokens ? ~0u : 0xffffu;
 #pragma unroll
         for (uint32_t d = 1; d < 16 / kGroups; d *= 2) sum += __shfl_xor_sync(mask, sum, d);
@@ -250,23 +238,23 @@ __global__ __launch_bounds__(kThreads, 1) void few_tokens(const Product p) {
             }
             from = from + R::kStage == ring + R::kRing ? ring : from + R::kStage;
             copy_next();
-            float products[kN][4];
+            float products[2][kN][4];  // of even and of odd products, which do not wait for each other
             const auto step = [&]<int kStep>() {
                 if (kStep % (kTileSteps / kGroups) == 0)
 #pragma unroll
                     for (int n = 0; n < kN; ++n)
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) products[n][i] = 0.0f;
+                        for (int i = 0; i < 4; ++i) products[0][n][i] = products[1][n][i] = 0.0f;
                 uint4 columns[kN];
 #pragma unroll
                 for (int n = 0; n < kN; ++n) columns[n] = own[n][(block * kTileSteps + kStep) * step_stride];
                 uint32_t a[4];
                 operands<kBits, kStep, 0>(words, a);
 #pragma unroll
-                for (int n = 0; n < kN; ++n) mma<T>(products[n], a, columns[n].x, columns[n].y);
+                for (int n = 0; n < kN; ++n) mma<T>(products[0][n], a, columns[n].x, columns[n].y);
                 operands<kBits, kStep, 1>(words, a);
 #pragma unroll
-                for (int n = 0; n < kN; ++n) mma<T>(products[n], a, columns[n].z, columns[n].w);
+                for (int n = 0; n < kN; ++n) mma<T>(products[1][n], a, columns[n].z, columns[n].w);
                 if ((kStep + 1) % (kTileSteps / kGroups) != 0) return;
                 constexpr int kGroup = kStep / (kTileSteps / kGroups);
                 float2 scale{1.0f, 1.0f};
@@ -281,7 +269,7 @@ __global__ __launch_bounds__(kThreads, 1) void few_tokens(const Product p) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const float off = (i < 2 ? zero.x : zero.y) * (i % 2 == 0 ? sum.x : sum.y);
-                        const float value = fmaf(products[n][i], Element<T>::kBehind, -off);
+                        const float value = fmaf(products[0][n][i] + products[1][n][i], kBehind<T>, -off);
                         totals[n][i] = fmaf(i < 2 ? scale.x : scale.y, value, totals[n][i]);
                     }
                 }
@@ -305,7 +293,7 @@ __global__ __launch_bounds__(kThreads, 1) void few_tokens(const Product p) {
 #pragma unroll
             for (int n = 0; n < kN; ++n)
                 here[(member * kN + n) * kLanes] = {totals[n][0], totals[n][1], totals[n][2], totals[n][3]};
-            asm volatile("bar.sync %0, %1;" ::"r"(1 + team_here), "r"(p.team * kLanes) : "memory");
+            asm volatile("bar.sync %0, %1;" ::"r"(team_here), "r"(p.team * kLanes) : "memory");
             if (turn % p.team != member) continue;
 #pragma unroll
             for (int n = 0; n < kN; ++n) {
@@ -334,12 +322,12 @@ __global__ __launch_bounds__(kThreads, 1) void few_tokens(const Product p) {
 
 // Warps of a team: those that read the busiest multiprocessor's tiles in the fewest turns. The sum over a team costs about
 // half a block a tile.
-uint32_t choose_team(uint32_t tiles, uint32_t blocks, uint32_t multiprocessors) noexcept {
+uint32_t choose_team(uint32_t warps, uint32_t tiles, uint32_t blocks, uint32_t multiprocessors) noexcept {
     const uint64_t busiest = ceil_div(uint64_t{tiles}, uint64_t{multiprocessors});
     uint32_t best = 1;
     uint64_t least = ~uint64_t{0};
-    for (uint32_t team = 1; team <= kWarps; team *= 2) {
-        const uint64_t turns = ceil_div(busiest, uint64_t{kWarps / team});
+    for (uint32_t team = 1; team <= warps; team *= 2) {
+        const uint64_t turns = ceil_div(busiest, uint64_t{warps / team});
         const uint64_t cost = turns * (2 * ceil_div(uint64_t{blocks}, uint64_t{team}) + (team > 1 ? 1 : 0));
         if (cost < least) least = cost, best = team;
     }
@@ -366,6 +354,8 @@ Status launch(Product product, uint64_t tokens, const Device& device, cudaStream
     cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared));
     if (error != cudaSuccess) return runtime_error(error);
+    if (product.team == 0) product.team = choose_team(R::kWarps, product.count, product.blocks, device.multiprocessors);
+    if (product.team > R::kWarps) product.team = R::kWarps;
     const uint64_t launches = ceil_div(tokens, uint64_t{most});
     const uint32_t grid = product.count < device.multiprocessors ? product.count : device.multiprocessors;
     for (uint64_t i = 0, first = 0; i < launches; ++i) {
@@ -374,7 +364,7 @@ Status launch(Product product, uint64_t tokens, const Device& device, cudaStream
         part.tokens = static_cast<uint32_t>(last - first);
         part.x = static_cast<const T*>(product.x) + first * product.cols;
         part.y = static_cast<T*>(product.y) + first * product.rows;
-        kernel<<<grid, kThreads, R::bytes(part.tokens, product.blocks), stream>>>(part);
+        kernel<<<grid, R::kThreads, R::bytes(part.tokens, product.blocks), stream>>>(part);
         first = last;
     }
     return launch_status();
@@ -429,7 +419,7 @@ Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept {
                           count,
                           blocks,
                           0,
-                          linear.team != 0 ? linear.team : choose_team(count, blocks, device.multiprocessors),
+                          linear.team,
                           tiles.zero,
                           tiles.has_zeros,
                           tiles.scale_type == ScaleType::kBfloat16,

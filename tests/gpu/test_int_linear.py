@@ -71,7 +71,7 @@ def test_it_is_the_product(shape: tuple[int, int], bits: int, group: int, zero_p
         check(packed, tokens, dtype, seed=shape[0])
 
 
-@pytest.mark.parametrize("team", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("team", [1, 2, 4, 8, 16, 32])
 def test_it_does_not_matter_how_many_warps_share_a_tile(team: int) -> None:
     check(int_record(4, 128, False, 300, 2080), 3, "bfloat16", 0, team=team)
 

@@ -45,7 +45,7 @@ struct IntLinear {
     void* y;
     uint64_t tokens;
     OutputType type;
-    uint32_t team;  // warps that share 16 rows: 1, 2, 4, 8, 16, or 0 to have it chosen
+    uint32_t team;  // warps that share 16 rows at most: 1, 2, 4, 8, 16, 32, or 0 to have it chosen
 };
 
 // The function table that libqmoe_cuda exports as qmoe_cuda_api().
