@@ -123,12 +123,12 @@ __device__ __forceinline__ uint32_t prepared(uint32_t two) {
 
 // What is where in shared memory: rings, partial sums of teams, activations (block, step, token, t; 16 bytes), and their
 // sums (group, token).
-template <int kBits, int kN, int kGroups>
+template <int kBits, int kN, int kGroups, uint32_t kWarps>
 struct Room {
-    // As many warps as registers allow: each of them waits for itself most of the time.
-    static constexpr uint32_t kWarps = kN == 1 && kBits < 8 ? 32 : 16, kThreads = kWarps * kLanes;
+    static constexpr uint32_t kThreads = kWarps * kLanes;
     static constexpr uint32_t kWords = 2 * kBits, kCodes = kWords * 4 * kLanes;
     static constexpr uint32_t kStage = kCodes + kGroups * 64;
+    // Some 50 to 100 KiB on their way into a multiprocessor, and one stage a warp that it reads.
     static constexpr int kStages = kWarps == 32 ? (kBits == 2 ? 4 : 3) : kN == 2 && kBits == 8 ? 2 : kBits == 2 ? 6 : 3;
     static constexpr uint32_t kRing = kStages * kStage;
     static constexpr uint32_t kPartial = kWarps * kRing, kX = kPartial + 2 * kWarps * kN * kLanes * 16;
@@ -138,11 +138,12 @@ struct Room {
     }
 };
 
+// kWarps: 32 where registers and shared memory allow it, since each of them waits for itself most of the time.
 // kGroups: of a block; one where a row is a group, which only its scale tells from groups of a block.
-template <typename T, int kBits, int kN, int kGroups>
-__global__ __launch_bounds__(Room<kBits, kN, kGroups>::kThreads, 1) void few_tokens(const Product p) {
-    using R = Room<kBits, kN, kGroups>;
-    constexpr uint32_t kWarps = R::kWarps, kThreads = R::kThreads;
+template <typename T, int kBits, int kN, int kGroups, uint32_t kWarps>
+__global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const Product p) {
+    using R = Room<kBits, kN, kGroups, kWarps>;
+    constexpr uint32_t kThreads = R::kThreads;
     extern __shared__ __align__(128) uint8_t shared[];
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
     const uint32_t teams_here = kWarps / p.team, teams = gridDim.x * teams_here;
@@ -320,15 +321,15 @@ __global__ __launch_bounds__(Room<kBits, kN, kGroups>::kThreads, 1) void few_tok
     asm volatile("cp.async.wait_all;");
 }
 
-// Warps of a team: those that read the busiest multiprocessor's tiles in the fewest turns. The sum over a team costs about
-// half a block a tile.
+// Warps of a team: those that read the busiest multiprocessor's tiles in the fewest turns. What the sum over a team costs
+// a tile, as a quarter of a block for every one of its warps, is fitted to measurements on an H100.
 uint32_t choose_team(uint32_t warps, uint32_t tiles, uint32_t blocks, uint32_t multiprocessors) noexcept {
     const uint64_t busiest = ceil_div(uint64_t{tiles}, uint64_t{multiprocessors});
     uint32_t best = 1;
     uint64_t least = ~uint64_t{0};
     for (uint32_t team = 1; team <= warps; team *= 2) {
         const uint64_t turns = ceil_div(busiest, uint64_t{warps / team});
-        const uint64_t cost = turns * (2 * ceil_div(uint64_t{blocks}, uint64_t{team}) + (team > 1 ? 1 : 0));
+        const uint64_t cost = turns * (4 * ceil_div(uint64_t{blocks}, uint64_t{team}) + team);
         if (cost < least) least = cost, best = team;
     }
     return best;
@@ -343,10 +344,10 @@ Status runtime_error(cudaError_t error) noexcept {
 }
 
 // One launch per as many tokens as there is room for.
-template <typename T, int kBits, int kN, int kGroups>
+template <typename T, int kBits, int kN, int kGroups, uint32_t kWarps>
 Status launch(Product product, uint64_t tokens, const Device& device, cudaStream_t stream) noexcept {
-    using R = Room<kBits, kN, kGroups>;
-    const auto kernel = few_tokens<T, kBits, kN, kGroups>;
+    using R = Room<kBits, kN, kGroups, kWarps>;
+    const auto kernel = few_tokens<T, kBits, kN, kGroups, kWarps>;
     uint32_t most = 8 * kN;
     while (most > 1 && R::bytes(most, product.blocks) > device.shared) --most;
     if (R::bytes(most, product.blocks) > device.shared)
@@ -354,8 +355,8 @@ Status launch(Product product, uint64_t tokens, const Device& device, cudaStream
     cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared));
     if (error != cudaSuccess) return runtime_error(error);
-    if (product.team == 0) product.team = choose_team(R::kWarps, product.count, product.blocks, device.multiprocessors);
-    if (product.team > R::kWarps) product.team = R::kWarps;
+    if (product.team == 0) product.team = choose_team(kWarps, product.count, product.blocks, device.multiprocessors);
+    if (product.team > kWarps) product.team = kWarps;
     const uint64_t launches = ceil_div(tokens, uint64_t{most});
     const uint32_t grid = product.count < device.multiprocessors ? product.count : device.multiprocessors;
     for (uint64_t i = 0, first = 0; i < launches; ++i) {
@@ -370,14 +371,24 @@ Status launch(Product product, uint64_t tokens, const Device& device, cudaStream
     return launch_status();
 }
 
+template <typename T, int kBits, int kN, int kGroups>
+Status launch_warps(const Product& product, uint64_t tokens, const Device& device, cudaStream_t stream) noexcept {
+    if constexpr (kN == 1 && kBits < 8) {
+        const auto all = static_cast<uint32_t>(tokens);  // at most 8
+        if (Room<kBits, kN, kGroups, 32>::bytes(all, product.blocks) <= device.shared)
+            return launch<T, kBits, kN, kGroups, 32>(product, tokens, device, stream);
+    }
+    return launch<T, kBits, kN, kGroups, 16>(product, tokens, device, stream);
+}
+
 template <typename T, int kBits>
 Status launch_bits(const Product& product, uint32_t groups, uint64_t tokens, const Device& device,
                    cudaStream_t stream) noexcept {
     const auto with = [&]<int kN>() {
         switch (groups) {
-            case 2: return launch<T, kBits, kN, 2>(product, tokens, device, stream);
-            case 4: return launch<T, kBits, kN, 4>(product, tokens, device, stream);
-            default: return launch<T, kBits, kN, 1>(product, tokens, device, stream);
+            case 2: return launch_warps<T, kBits, kN, 2>(product, tokens, device, stream);
+            case 4: return launch_warps<T, kBits, kN, 4>(product, tokens, device, stream);
+            default: return launch_warps<T, kBits, kN, 1>(product, tokens, device, stream);
         }
     };
     return tokens <= 8 ? with.template operator()<1>() : with.template operator()<2>();
