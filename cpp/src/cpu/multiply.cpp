@@ -206,6 +206,18 @@ void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64
     }
 }
 
+void prefetch_unit(const Prepacked& weights, uint64_t expert, uint64_t unit) noexcept {
+    const UnitView view = unit_view(weights, expert, unit, tuning().prefetch);
+    const auto ask = [&](const uint8_t* from, uint64_t stride) {
+        const uint64_t bytes = std::min<uint64_t>(view.prefetch, stride);
+        for (uint32_t panel = 0; panel < kUnitPanels; ++panel)
+            for (uint64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + panel * stride + at, 0, 2);
+    };
+    ask(view.codes, view.codes_stride);
+    ask(view.scales, view.scales_stride);
+    if (view.zeros != nullptr) ask(view.zeros, view.zeros_stride);
+}
+
 Status Prepacked::dequantize(uint64_t index, float* out) const noexcept {
     const PanelKernels* const kernels = panel_kernels();
     if (kernels == nullptr)

@@ -39,6 +39,10 @@ class Rows {
 void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64_t expert, uint64_t unit,
                    const Rows& rows, uint64_t first, uint64_t tokens, float* y);
 
+// Asks for the beginning of a unit that will be multiplied next: kernels ask for what is a little ahead within a unit only,
+// and rows of experts are short.
+void prefetch_unit(const Prepacked& weights, uint64_t expert, uint64_t unit) noexcept;
+
 // Calls use(first, tokens, y) with the products (tokens, 64) of a unit and rows [first, first + tokens), for all of
 // `count` rows. The products of one call are in the second-level cache: 128 KiB at most.
 template <typename Use>
