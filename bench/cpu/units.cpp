@@ -24,14 +24,14 @@ void measure_unit(benchmark::State& state, const Kind& kind, uint64_t tokens, bo
     for (uint64_t t = 0; t < tokens; ++t) rows.set(*kernels, t, x.data() + t * shape.cols);
     std::vector<float> y(tokens * kUnitRows);
     const Tuning before = tuning();
-    must(set_tuning({before.prefetch, packed ? 1024u : 0u}), "set_tuning");
+    must(set_tuning({before.prefetch_narrow, before.prefetch_wide, packed ? 1024u : 0u}), "set_tuning");
     for (auto _ : state) {
-        multiply_unit(*kernels, matrix, 0, 0, rows, 0, tokens, Precision::kInt8, y.data());
+        multiply_unit(*kernels, matrix, 0, 0, rows, 0, tokens, y.data());
         benchmark::ClobberMemory();
     }
     must(set_tuning(before), "set_tuning");
-    const double lines =
-        static_cast<double>(kUnitPanels * PanelSizes(matrix.expert(0), shape.cols).codes_bytes) / kLine;
+    const UnitSizes sizes(matrix.expert(0), shape.cols);
+    const double lines = static_cast<double>(sizes.all_steps * sizes.step_bytes) / kLine;
     state.counters["lines"] =
         benchmark::Counter(lines * static_cast<double>(state.iterations()), benchmark::Counter::kIsRate);
 }

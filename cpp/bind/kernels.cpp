@@ -173,15 +173,19 @@ void bind_kernels(py::module_& m) {
     m.def(
         "tuning",
         [] {
-            return py::dict(py::arg("prefetch") = tuning().prefetch, py::arg("direct_tokens") = tuning().direct_tokens);
+            const Tuning values = tuning();
+            return py::dict(py::arg("prefetch_narrow") = values.prefetch_narrow,
+                            py::arg("prefetch_wide") = values.prefetch_wide,
+                            py::arg("direct_tokens") = values.direct_tokens);
         },
         "What the kernels over prepacked weights are tuned to; see qmoe/prepacked.h.");
     m.def(
         "set_tuning",
-        [](uint32_t prefetch, uint32_t direct_tokens) {
-            check(set_tuning({prefetch, direct_tokens}));
+        [](uint32_t prefetch_narrow, uint32_t prefetch_wide, uint32_t direct_tokens) {
+            check(set_tuning({prefetch_narrow, prefetch_wide, direct_tokens}));
         },
-        py::arg("prefetch"), py::arg("direct_tokens"), "Changes it, for this process.");
+        py::arg("prefetch_narrow"), py::arg("prefetch_wide"), py::arg("direct_tokens"),
+        "Changes it, for this process.");
     m.def("experts", &run_experts, py::arg("first"), py::arg("first_bytes"), py::arg("second"), py::arg("second_bytes"),
           py::arg("first_bias"), py::arg("second_bias"), py::arg("activation"), py::arg("gated"), py::arg("clamped"),
           py::arg("alpha"), py::arg("limit"), py::arg("precision"), py::arg("x"), py::arg("x_dtype"), py::arg("tokens"),

@@ -9,6 +9,7 @@ from codegen.model import (
     CODES,
     STEP_LINES,
     STEP_QUADS,
+    UNIT_PANELS,
     WIDTH,
     Direct,
     Tile,
@@ -146,10 +147,15 @@ def emit_pointers(out: Source, panels: int, zeros: str) -> None:
             out(f"const uint8_t* z{p} = unit.zeros + (panel + {p}) * unit.zeros_stride;")
 
 
-def emit_advance(out: Source, panels: int, zeros: str) -> None:
+def emit_advance(out: Source, panels: int, zeros: str, lines: int = 0) -> None:
+    """To the next group at the end of one; `lines`: of scales and zeros that lie between the codes of two groups."""
     out("if (++within < unit.repeat) continue;")
     out("within = 0;")
+    for line in range(lines):  # what the codes' own requests leave out
+        out(f"prefetch(c0 + unit.prefetch + {64 * line});")
     for p in range(panels):
+        if lines:
+            out(f"c{p} += unit.gap;")
         out(f"s{p} += unit.scale_step;")
         if zeros == "stored":
             out(f"z{p} += unit.zero_step;")
@@ -214,7 +220,7 @@ def emit_direct(out: Source, isa: Isa, codes: str, scales: str, zeros: str, toke
                     for t in range(tokens):
                         a = f"a{p}_{t}_{r}_{position}_{level}"
                         out(f"{a} = {dot_of(codes)}({a}, {code}, v{t}_{quad});")
-        out(f"c{p} += {64 * lines};")
+        out(f"c{p} += {64 * lines * UNIT_PANELS};")
     for t in range(tokens):
         out(f"x{t} += {4 * quads};")
     out("}")
@@ -230,7 +236,8 @@ def emit_direct(out: Source, isa: Isa, codes: str, scales: str, zeros: str, toke
                 expression = a if not expression else f"add({expression}, {a})"
             sums[p, t, r].append(expression)
     emit_flush(out, isa, trits, zeros, scales, tile.panels, tokens, sums, in_memory)
-    emit_advance(out, tile.panels, zeros)
+    scale_bytes = 128 if trits else {"f16": 32, "f32": 64}[scales]
+    emit_advance(out, tile.panels, zeros, UNIT_PANELS * (scale_bytes + (16 if zeros == "stored" else 0)) // 64)
     out("}")
     if not in_memory:
         emit_results(out, isa, tile.panels, tokens)
@@ -251,7 +258,7 @@ def emit_unpack(out: Source, isa: Isa, codes: str) -> str:
             out(f"const Bytes {names[line]} = load_bytes(lines + {64 * line + isa.width * r});")
         for expression, quad, _ in codes_of_lines(codes, 1):
             out(f"store_bytes(codes + {64 * quad + isa.width * r}, {expression.format(*names)});")
-    out(f"lines += {64 * lines};")
+    out(f"lines += {64 * lines * UNIT_PANELS};")
     out(f"codes += {64 * quads};")
     out("}")
     out("}")

@@ -400,13 +400,13 @@ TEST_SUITE("matmul") {
     TEST_CASE("tuning changes no result") {
         const Problem p = random_problem(17);
         const std::vector<float> y = run(p, Precision::kInt8, 2);
-        for (const Tuning values : {Tuning{0, 0}, Tuning{4096, 1}, Tuning{64, 1024}}) {
+        for (const Tuning values : {Tuning{0, 0, 0}, Tuning{4096, 0, 1}, Tuning{64, 128, 1024}}) {
             REQUIRE(set_tuning(values).ok());
-            CHECK(tuning().prefetch == values.prefetch);
+            CHECK(tuning().prefetch_wide == values.prefetch_wide);
             CHECK(run(p, Precision::kInt8, 2) == y);
         }
-        CHECK(set_tuning({1u << 21, 8}).code == Code::kValue);
-        CHECK(set_tuning({0, 1025}).code == Code::kValue);
+        CHECK(set_tuning({1u << 21, 0, 8}).code == Code::kValue);
+        CHECK(set_tuning({0, 0, 1025}).code == Code::kValue);
         REQUIRE(set_tuning({}).ok());
     }
 

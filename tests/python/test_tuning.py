@@ -29,21 +29,29 @@ def test_tuning_is_measured_kept_and_taken_over(monkeypatch):
     said: list[str] = []
     result = tuning.tune(1, 0.001, said.append)
     assert result.values == _C.tuning()
-    assert set(result.trials["prefetch"]) == set(tuning.PREFETCH) and said
-    assert result.values["prefetch"] == min(result.trials["prefetch"], key=lambda d: result.trials["prefetch"][d])
-    _C.set_tuning(64, 3)
+    assert said
+    for kind in ("prefetch_narrow", "prefetch_wide"):
+        assert set(result.trials[kind]) == set(tuning.PREFETCH)
+        assert result.values[kind] == min(result.trials[kind], key=lambda d: result.trials[kind][d])
+    _C.set_tuning(64, 128, 3)
     assert tuning.load() and _C.tuning() == result.values
 
 
 def test_values_of_other_machines_stay_and_damaged_files_are_no_files(monkeypatch):
     monkeypatch.setattr(tuning, "machine", lambda: "one")
-    path = tuning.save({"prefetch": 128, "direct_tokens": 5})
+    path = tuning.save({"prefetch_narrow": 128, "prefetch_wide": 0, "direct_tokens": 5})
     monkeypatch.setattr(tuning, "machine", lambda: "two")
     assert not tuning.load()
-    tuning.save({"prefetch": 256, "direct_tokens": 6})
+    values = {"prefetch_narrow": 256, "prefetch_wide": 512, "direct_tokens": 6}
+    tuning.save(values)
     assert set(json.loads(path.read_text())["machines"]) == {"one", "two"}
-    assert tuning.load() and _C.tuning() == {"prefetch": 256, "direct_tokens": 6}
-    for damaged in ("", "{", '{"machines": {"two": {"prefetch": 1e9, "direct_tokens": "x"}}}', "[]"):
+    assert tuning.load() and _C.tuning() == values
+    for damaged in (
+        "",
+        "{",
+        '{"machines": {"two": {"prefetch_narrow": 1e9, "prefetch_wide": 0, "direct_tokens": "x"}}}',
+        "[]",
+    ):
         path.write_text(damaged)
         assert not tuning.load()
 
@@ -52,11 +60,11 @@ def test_results_do_not_depend_on_it():
     packed = torch.from_numpy(pack(torch.randn(1, 100, 300)).data)
     x = torch.randn(20, 300)
     before = ops.linear(x, packed, 100, "int8")
-    for values in ((0, 0), (4096, 30)):
+    for values in ((0, 0, 0), (4096, 64, 30)):
         _C.set_tuning(*values)
         assert torch.equal(ops.linear(x, packed, 100, "int8"), before)
     with pytest.raises(QmoeError, match="E_VALUE"):
-        _C.set_tuning(1 << 21, 8)
+        _C.set_tuning(1 << 21, 0, 8)
 
 
 def test_the_command(monkeypatch):

@@ -179,8 +179,7 @@ Status experts(const Prepacked& first, const Prepacked& second, const ExpertsSpe
 
         const bool projected = loop(active * first_units, [&](uint64_t task) {
             const uint64_t i = task / first_units, unit = task % first_units, expert = schedule.active[i];
-            if (task + 1 < active * first_units)
-                prefetch_unit(first, schedule.active[(task + 1) / first_units], (task + 1) % first_units);
+            if (unit + 1 == first_units && i + 1 < active) prefetch_unit(first, schedule.active[i + 1], 0);
             const Rows& inputs = gather ? b.first[i] : b.forms[kind_of(i)];
             multiply_rows(*kernels, first, expert, unit, inputs, schedule.first[i + 1] - schedule.first[i],
                           [&](uint64_t t, uint64_t some, float* results) {
@@ -197,8 +196,7 @@ Status experts(const Prepacked& first, const Prepacked& second, const ExpertsSpe
 
         const bool returned = loop(active * second_units, [&](uint64_t task) {
             const uint64_t i = task / second_units, unit = task % second_units, expert = schedule.active[i];
-            if (task + 1 < active * second_units)
-                prefetch_unit(second, schedule.active[(task + 1) / second_units], (task + 1) % second_units);
+            if (unit + 1 == second_units && i + 1 < active) prefetch_unit(second, schedule.active[i + 1], 0);
             const uint64_t column = unit * kUnitRows, some_cols = std::min<uint64_t>(kUnitRows, cols - column);
             multiply_rows(*kernels, second, expert, unit, b.second[i], schedule.first[i + 1] - schedule.first[i],
                           [&](uint64_t t, uint64_t some, const float* results) {

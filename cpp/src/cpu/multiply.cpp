@@ -29,12 +29,19 @@ Tuning initial_tuning() noexcept {
     // costs nothing and reading half as many bytes or fewer from the cache is worth a little. Cores with two dot
     // products a cycle pay for it.
     __builtin_cpu_init();
-    if (__builtin_cpu_is("amd")) values.direct_tokens = 1024;
+    // Its own prefetchers keep up with the fast kernels and are disturbed by requests of ours.
+    if (__builtin_cpu_is("amd")) values = {values.prefetch_narrow, 0, 1024};
 #endif
     return values;
 }
 
-std::atomic<uint32_t> g_prefetch{initial_tuning().prefetch}, g_direct_tokens{initial_tuning().direct_tokens};
+std::atomic<uint32_t> g_prefetch_narrow{initial_tuning().prefetch_narrow},
+    g_prefetch_wide{initial_tuning().prefetch_wide}, g_direct_tokens{initial_tuning().direct_tokens};
+
+uint32_t prefetch_of(Codes codes) noexcept {
+    const bool wide = codes == Codes::kInt4 || codes == Codes::kInt8;
+    return (wide ? g_prefetch_wide : g_prefetch_narrow).load(std::memory_order_relaxed);
+}
 
 // The set that goes with what active_isa() says: one name pins both, the kernels over records and these.
 const PanelKernels* choose() noexcept {
@@ -58,15 +65,18 @@ const PanelKernels* panel_kernels() noexcept {
 }
 
 Tuning tuning() noexcept {
-    return {g_prefetch.load(std::memory_order_relaxed), g_direct_tokens.load(std::memory_order_relaxed)};
+    return {g_prefetch_narrow.load(std::memory_order_relaxed), g_prefetch_wide.load(std::memory_order_relaxed),
+            g_direct_tokens.load(std::memory_order_relaxed)};
 }
 
 Status set_tuning(const Tuning& values) noexcept {
-    if (values.prefetch > 1u << 20)
-        return Status::mismatch(Code::kValue, "tuning: prefetch distance", 0, 1u << 20, values.prefetch);
+    for (const uint32_t distance : {values.prefetch_narrow, values.prefetch_wide})
+        if (distance > 1u << 20)
+            return Status::mismatch(Code::kValue, "tuning: prefetch distance", 0, 1u << 20, distance);
     if (values.direct_tokens > 1024)
         return Status::mismatch(Code::kValue, "tuning: direct tokens", 0, 1024, values.direct_tokens);
-    g_prefetch.store(values.prefetch, std::memory_order_relaxed);
+    g_prefetch_narrow.store(values.prefetch_narrow, std::memory_order_relaxed);
+    g_prefetch_wide.store(values.prefetch_wide, std::memory_order_relaxed);
     g_direct_tokens.store(values.direct_tokens, std::memory_order_relaxed);
     return {};
 }
@@ -141,12 +151,13 @@ QuantizedView advance(QuantizedView x, uint64_t tokens) noexcept {
 
 // A panel of a unit, or some, with the codes unpacked: steps are then quads, a line each.
 struct Unpacked {
-    uint64_t steps;  // of packed codes, a panel
+    UnitSizes sizes;
+    Codes codes;
     UnitView view;
 
     // codes_stride: whole chunks, although the last one's codes may end before.
-    Unpacked(const UnitView& unit, Codes codes) noexcept
-        : steps(uint64_t{unit.chunks - 1} * unit.steps + unit.last_steps), view(unit) {
+    Unpacked(const UnitView& unit, const Prepacked::Expert& e, uint64_t cols) noexcept
+        : sizes(e, cols), codes(e.codes), view(unit) {
         const uint32_t quads = step_cols(codes) / 4;
         view.codes = nullptr;
         view.codes_stride = uint64_t{unit.chunks} * unit.steps * quads * kLine;
@@ -155,13 +166,16 @@ struct Unpacked {
     }
 
     // Panels [panel, panel + count) of `unit` to `out`, count * codes_stride bytes.
-    void unpack(const PanelKernels& kernels, const UnitView& unit, Codes codes, uint64_t panel, uint32_t count,
+    void unpack(const PanelKernels& kernels, const UnitView& unit, uint64_t panel, uint32_t count,
                 uint8_t* out) noexcept {
-        const uint64_t bytes = steps * (step_cols(codes) / 4) * kLine;
+        const uint64_t step = step_cols(codes) / 4 * kLine;  // bytes of a panel's step when unpacked
         for (uint32_t p = 0; p < count; ++p) {
+            const uint8_t* from = unit.codes + (panel + p) * unit.codes_stride;
             uint8_t* const to = out + p * view.codes_stride;
-            kernels.unpack[static_cast<size_t>(codes)](unit.codes + (panel + p) * unit.codes_stride, steps, to);
-            std::memset(to + bytes, 0, view.codes_stride - bytes);
+            for (uint64_t done = 0; done < sizes.all_steps; done += sizes.group_steps, from += sizes.group_bytes)
+                kernels.unpack[static_cast<size_t>(codes)](from, std::min(sizes.group_steps, sizes.all_steps - done),
+                                                           to + done * step);
+            std::memset(to + sizes.all_steps * step, 0, view.codes_stride - sizes.all_steps * step);
         }
         view.codes = out;
         view.scales = unit.scales + panel * unit.scales_stride;
@@ -174,11 +188,10 @@ struct Unpacked {
 void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64_t expert, uint64_t unit,
                    const Rows& rows, uint64_t first, uint64_t tokens, float* y) {
     const Prepacked::Expert& e = weights.expert(expert);
-    const Tuning tuned = tuning();
-    const UnitView view = unit_view(weights, expert, unit, tuned.prefetch);
+    const UnitView view = unit_view(weights, expert, unit, prefetch_of(e.codes));
     const auto scales = static_cast<size_t>(e.scales), zeros = static_cast<size_t>(e.zeros);
     const bool floats = rows.precision() == Precision::kFloat;
-    if (!floats && tokens <= tuned.direct_tokens) {
+    if (!floats && tokens <= g_direct_tokens.load(std::memory_order_relaxed)) {
         const auto& table = kernels.direct[static_cast<size_t>(e.codes)][scales][zeros];
         const QuantizedView x = rows.quantized(first);
         for (uint64_t t = 0; t < tokens;) {
@@ -189,13 +202,13 @@ void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64
         return;
     }
     thread_local Scratch scratch;
-    Unpacked part(view, e.codes);
+    Unpacked part(view, e, weights.cols());
     const uint32_t at_once = floats ? 1 : kernels.tile_panels[e.trits()];
     uint8_t* const codes = aligned(scratch.codes, part.view.codes_stride * at_once);
     const uint64_t cols = part.view.codes_stride / kPanelRows;
     if (floats && scratch.weights.size() < cols * kPanelRows) scratch.weights.resize(cols * kPanelRows);
     for (uint32_t panel = 0; panel < kUnitPanels; panel += at_once) {
-        part.unpack(kernels, view, e.codes, panel, at_once, codes);
+        part.unpack(kernels, view, panel, at_once, codes);
         float* const to = y + panel * kPanelRows;
         if (!floats) {
             kernels.tile[e.trits()][scales][zeros](part.view, rows.quantized(first), tokens, to, kUnitRows);
@@ -207,15 +220,10 @@ void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64
 }
 
 void prefetch_unit(const Prepacked& weights, uint64_t expert, uint64_t unit) noexcept {
-    const UnitView view = unit_view(weights, expert, unit, tuning().prefetch);
-    const auto ask = [&](const uint8_t* from, uint64_t stride) {
-        const uint64_t bytes = std::min<uint64_t>(view.prefetch, stride);
-        for (uint32_t panel = 0; panel < kUnitPanels; ++panel)
-            for (uint64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + panel * stride + at, 0, 2);
-    };
-    ask(view.codes, view.codes_stride);
-    ask(view.scales, view.scales_stride);
-    if (view.zeros != nullptr) ask(view.zeros, view.zeros_stride);
+    const Prepacked::Expert& e = weights.expert(expert);
+    const uint64_t bytes = UnitSizes(e, weights.cols()).bytes, some = std::min<uint64_t>(bytes, prefetch_of(e.codes));
+    const uint8_t* const from = weights.data() + e.at + unit * bytes;
+    for (uint64_t at = 0; at < some; at += kLine) __builtin_prefetch(from + at, 0, 2);
 }
 
 Status Prepacked::dequantize(uint64_t index, float* out) const noexcept {
@@ -229,10 +237,10 @@ Status Prepacked::dequantize(uint64_t index, float* out) const noexcept {
         std::vector<float> weights;
         for (uint64_t panel = 0; panel < panels_of(rows_, order_); ++panel) {
             const UnitView view = unit_view(*this, index, panel / kUnitPanels, 0);
-            Unpacked part(view, e.codes);
+            Unpacked part(view, e, cols_);
             codes.resize(part.view.codes_stride);
             weights.resize(part.view.codes_stride);
-            part.unpack(*kernels, view, e.codes, panel % kUnitPanels, 1, codes.data());
+            part.unpack(*kernels, view, panel % kUnitPanels, 1, codes.data());
             kernels->dequantize(part.view, 0, e.trits(), e.scales, e.offset, weights.data());
             for (uint32_t r = 0; r < kPanelRows; ++r) {
                 const uint64_t row = row_of(panel, r, rows_, order_);

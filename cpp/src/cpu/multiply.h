@@ -39,8 +39,8 @@ class Rows {
 void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64_t expert, uint64_t unit,
                    const Rows& rows, uint64_t first, uint64_t tokens, float* y);
 
-// Asks for the beginning of a unit that will be multiplied next: kernels ask for what is a little ahead within a unit only,
-// and rows of experts are short.
+// Asks for the beginning of a unit that will be multiplied next: kernels ask for what lies behind, which for the last unit
+// of an expert is another expert.
 void prefetch_unit(const Prepacked& weights, uint64_t expert, uint64_t unit) noexcept;
 
 // Calls use(first, tokens, y) with the products (tokens, 64) of a unit and rows [first, first + tokens), for all of

@@ -17,8 +17,10 @@
 // Ternary matrices of two levels use the 2-bit lines with bit 0 "high" and bit 1 "low" of every code; of one level they
 // are 2-bit matrices with the codes 0, 1, 2 and the zero 1.
 //
-// Four panels, one behind the other, are a *unit*: 64 rows, the piece of work of a thread. Reading four panels at a time
-// gives the memory four streams, which one core needs to reach its bandwidth.
+// Four panels are a *unit*: 64 rows, the piece of work of a thread, and one stream of bytes, read from the first to the
+// last. It holds group by group the scales of the four panels, their zeros where they are stored, and then the lines of
+// the codes: a step of each panel in turn. So what is asked for ahead is always what comes next, scales and the next unit
+// included, however short the rows.
 #pragma once
 
 #include <cstddef>
@@ -54,7 +56,7 @@ constexpr uint32_t step_lines(Codes codes) noexcept {
 }
 
 // One unit of a matrix. Strides are bytes from a panel to the next, steps those from a group to the next; a panel's
-// scales are (groups, 16). Trits have two vectors of float32, high and low, and one group.
+// scales of a group are 16. Trits have two vectors of float32, high and low, and one group.
 struct UnitView {
     const uint8_t* codes;
     uint64_t codes_stride;
@@ -64,6 +66,7 @@ struct UnitView {
     uint64_t zeros_stride, zero_step;
     uint32_t chunks, steps, last_steps;  // steps of every chunk but the last, and of the last
     uint32_t repeat;                     // chunks of a group
+    uint32_t gap;                        // bytes between the codes of two groups
     uint32_t prefetch;                   // bytes ahead of the line being read
 };
 
@@ -82,7 +85,7 @@ using UnitKernel = void (*)(const UnitView& unit, const QuantizedView& x, float*
 // (panels, quads, 64); codes_stride counts those bytes, steps are quads.
 using TileKernel = void (*)(const UnitView& unit, const QuantizedView& x, uint64_t tokens, float* y,
                             uint64_t y_stride) noexcept;
-// `steps` steps of lines to one code a byte.
+// `steps` steps of a panel's lines, as they lie in a unit, to one code a byte.
 using UnpackKernel = void (*)(const uint8_t* lines, uint64_t steps, uint8_t* codes) noexcept;
 
 struct PanelKernels {

@@ -13,7 +13,7 @@
 namespace qmoe {
 namespace {
 
-constexpr uint64_t kMagic = 0x314b434150455251;  // "QREPACK1"
+constexpr uint64_t kMagic = 0x324b434150455251;  // "QREPACK2"
 
 struct Header {
     uint64_t magic, total;
@@ -87,7 +87,7 @@ Status plan(const Record& record, RowOrder order, std::vector<Prepacked::Expert>
             return Status::mismatch(Code::kNoKernel, "prepack: no kernel for this format", 0, kIntId, id);
         table.push_back(id == kIntId ? plan_int(view) : plan_ternary(view));
         table.back().at = total;
-        total += panels * PanelSizes(table.back(), record.cols()).panel_bytes();
+        total += panels / kUnitPanels * UnitSizes(table.back(), record.cols()).bytes;
     }
     return {};
 }
@@ -133,10 +133,10 @@ void pack_step(Codes codes, const uint8_t* quads, uint8_t* line) noexcept {
 
 struct Target {
     const Prepacked::Expert& e;
-    PanelSizes sizes;
+    UnitSizes sizes;
     RowOrder order;
     uint64_t rows, panels;
-    uint8_t *codes, *scales, *zeros;
+    uint8_t* units;
 
     Target(const Prepacked::Expert& expert, const Record& record, RowOrder row_order, uint8_t* out) noexcept
         : e(expert),
@@ -144,22 +144,29 @@ struct Target {
           order(row_order),
           rows(record.rows()),
           panels(panels_of(rows, row_order)),
-          codes(out + e.at),
-          scales(codes + panels * sizes.codes_bytes),
-          zeros(scales + panels * sizes.scales_bytes) {}
+          units(out + e.at) {}
 
+    uint8_t* group_at(uint64_t panel, uint64_t group) const noexcept {
+        return units + panel / kUnitPanels * sizes.bytes + group * sizes.group_bytes;
+    }
     // Row r of a panel from its codes (padded_cols of them, zero beyond the last column).
     void put_codes(uint64_t panel, uint32_t r, const uint8_t* row) noexcept {
-        uint8_t* line = codes + panel * sizes.codes_bytes + 4 * r;
-        const uint64_t step = step_cols(e.codes), bytes = uint64_t{step_lines(e.codes)} * kLine;
-        for (uint64_t k = 0; k < sizes.padded_cols(e); k += step, line += bytes) pack_step(e.codes, row + k, line);
+        const uint64_t within = panel % kUnitPanels * step_lines(e.codes) * kLine + 4 * r;
+        for (uint64_t step = 0; step < sizes.all_steps; ++step)
+            pack_step(e.codes, row + step * step_cols(e.codes),
+                      group_at(panel, step / sizes.group_steps) + sizes.meta +
+                          step % sizes.group_steps * sizes.step_bytes + within);
     }
     void put_scale(uint64_t panel, uint32_t r, uint64_t group, float value) noexcept {
-        uint8_t* const at = scales + panel * sizes.scales_bytes + group * e.scale_bytes();
+        uint8_t* const at = group_at(panel, group) + panel % kUnitPanels * e.scale_bytes();
         if (e.scales == Scales::kFloat16)
             store(at + 2 * r, float_to_half(value));
         else
             store(at + 4 * r, value);
+    }
+    void put_zero(uint64_t panel, uint32_t r, uint64_t group, float value) noexcept {
+        group_at(panel, group)[kUnitPanels * e.scale_bytes() + panel % kUnitPanels * kPanelRows + r] =
+            static_cast<uint8_t>(value);
     }
 };
 
@@ -174,9 +181,7 @@ void pack_int_panel(const MatrixView& view, Target& to, uint64_t panel, std::vec
         to.put_codes(panel, r, row.data());
         for (uint64_t g = 0; g < layout.groups; ++g) {
             to.put_scale(panel, r, g, layout.scale(view.data.data(), from, g));
-            if (layout.has_zeros)
-                to.zeros[panel * to.sizes.zeros_bytes + g * kPanelRows + r] =
-                    static_cast<uint8_t>(layout.zero(view.data.data(), from, g) - layout.offset);
+            if (layout.has_zeros) to.put_zero(panel, r, g, layout.zero(view.data.data(), from, g) - layout.offset);
         }
     }
 }
@@ -246,9 +251,7 @@ Status Prepacked::prepack(const Record& record, RowOrder order, std::span<uint8_
             const bool ternary = record.format_of(expert).id == kTernaryId;
             if (ternary && first > 0) return;
             const uint64_t last = ternary ? panels : std::min(panels, first + kSome);
-            std::memset(to.codes + first * to.sizes.codes_bytes, 0, (last - first) * to.sizes.codes_bytes);
-            std::memset(to.scales + first * to.sizes.scales_bytes, 0, (last - first) * to.sizes.scales_bytes);
-            std::memset(to.zeros + first * to.sizes.zeros_bytes, 0, (last - first) * to.sizes.zeros_bytes);
+            std::memset(to.group_at(first, 0), 0, (last - first) / kUnitPanels * to.sizes.bytes);
             try {
                 if (ternary) return pack_ternary(view, to);
                 std::vector<uint8_t> row;

@@ -24,26 +24,28 @@ struct Prepacked::Expert {
     }
 };
 
-// Sizes of one expert of `cols` columns.
-struct PanelSizes {
+// Sizes of one unit of an expert of `cols` columns: groups one behind the other, each its scales and zeros (`meta` bytes)
+// and its codes, step by step, four panels a step.
+struct UnitSizes {
     uint64_t chunks, steps, last_steps, groups;
-    uint64_t codes_bytes, scales_bytes, zeros_bytes;  // of one panel, multiples of 64
+    uint64_t all_steps, group_steps;  // of the unit, and of all its groups but the last
+    uint64_t step_bytes, meta, group_bytes, bytes;
 
-    PanelSizes(const Prepacked::Expert& e, uint64_t cols) noexcept {
+    UnitSizes(const Prepacked::Expert& e, uint64_t cols) noexcept {
         const uint64_t step = step_cols(e.codes);
         chunks = ceil_div(cols, e.chunk);
         steps = e.chunk / step;
         last_steps = ceil_div(cols - (chunks - 1) * e.chunk, step);
         groups = ceil_div(chunks, e.repeat);
-        codes_bytes = ((chunks - 1) * steps + last_steps) * step_lines(e.codes) * kLine;
-        scales_bytes = ceil_div(groups * e.scale_bytes(), kLine) * kLine;
-        zeros_bytes = e.zeros == Zeros::kStored ? ceil_div(groups * kPanelRows, kLine) * kLine : 0;
+        all_steps = (chunks - 1) * steps + last_steps;
+        group_steps = groups == 1 ? all_steps : e.repeat * steps;
+        step_bytes = kUnitPanels * step_lines(e.codes) * kLine;
+        meta = kUnitPanels * (e.scale_bytes() + (e.zeros == Zeros::kStored ? kPanelRows : 0));
+        group_bytes = meta + group_steps * step_bytes;
+        bytes = groups * meta + all_steps * step_bytes;
     }
     // Columns that codes and activations are filled up to.
-    uint64_t padded_cols(const Prepacked::Expert& e) const noexcept {
-        return ((chunks - 1) * steps + last_steps) * step_cols(e.codes);
-    }
-    uint64_t panel_bytes() const noexcept { return codes_bytes + scales_bytes + zeros_bytes; }
+    uint64_t padded_cols(const Prepacked::Expert& e) const noexcept { return all_steps * step_cols(e.codes); }
 };
 
 // Panels of a stack, units whole. In a gated order even panels are of the gate and odd ones of up.
@@ -63,26 +65,23 @@ inline uint64_t row_of(uint64_t panel, uint32_t r, uint64_t rows, RowOrder order
     return order == RowOrder::kHalves ? panel % 2 * half + row : 2 * row + panel % 2;
 }
 
-// Codes of all panels come first, then scales, then zeros: kernels walk through each in order.
 inline UnitView unit_view(const Prepacked& weights, uint64_t expert, uint64_t unit, uint32_t prefetch) noexcept {
     const Prepacked::Expert& e = weights.expert(expert);
-    const PanelSizes sizes(e, weights.cols());
-    const uint64_t panels = panels_of(weights.rows(), weights.order()), panel = unit * kUnitPanels;
-    const uint8_t* const codes = weights.data() + e.at;
-    const uint8_t* const scales = codes + panels * sizes.codes_bytes;
-    const uint8_t* const zeros = scales + panels * sizes.scales_bytes;
-    return {codes + panel * sizes.codes_bytes,
-            sizes.codes_bytes,
-            scales + panel * sizes.scales_bytes,
-            sizes.scales_bytes,
+    const UnitSizes sizes(e, weights.cols());
+    const uint8_t* const scales = weights.data() + e.at + unit * sizes.bytes;
+    return {scales + sizes.meta,
+            uint64_t{step_lines(e.codes)} * kLine,
+            scales,
             e.scale_bytes(),
-            e.zeros == Zeros::kStored ? zeros + panel * sizes.zeros_bytes : nullptr,
-            sizes.zeros_bytes,
+            sizes.group_bytes,
+            e.zeros == Zeros::kStored ? scales + kUnitPanels * e.scale_bytes() : nullptr,
             uint64_t{kPanelRows},
+            sizes.group_bytes,
             static_cast<uint32_t>(sizes.chunks),
             static_cast<uint32_t>(sizes.steps),
             static_cast<uint32_t>(sizes.last_steps),
             e.repeat,
+            static_cast<uint32_t>(sizes.meta),
             prefetch};
 }
 

@@ -56,7 +56,8 @@ Status grouped_linear(const Prepacked& weights, const void* x, ActivationType ty
         });
         parallel_for(tasks.size(), threads, [&](uint64_t i) {
             const auto [e, unit] = tasks[i];
-            if (i + 1 < tasks.size()) prefetch_unit(weights, tasks[i + 1].expert, tasks[i + 1].unit);
+            if (unit + 1 == units && i + 1 < tasks.size())
+                prefetch_unit(weights, tasks[i + 1].expert, tasks[i + 1].unit);
             const auto begin = static_cast<uint64_t>(offsets[e]), count = static_cast<uint64_t>(offsets[e + 1]) - begin;
             const uint64_t first = unit * kUnitRows, last = std::min(rows, first + kUnitRows);
             const auto keep = [&](uint64_t t, uint64_t some, const float* results) {

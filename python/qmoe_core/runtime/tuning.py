@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import _C
 from ..errors import QmoeError
 from ..formats import IntFormat, IntMatrix, PackedTensor
 
-VERSION = 1
-PREFETCH = (0, 256, 512, 1024, 2048, 4096)
+VERSION = 2
+PREFETCH = (0, 1024, 2048, 4096, 8192, 16384)
 DIRECT_TOKENS = (4, 8, 16, 32, 128, 1024)
 SHAPE = (4096, 4096)  # 8 MiB in 4 bits: a few of them in turn are colder than any cache is large
 
@@ -33,9 +34,10 @@ class TuneResult:
     """What `tune` found.
 
     Attributes:
-        values: `{"prefetch": bytes ahead, "direct_tokens": tokens}`, see qmoe/prepacked.h.
-        trials: `{"prefetch": {value: seconds of one token}, "direct_tokens": {tokens: time of reading packed lines over
-            that of unpacked codes}}`, medians.
+        values: `{"prefetch_narrow": bytes ahead, "prefetch_wide": bytes ahead, "direct_tokens": tokens}`, see
+            qmoe/prepacked.h.
+        trials: `{"prefetch_narrow": {value: seconds of one token}, "prefetch_wide": the same, "direct_tokens": {tokens:
+            time of reading packed lines over that of unpacked codes}}`, medians.
         path: where it is kept.
     """
 
@@ -70,7 +72,7 @@ def load() -> bool:
     none: everything works without it."""
     try:
         values = json.loads(cache_path().read_text())["machines"][machine()]
-        _C.set_tuning(int(values["prefetch"]), int(values["direct_tokens"]))
+        _C.set_tuning(*(int(values[name]) for name in ("prefetch_narrow", "prefetch_wide", "direct_tokens")))
     except (OSError, ValueError, KeyError, TypeError, QmoeError):
         return False
     return True
@@ -91,10 +93,31 @@ def save(values: dict[str, int]) -> Path:
     return path
 
 
+def _copies(bits: int, generator: np.random.Generator, threads: int) -> list[NDArray[np.uint8]]:
+    """A matrix, prepacked, so many times that it is cold in the caches when its turn comes."""
+    groups = SHAPE[1] // 128
+    matrix = IntMatrix(
+        IntFormat(bits, 128),
+        generator.integers(0, 2**bits, SHAPE, dtype=np.uint8),
+        np.full((SHAPE[0], groups), 1 / 64, dtype=np.float32),
+        np.full((SHAPE[0], groups), 2 ** (bits - 1), dtype=np.uint8),
+    )
+    record = PackedTensor.pack([matrix]).data
+    nbytes = _C.prepack_size(record.ctypes.data, record.size, "plain")
+    copies = []
+    for _ in range(64 // bits):
+        memory = np.empty(nbytes + 63, dtype=np.uint8)
+        layout = memory[-memory.ctypes.data % 64 :][:nbytes]
+        _C.prepack(record.ctypes.data, record.size, "plain", layout.ctypes.data, nbytes, threads)
+        copies.append(layout)
+    return copies
+
+
 def tune(
     threads: int = 0, seconds: float = 0.2, progress: Callable[[str], None] | None = None, keep: bool = True
 ) -> TuneResult:
-    """Measure prefetch distances at one token and the crossover to unpacked codes, int4 in groups of 128.
+    """Measure prefetch distances at one token, of int2 and int4, and the crossover to unpacked codes, of int4; in groups of
+    128.
 
     Args:
         threads: 0 takes all that may be used.
@@ -105,62 +128,49 @@ def tune(
     threads = threads or len(os.sched_getaffinity(0))
     rows, columns = SHAPE
     generator = np.random.default_rng(0)
-    format = IntFormat(4, 128)
-    groups = columns // 128
-    matrix = IntMatrix(
-        format,
-        generator.integers(0, 16, SHAPE, dtype=np.uint8),
-        np.full((rows, groups), 1 / 64, dtype=np.float32),
-        np.full((rows, groups), 8, dtype=np.uint8),
-    )
-    record = PackedTensor.pack([matrix]).data
-    nbytes = _C.prepack_size(record.ctypes.data, record.size, "plain")
-    copies = []
-    for _ in range(16):
-        memory = np.empty(nbytes + 63, dtype=np.uint8)
-        layout = memory[-memory.ctypes.data % 64 :][:nbytes]
-        _C.prepack(record.ctypes.data, record.size, "plain", layout.ctypes.data, nbytes, threads)
-        copies.append(layout)
-    turns = itertools.cycle(copies)
+    layouts = {bits: itertools.cycle(_copies(bits, generator, threads)) for bits in (2, 4)}
 
-    def measure(tokens: int) -> float:
+    def measure(bits: int, tokens: int) -> float:
         x = generator.standard_normal((tokens, columns), dtype=np.float32)
         y, offsets = np.empty((tokens, rows), dtype=np.float32), np.array([0, tokens])
         times: list[float] = []
         begin = time.perf_counter()
         while len(times) < 5 or time.perf_counter() - begin < seconds:
-            layout, started = next(turns), time.perf_counter()
+            layout, started = next(layouts[bits]), time.perf_counter()
             _C.prepacked_linear(
-                layout.ctypes.data, nbytes, offsets.ctypes.data, 2, x.ctypes.data, "float32", tokens, columns,
+                layout.ctypes.data, layout.nbytes, offsets.ctypes.data, 2, x.ctypes.data, "float32", tokens, columns,
                 y.ctypes.data, rows, "int8", threads,
             )  # fmt: skip
             times.append(time.perf_counter() - started)
         return statistics.median(times)
 
     before = _C.tuning()
-    trials: dict[str, dict[int, float]] = {"prefetch": {}, "direct_tokens": {}}
+    values = dict(before)
+    trials: dict[str, dict[int, float]] = {"prefetch_narrow": {}, "prefetch_wide": {}, "direct_tokens": {}}
     try:
-        for distance in PREFETCH:
-            if progress:
-                progress(f"prefetch {distance} bytes ahead")
-            _C.set_tuning(distance, before["direct_tokens"])
-            trials["prefetch"][distance] = measure(1)
-        prefetch = min(trials["prefetch"], key=lambda d: trials["prefetch"][d])
+        for name, bits in (("prefetch_narrow", 2), ("prefetch_wide", 4)):
+            tried = trials[name]
+            for distance in PREFETCH:
+                if progress:
+                    progress(f"{bits} bits, prefetch {distance} bytes ahead")
+                _C.set_tuning(**{**values, name: distance})
+                tried[distance] = measure(bits, 1)
+            values[name] = min(tried, key=lambda d: tried[d])
         # Up to how many tokens reading packed lines is the faster way: the last size at which it is.
         direct = DIRECT_TOKENS[0]
         for tokens in DIRECT_TOKENS:
             if progress:
                 progress(f"{tokens} tokens, packed and unpacked")
-            _C.set_tuning(prefetch, tokens)
-            packed = measure(tokens)
-            _C.set_tuning(prefetch, tokens - 1)
-            unpacked = measure(tokens)
+            _C.set_tuning(**{**values, "direct_tokens": tokens})
+            packed = measure(4, tokens)
+            _C.set_tuning(**{**values, "direct_tokens": tokens - 1})
+            unpacked = measure(4, tokens)
             trials["direct_tokens"][tokens] = packed / unpacked
             if packed > unpacked:
                 break
             direct = tokens
     finally:
-        _C.set_tuning(before["prefetch"], before["direct_tokens"])
-    values = {"prefetch": prefetch, "direct_tokens": direct}
+        _C.set_tuning(**before)
+    values["direct_tokens"] = direct
     _C.set_tuning(**values)
     return TuneResult(values, trials, str(save(values)) if keep else "")
