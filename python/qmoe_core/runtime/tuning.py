@@ -116,8 +116,7 @@ def _copies(bits: int, generator: np.random.Generator, threads: int) -> list[NDA
 def tune(
     threads: int = 0, seconds: float = 0.2, progress: Callable[[str], None] | None = None, keep: bool = True
 ) -> TuneResult:
-    """Measure prefetch distances at one token, of int2 and int4, and the crossover to unpacked codes, of int4; in groups of
-    128.
+    """Measure prefetch distances at one token, of int2 and int4, and the crossover to unpacked codes, of int4.
 
     Args:
         threads: 0 takes all that may be used.
