@@ -312,6 +312,27 @@ def gptq_gpu(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def int_linear(result: dict[str, Any]) -> list[str]:
+    """Products of int matrices and few tokens on a GPU (bench/gpu/int_linear.py)."""
+    tokens = sorted({row["tokens"] for row in result["rows"]})
+    cells = {(*row["shape"], row["format"], row["tokens"]): row for row in result["rows"]}
+    lines = [
+        "| N x K | format | " + " | ".join(f"{n} token{'s' * (n > 1)}" for n in tokens) + " | of a copy's bytes/s |",
+        "|---|---|" + "---:|" * (len(tokens) + 1),
+    ]
+    for rows, cols, kind in dict.fromkeys(key[:3] for key in cells):
+        of = [cells[rows, cols, kind, n] for n in tokens]
+        shown = " | ".join(f"{row['median_us']:.1f} ({row['speedup']:.2f}x)" for row in of)
+        lines.append(f"| {rows} x {cols} | {kind} | {shown} | {of[0]['share_of_copy_bandwidth']:.0%} |")
+    lines += [
+        "",
+        "Microseconds in a CUDA graph, weights rotating past the cache, and how many times as fast as cuBLAS in bfloat16. "
+        f"The last column is of one token's codes and scales, a copy's being {result['copy_bytes_per_second'] / 1e12:.2f} "
+        f"TB/s read and written. {origin(result)}",
+    ]
+    return lines
+
+
 def two_gpus(result: dict[str, Any]) -> list[str]:
     """Calibrated compression by several processes with a GPU each (bench/gpu/two_gpus.py)."""
     layers, experts, hidden, intermediate = result["shape"]
@@ -392,6 +413,7 @@ RENDERERS = {
     "recovery": recovery,
     "gptq-gpu": gptq_gpu,
     "two-gpus": two_gpus,
+    "int-linear-gpu": int_linear,
     "cpu-kernels": cpu_kernels,
     "cpu-model": cpu_model,
     "generation": generation,

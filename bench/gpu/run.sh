@@ -20,3 +20,4 @@ for tool in memcheck racecheck initcheck synccheck; do
         tee "$out/sanitizer-$tool.log" | tail -n 3
 done
 python3 bench/gpu/dequantize.py --output "$out/dequantize-gpu.json"
+python3 bench/gpu/int_linear.py --output "$out/int-linear.json"
