@@ -326,9 +326,9 @@ def int_linear(result: dict[str, Any]) -> list[str]:
         lines.append(f"| {rows} x {cols} | {kind} | {shown} | {of[0]['share_of_copy_bandwidth']:.0%} |")
     lines += [
         "",
-        "Microseconds in a CUDA graph, weights rotating past the cache, and how many times as fast as cuBLAS in bfloat16. "
-        f"The last column is of one token's codes and scales, a copy's being {result['copy_bytes_per_second'] / 1e12:.2f} "
-        f"TB/s read and written. {origin(result)}",
+        "Microseconds in a CUDA graph, weights rotating past the cache, and how many times as fast as cuBLAS in "
+        "bfloat16. The last column is of one token's codes and scales, a copy's being "
+        f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s read and written. {origin(result)}",
     ]
     return lines
 
