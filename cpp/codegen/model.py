@@ -3,8 +3,8 @@
 A kernel that reads packed lines is bound by what memory delivers as long as it spends fewer cycles on a line than a
 line takes to arrive: at 14 GB/s and 3 GHz that is 13 cycles, at 25 GB/s 7. So the model counts cycles per line:
 instructions of each kind by their throughput, all of them by the issue width, and what does not fit into registers as a
-store and a load. Several panels at a time share the broadcast activations and give memory more streams; the model takes
-the largest tile among the cheapest.
+store and a load. Several panels at a time share the broadcast activations; the model takes the largest tile among the
+cheapest.
 
 `python -m codegen.model` (from cpp/) prints the table of choices.
 """
