@@ -3,10 +3,6 @@
 namespace qmoe::cuda {
 namespace {
 
-Status runtime_status(cudaError_t error) noexcept {
-    return error == cudaSuccess ? Status{} : Status::error(Code::kNoKernel, cudaGetErrorString(error));
-}
-
 Status device_count(int* count) noexcept {
     return runtime_status(cudaGetDeviceCount(count));
 }

@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "qmoe/checked.h"
 #include "qmoe/cuda.h"
 
 namespace qmoe::cuda {
@@ -23,9 +24,17 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
-inline Status launch_status() noexcept {
-    const cudaError_t error = cudaGetLastError();
+inline Status runtime_status(cudaError_t error) noexcept {
     return error == cudaSuccess ? Status{} : Status::error(Code::kNoKernel, cudaGetErrorString(error));
+}
+
+inline Status launch_status() noexcept {
+    return runtime_status(cudaGetLastError());
+}
+
+// Blocks of 256 threads for kernels whose threads take one thing after the other.
+inline uint32_t grid_for(uint64_t threads) noexcept {
+    return static_cast<uint32_t>(ceil_div(threads, 256) < 65536 ? ceil_div(threads, 256) : 65536);
 }
 
 // Calls launch(T{}) with T the element type of `type`.

@@ -44,6 +44,16 @@ def graph_seconds(run: Callable[[], None], repeats: int = 30) -> list[float]:
     return times[3:]
 
 
+def microseconds(run: Callable[[], None], count: int) -> dict[str, float]:
+    """Of one of `count` calls that `run` makes: median, and where the fastest and slowest tenths end."""
+    times = sorted(t / count * 1e6 for t in graph_seconds(run))
+    return {
+        "median_us": statistics.median(times),
+        "p10_us": times[len(times) // 10],
+        "p90_us": times[9 * len(times) // 10],
+    }
+
+
 def copy_bandwidth() -> float:
     """Bytes read plus written per second by a device-to-device copy of 1 GiB."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
@@ -81,13 +91,11 @@ def measure(packed: PackedTensor, bandwidth: float) -> dict[str, Any]:
             pointer = 0 if table is None else table.data_ptr()
             _C.cuda_dequantize(packed.data, 0, source.data_ptr(), pointer, out.data_ptr(), "bfloat16", stream)
 
-    times = sorted(t / copies for t in graph_seconds(run))
-    median = statistics.median(times)
+    times = microseconds(run, copies)
+    median = times["median_us"] / 1e6
     moved = packed.nbytes + 2 * weights
     return {
-        "median_us": median * 1e6,
-        "p10_us": times[len(times) // 10] * 1e6,
-        "p90_us": times[9 * len(times) // 10] * 1e6,
+        **times,
         "weights_per_second": weights / median,
         "share_of_copy_bandwidth": moved / median / bandwidth,
         "bits_per_weight": packed.bits_per_weight,

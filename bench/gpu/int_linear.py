@@ -8,14 +8,13 @@ Medians of CUDA graph replays; weights rotate past the second-level cache.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from dequantize import CACHE_BYTES, copy_bandwidth, graph_seconds, write_results
+from dequantize import CACHE_BYTES, copy_bandwidth, microseconds, write_results
 
 from qmoe_core import _C, IntFormat, IntMatrix, PackedTensor
 
@@ -31,19 +30,14 @@ def sample(bits: int, rows: int, cols: int) -> PackedTensor:
     return PackedTensor.pack([IntMatrix(IntFormat(bits, GROUP, False), codes, scales, None)])
 
 
-def microseconds(calls: list[Callable[[], None]]) -> dict[str, float]:
-    """Per call, over graphs that make all calls one after the other."""
+def measure(calls: list[Callable[[], None]]) -> dict[str, float]:
+    """Microseconds of a call, over graphs that make all calls one after the other."""
 
     def run() -> None:
         for call in calls:
             call()
 
-    times = sorted(t / len(calls) * 1e6 for t in graph_seconds(run))
-    return {
-        "median_us": statistics.median(times),
-        "p10_us": times[len(times) // 10],
-        "p90_us": times[9 * len(times) // 10],
-    }
+    return microseconds(run, len(calls))
 
 
 def dense(rows: int, cols: int, tokens: int) -> dict[str, float]:
@@ -51,7 +45,7 @@ def dense(rows: int, cols: int, tokens: int) -> dict[str, float]:
     weights = [torch.randn(rows, cols, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
     x = torch.randn(tokens, cols, dtype=torch.bfloat16, device="cuda")
     y = torch.empty(tokens, rows, dtype=torch.bfloat16, device="cuda")
-    return microseconds([lambda w=w: torch.mm(x, w.T, out=y) for w in weights])  # type: ignore[misc]
+    return measure([lambda w=w: torch.mm(x, w.T, out=y) for w in weights])  # type: ignore[misc]
 
 
 class Ours:
@@ -73,7 +67,7 @@ class Ours:
             pointers = tiles.data_ptr(), x.data_ptr(), 0, y.data_ptr()
             self.matrix.linear(*pointers, tokens, "bfloat16", stream, team)
 
-        return microseconds([lambda t=t: call(t) for t in self.copies])  # type: ignore[misc]
+        return measure([lambda t=t: call(t) for t in self.copies])  # type: ignore[misc]
 
 
 def main() -> None:

@@ -43,10 +43,9 @@ Status dequantize_int(const DeviceMatrix& matrix, void* out, OutputType type, cu
         return Status::mismatch(Code::kShape, "cuda: int data is shorter than its shape", 0, layout.bytes,
                                 matrix.bytes);
     const uint64_t blocks = layout.rows * (layout.row_bytes / layout.block_bytes);
-    const auto grid = static_cast<uint32_t>(ceil_div(blocks, 256) < 65536 ? ceil_div(blocks, 256) : 65536);
     return with_output_type(type, [&](auto element) {
         using T = decltype(element);
-        dequantize_int_kernel<T><<<grid, 256, 0, stream>>>(layout, matrix.data, static_cast<T*>(out));
+        dequantize_int_kernel<T><<<grid_for(blocks), 256, 0, stream>>>(layout, matrix.data, static_cast<T*>(out));
         return launch_status();
     });
 }

@@ -339,10 +339,6 @@ struct Device {
     uint32_t multiprocessors, shared;  // shared: bytes that a block may have
 };
 
-Status runtime_error(cudaError_t error) noexcept {
-    return Status::error(Code::kNoKernel, cudaGetErrorString(error));
-}
-
 // One launch per as many tokens as there is room for.
 template <typename T, int kBits, int kN, int kGroups, uint32_t kWarps>
 Status launch(Product product, uint64_t tokens, const Device& device, cudaStream_t stream) noexcept {
@@ -354,7 +350,7 @@ Status launch(Product product, uint64_t tokens, const Device& device, cudaStream
         return Status::mismatch(Code::kNoKernel, "cuda: columns that one token may have", 0, 1 << 15, product.cols);
     cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared));
-    if (error != cudaSuccess) return runtime_error(error);
+    QMOE_TRY(runtime_status(error));
     if (product.team == 0) product.team = choose_team(kWarps, product.count, product.blocks, device.multiprocessors);
     if (product.team > kWarps) product.team = kWarps;
     const uint64_t launches = ceil_div(tokens, uint64_t{most});
@@ -416,7 +412,7 @@ Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept {
     cudaError_t error = cudaGetDevice(&index);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-    if (error != cudaSuccess) return runtime_error(error);
+    QMOE_TRY(runtime_status(error));
     const Device device{static_cast<uint32_t>(multiprocessors), static_cast<uint32_t>(shared)};
     const auto count = static_cast<uint32_t>(tiles.tiles), blocks = static_cast<uint32_t>(tiles.blocks);
     const Product product{static_cast<const uint8_t*>(linear.tiles),

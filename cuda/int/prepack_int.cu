@@ -62,10 +62,6 @@ __global__ void prepack_scales(IntLayout stored, IntTiles tiles, const uint8_t* 
     }
 }
 
-uint32_t grid_for(uint64_t threads) noexcept {
-    return static_cast<uint32_t>(ceil_div(threads, 256) < 65536 ? ceil_div(threads, 256) : 65536);
-}
-
 }  // namespace
 
 Status int_tiles_bytes(const DeviceMatrix& matrix, uint64_t* bytes) noexcept {

@@ -33,7 +33,7 @@ struct IntTiles {
     float zero = 0.0f;  // of all codes, where none are stored
     ScaleType scale_type = ScaleType::kFloat16;
     uint64_t rows = 0, cols = 0, tiles = 0, blocks = 0;
-    uint32_t block_bytes = 0, tail_bytes = 0;  // tail: behind a tile's blocks
+    uint32_t block_bytes = 0;
     uint64_t tile_bytes = 0, bytes = 0;
 
     explicit IntTiles(const IntLayout& stored) noexcept
@@ -49,8 +49,7 @@ struct IntTiles {
         groups = stored.groups == 1 ? 0 : kTileColumns / stored.group;
         const uint32_t group_bytes = 2 * kTileRows * (has_zeros ? 2 : 1);
         block_bytes = code_bytes() + groups * group_bytes;
-        tail_bytes = groups == 0 ? group_bytes : 0;
-        tile_bytes = blocks * block_bytes + tail_bytes;
+        tile_bytes = blocks * block_bytes + (groups == 0 ? group_bytes : 0);
         bytes = tiles * tile_bytes;
     }
     QMOE_INLINE uint32_t code_bytes() const noexcept { return words * 4 * kLanes; }  // of a block

@@ -402,6 +402,7 @@ TEST_SUITE("matmul") {
         const std::vector<float> y = run(p, Precision::kInt8, 2);
         for (const Tuning values : {Tuning{0, 0, 0}, Tuning{4096, 0, 1}, Tuning{64, 128, 1024}}) {
             REQUIRE(set_tuning(values).ok());
+            CHECK(tuning().prefetch_narrow == values.prefetch_narrow);
             CHECK(tuning().prefetch_wide == values.prefetch_wide);
             CHECK(run(p, Precision::kInt8, 2) == y);
         }

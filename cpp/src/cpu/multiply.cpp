@@ -205,7 +205,7 @@ void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64
     Unpacked part(view, e, weights.cols());
     const uint32_t at_once = floats ? 1 : kernels.tile_panels[e.trits()];
     uint8_t* const codes = aligned(scratch.codes, part.view.codes_stride * at_once);
-    const uint64_t cols = part.view.codes_stride / kPanelRows;
+    const uint64_t cols = part.sizes.padded_cols(e);
     if (floats && scratch.weights.size() < cols * kPanelRows) scratch.weights.resize(cols * kPanelRows);
     for (uint32_t panel = 0; panel < kUnitPanels; panel += at_once) {
         part.unpack(kernels, view, panel, at_once, codes);

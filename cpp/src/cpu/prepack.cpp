@@ -151,11 +151,13 @@ struct Target {
     }
     // Row r of a panel from its codes (padded_cols of them, zero beyond the last column).
     void put_codes(uint64_t panel, uint32_t r, const uint8_t* row) noexcept {
-        const uint64_t within = panel % kUnitPanels * step_lines(e.codes) * kLine + 4 * r;
-        for (uint64_t step = 0; step < sizes.all_steps; ++step)
-            pack_step(e.codes, row + step * step_cols(e.codes),
-                      group_at(panel, step / sizes.group_steps) + sizes.meta +
-                          step % sizes.group_steps * sizes.step_bytes + within);
+        const uint64_t first = sizes.meta + panel % kUnitPanels * step_lines(e.codes) * kLine + 4 * r;
+        for (uint64_t group = 0, step = 0; group < sizes.groups; ++group) {
+            uint8_t* line = group_at(panel, group) + first;
+            const uint64_t end = std::min(step + sizes.group_steps, sizes.all_steps);
+            for (; step < end; ++step, row += step_cols(e.codes), line += sizes.step_bytes)
+                pack_step(e.codes, row, line);
+        }
     }
     void put_scale(uint64_t panel, uint32_t r, uint64_t group, float value) noexcept {
         uint8_t* const at = group_at(panel, group) + panel % kUnitPanels * e.scale_bytes();

@@ -111,13 +111,15 @@ class _Behind:
         self._pending.clear()
 
 
-def _fits_device(device: torch.device, nbytes: int) -> bool:
-    """Whether a buffer leaves enough memory of a CUDA device to everything else."""
-    if device.type != "cuda":
-        return False
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return nbytes <= free // DEVICE_PART
+def _place(device: str, nbytes: int, budget: Budget) -> str | None:
+    """Where a buffer lies: on the device, if that is a CUDA device with room for it; on the host ("cpu"), which takes
+    from `budget`; None for a file."""
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if nbytes <= free // DEVICE_PART:
+            return device
+    return "cpu" if budget.take(nbytes) else None
 
 
 class RowBuffer:
@@ -127,18 +129,16 @@ class RowBuffer:
     else in the file `spill`: what is read is the same.
     """
 
-    def __init__(self, rows: int, width: int, budget: Budget, spill: Path, device: str | torch.device = "cpu") -> None:
+    def __init__(self, rows: int, width: int, budget: Budget, spill: Path, device: str = "cpu") -> None:
         self.rows, self.width = rows, width
         self.nbytes = 4 * rows * width
         self._spill = spill
-        self._budget: Budget | None = None  # that memory was taken from
         self._memory: torch.Tensor | None = None
         self._file: _File | None = None
-        if _fits_device(torch.device(device), self.nbytes):
-            self._memory = torch.zeros(rows, width, device=device)
-        elif budget.take(self.nbytes):
-            self._budget = budget
-            self._memory = torch.zeros(rows, width)
+        place = _place(device, self.nbytes, budget)
+        self._budget = budget if place == "cpu" else None  # that memory was taken from
+        if place is not None:
+            self._memory = torch.zeros(rows, width, device=place)
         else:
             with io_errors(spill):
                 spill.unlink(missing_ok=True)  # a new file reads as zeros
@@ -178,9 +178,8 @@ class RowBuffer:
             device = self._memory.device
             self._memory.index_add_(0, rows.to(device), values.to(device, torch.float32))
             return
-        values = values.to("cpu", torch.float32)
         assert self._file is not None
-        data, step = _bytes(self.gather(rows) + values), 4 * self.width
+        data, step = _bytes(self.gather(rows) + values.to("cpu", torch.float32)), 4 * self.width
         for at, row in enumerate(rows.tolist()):
             self._file.write(step * row, data[step * at : step * (at + 1)])
 
@@ -213,11 +212,8 @@ class States:
         self._window_bytes = 4 * int(np.prod(shape))
         nbytes = windows * self._window_bytes
         self._files = [_File(directory / f"{name}-{k}", nbytes) for k in range(2)]
-        self._memory: torch.Tensor | None = None
-        if _fits_device(torch.device(device), nbytes):
-            self._memory = torch.empty(windows, *shape, device=device)
-        elif budget.take(nbytes):
-            self._memory = torch.empty(windows, *shape)
+        place = _place(device, nbytes, budget)
+        self._memory = None if place is None else torch.empty(windows, *shape, device=place)
         self._behind = _Behind()
         self._current = 0
         self._crc = 0
