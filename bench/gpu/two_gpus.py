@@ -4,17 +4,20 @@
 
 Makes a checkpoint with random weights and the expert shapes of Qwen3-30B-A3B in a temporary folder and compresses it
 with as many calibration tokens as `qmoe compress` takes, alone and under torchrun, each time in processes of their own.
-Activations are kept in memory, whatever their size. Seconds are those of the compression itself, without the start of
-Python and of the processes, which is in `wall_seconds`. `--device cpu` and smaller numbers try it out.
+Activations are kept in memory, whatever their size. Seconds are those of the compression itself, in processes that have
+met and whose CUDA is up, NCCL's start included; `wall_seconds` are all, from the start of Python on. `layer_seconds`:
+the mean time from one layer to the next. `--device cpu` and smaller numbers try it out.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import itertools
 import json
 import os
 import pstats
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,10 +28,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import Qwen3MoeConfig
 
 from qmoe_core import Recipe, compress
 from qmoe_core.calibration import CalibrationSpec
+from qmoe_core.progress import ProgressEvent
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "compression"))
@@ -38,26 +43,39 @@ from large import make, size_of
 
 def work(source: Path, output: Path, arguments: argparse.Namespace) -> None:
     """One process's part of a compression; the first one prints the result as JSON."""
-    leads = os.environ.get("RANK", "0") == "0"
+    rank, ends = int(os.environ.get("RANK", "0")), dict[str, float]()
+
+    def progress(event: ProgressEvent) -> None:
+        if re.fullmatch(r".*layers\.\d+", event.detail):
+            ends[event.detail] = time.monotonic()
+
     spec = CalibrationSpec(source.parent / "tokens.npy", max_tokens=arguments.tokens, buffer_bytes=1 << 40)
     recipe = Recipe.uniform(arguments.format, method="gptq")
+    if arguments.device == "cuda":
+        torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        dist.barrier()
     profile = cProfile.Profile()
     if arguments.profile:
         profile.enable()
-    report = compress(source, output, recipe, calibration=spec, device=arguments.device)
+    report = compress(source, output, recipe, calibration=spec, device=arguments.device, progress=progress)
     if arguments.profile:
         profile.disable()
-        with open(arguments.profile / f"{output.name}-{os.environ.get('RANK', '0')}.txt", "w") as file:
+        with open(arguments.profile / f"{output.name}-{rank}.txt", "w") as file:
             for order in ("tottime", "cumtime"):
-                pstats.Stats(profile, stream=file).sort_stats(order).print_stats(50)
-    if leads:
+                pstats.Stats(profile, stream=file).sort_stats(order).print_stats(70)
+    if rank == 0:
         errors = [entry.relative_output_error for entry in report.tensors]
         result = {
             "seconds": report.seconds,
+            "layer_seconds": mean(b - a for a, b in itertools.pairwise(ends.values())) if len(ends) > 1 else None,
             "bits_per_parameter": report.bits_per_parameter,
             "mean_relative_output_error": mean(error for error in errors if error is not None),
         }
         print(json.dumps(result), flush=True)
+    if "RANK" in os.environ:
+        dist.destroy_process_group()
 
 
 def run(processes: int, source: Path, output: Path, arguments: argparse.Namespace) -> dict[str, Any]:

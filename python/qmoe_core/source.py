@@ -21,7 +21,7 @@ import torch
 
 from . import _C
 from .errors import QmoeError
-from .store import canonical_json, crc32c, io_errors
+from .store import canonical_json, crc32c, crc32c_joined, io_errors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -246,14 +246,42 @@ class SourceCheckpoint:
             )
 
 
+Pieces = dict[str, list[tuple[int, int, int]]]  # by tensor: (first slice, CRC32C, bytes) of runs of slices
+
+
 class CheckedReader:
-    """Reads source tensors and keeps the CRC32C of every tensor's bytes, slices in ascending order included."""
+    """Reads source tensors and keeps the CRC32C of what it read of each: all of it, or slices in ascending order.
+
+    Attributes:
+        pieces: what was read. Those of several readers that have read different slices add up (`add`).
+    """
 
     def __init__(self, checkpoint: SourceCheckpoint) -> None:
         self.checkpoint = checkpoint
-        self.crcs: dict[str, int] = {}
+        self.pieces: Pieces = {}
+        self._next: dict[str, int] = {}  # slice that continues a tensor's last piece
 
     def read(self, name: str, index: int | None) -> torch.Tensor:
         data = self.checkpoint.read(name, index)
-        self.crcs[name] = crc32c(data.flatten().view(torch.uint8).numpy(), self.crcs.get(name, 0))
+        pieces = self.pieces.setdefault(name, [])
+        slice_ = index or 0
+        first, crc, nbytes = pieces.pop() if pieces and self._next[name] == slice_ else (slice_, 0, 0)
+        pieces.append((first, crc32c(data.flatten().view(torch.uint8).numpy(), crc), nbytes + data.nbytes))
+        self._next[name] = slice_ + 1
         return data
+
+    def add(self, others: Pieces) -> None:
+        """Takes in what another reader has read."""
+        for name, pieces in others.items():
+            self.pieces.setdefault(name, []).extend(pieces)
+
+    @property
+    def crcs(self) -> dict[str, int]:
+        """By tensor the CRC32C of all that was read of it, in the order of its slices."""
+        result = {}
+        for name, pieces in self.pieces.items():
+            crc = 0
+            for _, of_piece, nbytes in sorted(pieces):
+                crc = crc32c_joined(crc, of_piece, nbytes)
+            result[name] = crc
+        return result

@@ -123,6 +123,32 @@ def crc32c(data: bytes | np.ndarray, seed: int = 0) -> int:
     return value
 
 
+_CRC32C = 0x82F63B78  # the polynomial, x^31 in the lowest bit
+
+
+def _product(a: int, b: int) -> int:
+    """a * b modulo the polynomial of CRC32C; bit 31 is the coefficient of 1, bit 0 that of x^31."""
+    result = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            result ^= b
+        b = b >> 1 ^ (_CRC32C if b & 1 else 0)
+    return result
+
+
+def crc32c_joined(first: int, second: int, nbytes: int) -> int:
+    """CRC32C of two byte strings, one behind the other, from those of each; `nbytes`: length of the second one.
+
+    A CRC is linear in its message, and bytes behind a message multiply it by x^8 each.
+    """
+    power, square, left = 1 << 31, 1 << 23, nbytes  # 1 and x^8
+    while left:
+        if left & 1:
+            power = _product(power, square)
+        square, left = _product(square, square), left >> 1
+    return _product(power, first) ^ second
+
+
 def canonical_json(value: object, *, indent: int | None = None) -> bytes:
     """JSON with sorted keys and fixed separators: equal values give equal bytes."""
     separators = (",", ":") if indent is None else (",", ": ")

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from qmoe_core.errors import QmoeError
 from qmoe_core.families import ModelLayout, analyze
-from qmoe_core.source import SourceCheckpoint
+from qmoe_core.source import CheckedReader, SourceCheckpoint
+from qmoe_core.store import crc32c
 
 
 def layout_of(directory) -> ModelLayout:
@@ -86,6 +87,22 @@ ROLE_PARTS = {
         "embedding": "relative_attention_bias",
     },
 }
+
+
+def test_readers_of_parts_know_the_checksums_of_the_whole(saved):
+    _, _, directory, layout = saved
+    with SourceCheckpoint(directory) as source:
+        for target in (t for t in layout.targets if t.role == "expert" and t.sliceable):
+            whole, parts = CheckedReader(source), [CheckedReader(source) for _ in range(2)]
+            list(target.matrices(whole.read))
+            for number, expert in enumerate(range(target.shape[0])):  # 0 and 1, 4 and 5, ... are the first one's
+                list(target.matrices(parts[number // 2 % 2].read, expert, expert + 1))
+            assert whole.crcs == {
+                name: crc32c(source.read(name).flatten().view(torch.uint8).numpy()) for name in target.source_names
+            }
+            assert parts[1].crcs != whole.crcs
+            parts[1].add(parts[0].pieces)
+            assert parts[1].crcs == whole.crcs
 
 
 def test_roles(saved):

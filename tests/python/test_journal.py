@@ -20,7 +20,7 @@ from qmoe_core.checkpoint import compress
 from qmoe_core.errors import QmoeError
 from qmoe_core.journal import DIRECTORY, Journal
 from qmoe_core.recipe import Recipe
-from qmoe_core.store import ShardWriter, TensorPlan, crc32c, write_atomic
+from qmoe_core.store import ShardWriter, TensorPlan, crc32c, crc32c_joined, write_atomic
 
 RECIPE = Recipe.uniform("int4", group=32)
 SHARD = 12_000
@@ -335,3 +335,11 @@ def test_progress_lines_carry_their_checksum(tmp_path):
         line = (journal.path / "progress").read_bytes()
     crc, _, body = line.rstrip(b"\n").partition(b" ")
     assert json.loads(body) == {"n": 0} and int(crc, 16) == crc32c(body)
+
+
+def test_checksums_of_parts_join_to_that_of_the_whole():
+    data = np.random.default_rng(0).integers(0, 256, 70_000, dtype=np.uint8)
+    for cut in (0, 1, 17, 65_536, 70_000):
+        first, second = crc32c(data[:cut]), crc32c(data[cut:])
+        assert crc32c_joined(first, second, len(data) - cut) == crc32c(data)
+    assert crc32c_joined(crc32c(data[:9]), crc32c(data[9:]), 8) != crc32c(data)

@@ -8,15 +8,13 @@ write returns an error. Their blocks are reserved when they are made, so that a 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..store import crc32c, io_errors
+from .behind import Behind
 
 CHUNK = 8 << 20  # bytes per system call
 DEVICE_PART = 8  # a buffer lies on the device if it takes at most the 1/DEVICE_PART of the memory that is free there
@@ -84,31 +82,6 @@ def _bytes(tensor: torch.Tensor) -> np.ndarray:
     out = torch.empty(tensor.shape, pin_memory=tensor.is_cuda)
     out.copy_(tensor.detach())
     return out.view(-1).view(torch.uint8).numpy()
-
-
-class _Behind:
-    """Does things in order in a thread of its own, a few of them behind. What one of them raises is raised later, by
-    `wait` at the latest."""
-
-    AHEAD = 2
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._pending: deque[Future[None]] = deque()
-
-    def do(self, work: Callable[[], None]) -> None:
-        while len(self._pending) >= self.AHEAD:
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(work))
-
-    def wait(self) -> None:
-        while self._pending:
-            self._pending.popleft().result()
-
-    def close(self) -> None:
-        """Drops what has not begun."""
-        self._thread.shutdown(cancel_futures=True)
-        self._pending.clear()
 
 
 def _place(device: str, nbytes: int, budget: Budget) -> str | None:
@@ -214,7 +187,7 @@ class States:
         self._files = [_File(directory / f"{name}-{k}", nbytes) for k in range(2)]
         place = _place(device, nbytes, budget)
         self._memory = None if place is None else torch.empty(windows, *shape, device=place)
-        self._behind = _Behind()
+        self._behind = Behind()
         self._current = 0
         self._crc = 0
 
@@ -237,7 +210,7 @@ class States:
             self._memory[first : first + len(values)].copy_(values)
 
     def commit(self) -> int:
-        """Makes what was written durable; returns its CRC32C."""
+        """Makes what was written durable; returns its CRC32C. Another thread may do this until `begin`."""
         self._behind.wait()
         self._files[self._current % 2].sync()
         return self._crc
@@ -262,13 +235,6 @@ class States:
         out = torch.empty(last - first, *self.shape)
         self._files[layer % 2].read(first * self._window_bytes, out.view(-1).view(torch.uint8).numpy())
         return out
-
-    def remove(self) -> None:
-        """Deletes the files: no later layer needs them."""
-        self.close()
-        for file in self._files:
-            with io_errors(file.path):
-                file.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         self._behind.close()

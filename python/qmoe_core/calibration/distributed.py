@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import itertools
 import os
 import pickle
@@ -131,10 +132,22 @@ class Group:
     def barrier(self) -> None:
         """Returns once all processes are here."""
 
+    def aside(self) -> Group:
+        """The same processes, for exchanges of host tensors by another thread of each: in an order of their own."""
+        return self
+
     @contextlib.contextmanager
     def shared_errors(self) -> Iterator[None]:
         """What is raised inside the block on one process is raised on all of them."""
         yield
+
+
+@dataclass
+class Fate:
+    """What has become of a run. Attributes: error: the one that counts. lost: whether a process is gone."""
+
+    error: BaseException | None = None
+    lost: bool = False
 
 
 class Processes(Group):
@@ -154,13 +167,21 @@ class Processes(Group):
         self._dist, self._store = dist, store
         self._cpu: Any = dist.new_group(backend="gloo", timeout=ENDLESS)
         self._cuda: Any = None
-        self._error: BaseException | None = None
-        self._lost = False
+        self._fate = Fate()
+        self._aside: Processes | None = None
         self._signs: dict[int, tuple[bytes, float]] = {}
         self._looked = time.monotonic()
         self._left = threading.Event()
         self._living = threading.Thread(target=self._live, daemon=True)
         self._living.start()
+
+    def aside(self) -> Processes:
+        """Collective at the first call."""
+        if self._aside is None:
+            other = copy.copy(self)
+            other._cpu, other._cuda, other._signs = self._dist.new_group(backend="gloo", timeout=ENDLESS), None, {}
+            self._aside = other
+        return self._aside
 
     def device(self, wanted: str) -> str:
         return f"cuda:{self.local_rank}" if wanted == "cuda" else wanted
@@ -231,8 +252,8 @@ class Processes(Group):
 
     def _run(self, start: Callable[[Any], Any], tensor: torch.Tensor) -> None:
         """Starts an exchange and waits for its end, or for that of another process."""
-        if self._error is not None:
-            raise self._error
+        if self._fate.error is not None:
+            raise self._fate.error
         try:
             work = start(self._cuda if tensor.is_cuda else self._cpu)
             polls = 0
@@ -243,7 +264,7 @@ class Processes(Group):
             work.wait()
         except RuntimeError as error:  # a connection broke: the other end has failed, or is gone
             self._look_for_error(wait=0.5)
-            self._lost = True
+            self._fate.lost = True
             raise QmoeError("E_IO", f"another process of this run was lost: {error}") from error
 
     # Errors and signs of life.
@@ -268,7 +289,7 @@ class Processes(Group):
             if self._signs.get(rank, (None, 0.0))[0] != sign:
                 self._signs[rank] = (sign, now)
             elif now - self._signs[rank][1] > LOST_SECONDS:
-                self._lost = True
+                self._fate.lost = True
                 raise QmoeError("E_IO", f"process {rank} of this run was lost: it shows no sign of life")
 
     def _look_for_error(self, wait: float = 0.0) -> None:
@@ -284,7 +305,7 @@ class Processes(Group):
 
     def _of(self, data: bytes) -> BaseException:
         error: BaseException = pickle.loads(base64.b64decode(data))
-        self._error = error
+        self._fate.error = error
         return error
 
     @contextlib.contextmanager
@@ -292,7 +313,7 @@ class Processes(Group):
         try:
             yield
         except BaseException as error:
-            if error is self._error:  # another process's, or already shared
+            if error is self._fate.error:  # another process's, or already shared
                 raise
             first = self._share(error)
             if first is error:
@@ -304,7 +325,7 @@ class Processes(Group):
         shown = error
         if not isinstance(error, (QmoeError, KeyboardInterrupt)):
             shown = RuntimeError(f"process {self.rank} of this run: {type(error).__name__}: {error}")
-        self._error = error
+        self._fate.error = error
         text = base64.b64encode(pickle.dumps(shown)).decode()
         try:
             first = self._store.compare_set("error", "", text)
@@ -320,13 +341,13 @@ class Processes(Group):
             begun = time.monotonic()
             while here < self.size:
                 time.sleep(0.02)
-                if self._error is None:
+                if self._fate.error is None:
                     try:
                         self._look()
                     except (QmoeError, KeyboardInterrupt, RuntimeError) as error:
-                        self._error = error
-                limit = LEAVE_LOST_SECONDS if self._lost else LEAVE_SECONDS
-                if self._error is not None and time.monotonic() - begun > limit:
+                        self._fate.error = error
+                limit = LEAVE_LOST_SECONDS if self._fate.lost else LEAVE_SECONDS
+                if self._fate.error is not None and time.monotonic() - begun > limit:
                     break
                 here = self._store.add("leaving", 0)
         self._left.set()
@@ -334,8 +355,8 @@ class Processes(Group):
 
     def close(self, whole: bool) -> None:
         """Ends the exchanges; with `whole` also the process group below them. Never waits for a process that failed."""
-        if self._error is None:
-            for group in (self._cuda, self._cpu):
+        if self._fate.error is None:
+            for group in (self._cuda, self._cpu, None if self._aside is None else self._aside._cpu):
                 if group is not None:
                     self._dist.destroy_process_group(group)
             if whole:
@@ -367,9 +388,9 @@ class Message:
     def tensor(self, nbytes: int = 0) -> torch.Tensor:
         """The bytes as uint8, and behind them anything, up to `nbytes`."""
         out = torch.empty(max(nbytes, self.nbytes), dtype=torch.uint8)
-        view = out.numpy().data
-        for first, piece in zip(self._places, self._pieces, strict=True):
-            view[first : first + piece.nbytes] = piece
+        whole = out.numpy()
+        for first, piece in zip(self._places, self._pieces, strict=True):  # numpy lets other threads run meanwhile
+            whole[first : first + piece.nbytes] = np.frombuffer(piece, dtype=np.uint8)
         return out
 
 

@@ -9,8 +9,9 @@ of experts transformers would have chosen, nothing passes by unseen.
 Gating and biases are the module's own, as in `runtime.experts`.
 
 Several processes hold different tokens. Each adds up its own and quantizes its own experts, a chunk of them at a time
-(`distributed.rounds`): it gets the sums of all processes for these, and gives the result to all, since every process
-needs all weights for its tokens. Chunks, and with them what is pooled, are those of a single process.
+(`distributed.rounds`): it reads their weights, gets the sums of all processes for these, and gives weights and result
+to all, since every process needs all weights for its tokens. Chunks, and with them what is pooled, are those of a
+single process. What is quantized goes to the leading process behind the computation.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ..formats import IntMatrix, PackedTensor
 from ..quantize import Matrix, MethodSpec, TensorReport
 from ..quantize.base import StackStatistics, dequantized
 from ..source import CheckedReader
+from .behind import Behind
 from .distributed import Group, Round, rounds
 from .sums import ROWS, add_products, add_squares, complete
 from .tap import ExpertsTap
@@ -47,7 +49,11 @@ Measure = Callable[[Target, torch.Tensor, StackStatistics, torch.Tensor], None]
 
 @dataclass
 class StackResult:
-    """One quantized stack, growing chunk by chunk; matrices and reports only on the process that leads."""
+    """One quantized stack, growing chunk by chunk; matrices and reports only on the process that leads.
+
+    Attributes:
+        reader: of what this process reads of the stack's source.
+    """
 
     target: Target
     spec: MethodSpec
@@ -99,6 +105,7 @@ class ExpertsStage:
         energy: float,
         tell: Callable[[int, int], None],
         group: Group,
+        behind: Behind,
         measure: Measure | None = None,
     ) -> None:
         """
@@ -109,12 +116,13 @@ class ExpertsStage:
             energy: mean squared norm of the layer's output per token, without these experts.
             tell: called with experts done and in total.
             group: the processes that share the tokens.
+            behind: the thread that uses `group.aside()`.
             measure: gets the matrices and their statistics, and nothing is quantized.
         """
         self.measure = measure
         self.module, self.first, self.down, self.results, self.read = module, first, down, results, read
         self.device, self.gate_weighted, self.energy, self.tell = device, gate_weighted, max(energy, 1e-30), tell
-        self.group, self.rows = group, 0  # tokens of all processes
+        self.group, self.behind, self.rows = group, behind, 0  # rows: tokens of all processes
         self.gates = torch.empty(0)  # (experts,): mean squared routing weight, 1 where tokens carry it already
         self.counts = torch.empty(0, 0, dtype=torch.int64)  # (processes, experts): whose tokens each expert saw
         (experts, n1, k1), (_, n2, k2) = first.shape, down.shape
@@ -150,15 +158,29 @@ class ExpertsStage:
         spec = self.results[target.name].spec
         return self.measure is not None or isinstance(spec.format, methods.METHODS[spec.method].weighs_rows)
 
-    def _weights(self, target: Target, experts: range) -> torch.Tensor:
-        """Original weights (experts, N, K) float32 on the device."""
-        result = self.results.get(target.name)
-        read = self.read if result is None else result.reader.read
-        return torch.stack([w.to(self.device) for w in target.matrices(read, experts.start, experts.stop)])
+    def _weights(self, target: Target, work: Round) -> torch.Tensor:
+        """Original weights (experts, N, K) float32 on the device. Every process reads those of its own experts, and the
+        others get them from it, unless none can be read without all others."""
+        result, shared = self.results.get(target.name), target.sliceable
+        checked = result is not None and (shared or self.group.leads)
+        read = result.reader.read if checked and result is not None else self.read
+        weights = torch.empty(len(work.experts), *target.shape[1:], device=self.device)
+        mine = work.shares[self.group.rank] if shared else work.experts
+
+        def there(name: str, index: int | None) -> torch.Tensor:
+            return read(name, index).to(self.device)  # as stored, which is half of the bytes or less
+
+        matrices = target.matrices(there, mine.start, mine.stop)
+        for place, matrix in zip(weights[work.places(mine)], matrices, strict=True):
+            place.copy_(matrix)
+        for owner, part in enumerate(work.shares if shared else []):
+            if len(part):
+                self.group.copy_from(weights[work.places(part)], owner)
+        return weights
 
     def _round(self, work: Round, tap: ExpertsTap, original: ExpertsTap | None, pooled: torch.Tensor | None) -> None:
         experts, start = work.experts, work.experts.start
-        up, down = self._weights(self.first, experts), self._weights(self.down, experts)
+        up, down = self._weights(self.first, work), self._weights(self.down, work)
         share = self._share(work)
         statistics = None
         if self._calibrated(self.first):
@@ -397,5 +419,6 @@ class ExpertsStage:
         for owner, part in enumerate(work.shares):
             if len(part):
                 self.group.copy_from(used[work.places(part)], owner)
-        result.take(self.group.gather(pairs))
+        aside = self.group.aside()
+        self.behind.do(lambda: result.take(aside.gather(pairs)))
         return used

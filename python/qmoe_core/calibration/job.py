@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,10 @@ def _text_config(directory: Path) -> Any:
 
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     return config.get_text_config(decoder=True)
+
+
+# What takes a finished layer: see `run_layers`.
+Keep = Callable[[LayerResult, int, list[dict[str, int]], list[Any]], None]
 
 
 def packed_items(plan: Plan) -> list[PackedItem]:
@@ -298,14 +303,14 @@ def run_layers(
     tell: Callable[[int, int, str], None],
     start: Start,
     start_anew: Callable[[], None],
-    keep: Callable[[LayerResult, int, list[dict[str, int]], list[Any]], None],
+    keep: Keep,
     measure: Measure | None = None,
     found: Callable[[LayerResult], Any] = lambda _: None,
 ) -> None:
     """Runs the layers from `start`, or all of them (after `start_anew`) where the activations of any process are not
-    sound. `keep` takes each layer's results on the leading process, once all processes have made theirs durable: the
-    layer, how many there are, the CRC32Cs of all processes' activations, and what `found` says on each of them.
-    `measure`: see `Pipeline`."""
+    sound. `keep` takes each layer's results on the leading process, once all processes have made theirs durable, in a
+    thread behind the computation: the layer, how many there are, the CRC32Cs of all processes' activations, and what
+    `found` says on each of them. `measure`: see `Pipeline`."""
     group, spec = calibration.group, calibration.spec
     with Pipeline(
         checkpoint, layout, decisions, calibration.tokens.ids, spec, calibration.device, directory, tell, group, measure
@@ -317,10 +322,21 @@ def run_layers(
             first = 0
             pipeline.begin(0, {})
         for result in pipeline.layers(first):
-            gathered = group.gather((result.states, found(result)))
-            if gathered is not None:
-                keep(result, pipeline.count, [states for states, _ in gathered], [part for _, part in gathered])
+            pipeline.behind.do(partial(_finish, pipeline, result, found(result), keep))
+        pipeline.behind.wait()
     group.barrier()  # nobody uses files any more
+
+
+def _finish(pipeline: Pipeline, result: LayerResult, part: Any, keep: Keep) -> None:
+    """Makes a layer durable, on all processes: the next one's inputs, and on the leading process the rest."""
+    states = pipeline.commit(result.index)
+    gathered = pipeline.aside.gather((states, part, [stack.reader.pieces for stack in result.stacks]))
+    if gathered is None:
+        return
+    for _, _, read in gathered[1:]:
+        for stack, pieces in zip(result.stacks, read, strict=True):
+            stack.reader.add(pieces)
+    keep(result, pipeline.count, [states for states, _, _ in gathered], [part for _, part, _ in gathered])
 
 
 def packed_entry(

@@ -13,7 +13,7 @@ from torch import nn
 from .. import quantize as methods
 from ..errors import QmoeError
 from ..families import FUSED_PARAMETERS, Target
-from ..quantize import MethodSpec, StackStatistics
+from ..quantize import Matrix, MethodSpec, StackStatistics, TensorReport
 from ..quantize.base import dequantized
 from ..quantize.feedback import output_error
 from ..source import CheckedReader
@@ -35,7 +35,7 @@ def needs_statistics(spec: MethodSpec) -> bool:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A finished layer: its quantized stacks, and the CRC32C of the next layer's inputs by stream, already durable.
+    """A finished layer: its quantized stacks, which may still grow behind the computation (`Pipeline.behind`).
 
     Where layers are measured, `routed` is the energy of the layer's output over what it is without the routed experts,
     and the last one's `gains` are those of all layers (`probes.py`).
@@ -43,7 +43,6 @@ class LayerResult:
 
     index: int
     stacks: list[StackResult]
-    states: dict[str, int]
     routed: float = 1.0
     gains: list[float] | None = None
 
@@ -64,6 +63,7 @@ class Layer:
                 reader = CheckedReader(pipeline.checkpoint)
                 self.results[target.name] = StackResult(target, pipeline.decisions[target.name][1], reader)
         self.taps: dict[str, list[ExpertsTap]] = {}  # by module: of the compressed layer, and of the original one
+        self.quantized: list[tuple[StackResult, list[tuple[Matrix, TensorReport]]]] = []  # linear layers, not yet taken
         self.energy = 0.0  # of the layer's output, per token, without the routed experts
         self.routed = 1.0
 
@@ -86,6 +86,7 @@ class Layer:
             for result in self.results.values():
                 if result.target.kind == "linear" and not needs_statistics(result.spec):
                     self._quantize_linear(result, None)
+            self._take_linears()
             self._make_taps()
             with ExitStack() as stack:
                 for number, module in enumerate(m for m in (self.module, self.original) if m is not None):
@@ -96,7 +97,7 @@ class Layer:
                         self._experts(name)
                     else:
                         self._linears(name)
-                states = self._write()
+                self._write()
         finally:
             for taps in self.taps.values():
                 for tap in taps:
@@ -104,7 +105,7 @@ class Layer:
             pipeline.skeleton.weights.release(replaced)
         self._tell(1.0, self.path)
         ordered = [self.results[target.name] for target in self.targets if target.name in self.results]
-        return LayerResult(self.index, ordered, states, self.routed)
+        return LayerResult(self.index, ordered, self.routed)
 
     # Running the layer.
 
@@ -207,16 +208,19 @@ class Layer:
         statistics.share(self.p.group)
         for target in targets:
             self._quantize_linear(self.results[target.name], statistics)
+        self._take_linears()
         self._tell(0.0, targets[-1].module)
 
     def _quantize_linear(self, result: StackResult, statistics: LinearStatistics | None) -> None:
         """Quantizes a linear layer and goes on with the quantized weight."""
         target = result.target
-        (weight,) = target.matrices(result.reader.read)
         used = self.module.get_submodule(self._relative(target.module))._parameters["weight"]
         assert used is not None
-        group, pairs = self.p.group, []
+        group = self.p.group
+        pairs: list[tuple[Matrix, TensorReport]] = []
         owner = 0 if statistics is None else statistics.owner(target, group)
+        if group.rank == owner:
+            (weight,) = target.matrices(result.reader.read)
         if self.p.measure is not None:
             if statistics is not None and group.rank == owner:
                 self._measure_linear(target, weight.to(self.p.device), used, statistics.of(target))
@@ -235,7 +239,18 @@ class Layer:
                 )
             used.copy_(dequantized(pairs[0][0], used.device))
         group.copy_from(used, owner)
-        result.take(group.gather(pairs))
+        self.quantized.append((result, pairs))
+
+    def _take_linears(self) -> None:
+        """Brings the linear layers quantized so far to the leading process, behind the computation."""
+        quantized, self.quantized, aside = self.quantized, [], self.p.aside
+
+        def take() -> None:
+            for result, pairs in quantized:
+                result.take(aside.gather(pairs))
+
+        if quantized:
+            self.p.behind.do(take)
 
     def _measure_linear(
         self, target: Target, weight: torch.Tensor, used: torch.Tensor, statistics: StackStatistics
@@ -281,17 +296,18 @@ class Layer:
             chunk_bytes=self.p.spec.chunk_on(self.p.device),
             gate_weighted=self.p.spec.gate_weighted,
             group=self.p.group,
+            behind=self.p.behind,
             energy=energy,
             measure=self.p.measure,
             tell=lambda done, total: self._tell(share * done / total, f"{module} ({done} of {total} experts)"),
         )
         stage.run(taps[0], taps[1] if len(taps) > 1 else None)
 
-    def _write(self) -> dict[str, int]:
-        """Makes the next layer's inputs and makes them durable; behind the last layer nobody needs them, but measuring
-        takes their energy."""
-        if self.index + 1 == self.p.count and self.p.measure is None:
-            return {}
+    def _write(self) -> None:
+        """Makes the next layer's inputs."""
+        if not self.p.writes(self.index):
+            return
+        self.p.behind.wait()
         self.p.group.barrier()  # what is overwritten here nobody needs once the layer before is in the journal
         streams = self.p.streams
         for states in streams.values():
@@ -300,4 +316,3 @@ class Layer:
         energy = self._pass(write=True)
         if self.energy > 0:
             self.routed = energy / self.energy
-        return {name: states.commit() for name, states in streams.items()}

@@ -9,10 +9,13 @@ A layer goes through stages in the order in which it calls its parts, each one a
     experts  the inputs of the experts are recorded; the experts are quantized chunk by chunk (`experts.py`)
     write    the layer, compressed, makes the next layer's inputs
 
+What is to be durable of a layer becomes so behind the computation of the next one, in `behind`, before that one
+overwrites anything. Quantized matrices wait there, too, those of two chunks of experts at most.
+
 Several processes (`distributed.py`) have a contiguous part of the windows each, with the activations of these, and
-nothing else is divided up but the quantization. All sums are sums over the processes, in the order in which gloo or
-NCCL adds them: the result is that of one process but for the order of summation, and the same in every run with as
-many processes.
+nothing else is divided up but reading the experts' weights and the quantization. All sums are sums over the processes,
+in the order in which gloo or NCCL adds them: the result is that of one process but for the order of summation, and the
+same in every run with as many processes.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from ..errors import QmoeError
 from ..families import ModelLayout, Target
 from ..quantize import MethodSpec
 from ..source import SourceCheckpoint
+from .behind import Behind
 from .buffers import Budget, States
 from .distributed import Group
 from .experts import Measure
@@ -36,6 +40,7 @@ from .probes import Probes
 from .skeleton import Arguments, Skeleton, cast_arguments, same_arguments
 from .spec import CalibrationSpec
 
+AHEAD = 4  # things that wait in `Pipeline.behind`: two for every chunk of experts
 Decisions = Mapping[str, tuple[Target, MethodSpec]]  # by target name: what is to be compressed, and how
 
 
@@ -60,6 +65,7 @@ class Pipeline:
     Attributes:
         count: how many layers are run: those up to the last one with a calibrated method. What is to be compressed
             behind them (with data-free methods) is left to the caller.
+        behind: does things in a thread. aside: `group`, for use by that thread.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class Pipeline:
         self.arguments: dict[int, list[Arguments]] = {}  # by batch size, then by layer
         self.budget = Budget(spec.buffer_bytes)
         self.streams: dict[str, States] = {}
+        self.behind, self.aside = Behind(ahead=AHEAD), group.aside()
 
     def _layer_bytes(self, layout: ModelLayout) -> list[int]:
         result = [0] * self.count
@@ -138,13 +145,9 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
+        self.behind.close(drop=self.group.size > 1)  # a finished layer is worth keeping, but others may have failed
         for states in self.streams.values():
             states.close()
-
-    def remove(self) -> None:
-        """Deletes the activations."""
-        for states in self.streams.values():
-            states.remove()
 
     # Activations.
 
@@ -192,7 +195,8 @@ class Pipeline:
         return layer == 0 or all(states.restore(layer, crcs.get(name, -1)) for name, states in self.streams.items())
 
     def layers(self, start: int) -> Iterator[LayerResult]:
-        """Runs the layers from `start`, whose inputs `begin` has made available."""
+        """Runs the layers from `start`, whose inputs `begin` has made available. Before the next one is
+        asked for, `commit` must be under way in `behind`."""
         done = sum(self.bytes[:start])
         for index in range(start, self.count):
             result = Layer(self, index, done).run()
@@ -200,6 +204,15 @@ class Pipeline:
                 result = replace(result, gains=self._gains(self.probes))
             yield result
             done += self.bytes[index]
+
+    def writes(self, index: int) -> bool:
+        """Whether a layer makes inputs of the next one; behind the last layer nobody needs them, but measuring takes
+        their energy."""
+        return index + 1 < self.count or self.measure is not None
+
+    def commit(self, index: int) -> dict[str, int]:
+        """Makes what layer `index` has written durable; the CRC32C by stream."""
+        return {name: states.commit() for name, states in self.streams.items()} if self.writes(index) else {}
 
     @torch.no_grad()
     def _gains(self, probes: Probes) -> list[float]:
