@@ -22,6 +22,7 @@ from . import tables
 from .output import EXIT_HELP, ExitCode, Output, UsageError, reporting
 from .recover import command as recover_command
 from .recover import run_recovery
+from .scaling import app as scaling_app
 
 if TYPE_CHECKING:
     import numpy as np
@@ -466,3 +467,4 @@ def quickstart(
 
 
 app.command("recover")(recover_command)
+app.add_typer(scaling_app, name="scaling")
