@@ -3,6 +3,7 @@
 patterns      which weights may be zero together: 2:4, 16:32, blocks, channels, any
 distribution  how the zeros are spread over tensors
 masks         masks by tensor name: apply, report, save, load
+methods       one-shot pruning of matrices: magnitude, random, Wanda, SparseGPT, ALPS
 scaling       what loss a sparsity, a size and an amount of data lead to
 
 Names are imported when they are used: scaling laws need no torch.
@@ -14,11 +15,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..quantize.base import StackStatistics
     from .distribution import distribute
     from .maskfile import MaskFile
     from .masks import MaskEntry, Masks
+    from .methods import prune_stack
     from .patterns import NM, Block, Channel, Pattern, Sparsity, Unstructured
     from .scaling import ScalingFit, ScalingLaw
+    from .spec import Pruned, PruneSpec
 
 # By the module that defines them.
 _LAZY = {
@@ -29,11 +33,15 @@ _LAZY = {
     "MaskFile": "maskfile",
     "Masks": "masks",
     "Pattern": "patterns",
+    "PruneSpec": "spec",
+    "Pruned": "spec",
     "ScalingFit": "scaling",
     "ScalingLaw": "scaling",
     "Sparsity": "patterns",
+    "StackStatistics": "..quantize.base",
     "Unstructured": "patterns",
     "distribute": "distribution",
+    "prune_stack": "methods",
 }
 
 __all__ = [
@@ -44,11 +52,15 @@ __all__ = [
     "MaskFile",
     "Masks",
     "Pattern",
+    "PruneSpec",
+    "Pruned",
     "ScalingFit",
     "ScalingLaw",
     "Sparsity",
+    "StackStatistics",
     "Unstructured",
     "distribute",
+    "prune_stack",
 ]
 
 
@@ -56,7 +68,8 @@ if not TYPE_CHECKING:  # a type checker would believe every name of it
 
     def __getattr__(name: str) -> Any:
         if name in _LAZY:
-            return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+            module = _LAZY[name]
+            return getattr(importlib.import_module(module if module[0] == "." else f".{module}", __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
