@@ -28,6 +28,7 @@ from ..calibration.distributed import Group
 from ..calibration.job import Calibration, Start, load_calibration, remove_activations, run_layers
 from ..calibration.layer import LayerResult
 from ..calibration.spec import CalibrationSpec
+from ..calibration.treatment import Rounding
 from ..families import ModelLayout, Target
 from ..formats import IntFormat
 from ..journal import Journal
@@ -151,7 +152,7 @@ def measure_streamed(
             if progress is not None and group.leads:
                 progress(ProgressEvent("sensitivity", done, total, detail))
 
-        decisions = {target.name: (target, MethodSpec("gptq", IntFormat(4))) for target in targets}
+        decisions = {target.name: (target, Rounding(MethodSpec("gptq", IntFormat(4)))) for target in targets}
         run_layers(
             checkpoint, layout, decisions, calibration, directory, tell, start, start_anew, keep,
             measure=collector, found=collector.take,

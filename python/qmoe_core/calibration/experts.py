@@ -17,75 +17,30 @@ single process. What is quantized goes to the leading process behind the computa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from .. import _C
-from .. import quantize as methods
 from ..families import Reader, Target
-from ..formats import IntMatrix, PackedTensor
-from ..quantize import Matrix, MethodSpec, TensorReport
-from ..quantize.base import StackStatistics, dequantized
-from ..source import CheckedReader
+from ..quantize.base import StackStatistics
 from .behind import Behind
 from .distributed import Group, Round, rounds
 from .sums import ROWS, add_products, add_squares, complete
 from .tap import ExpertsTap
+from .treatment import Made, StackResult
 
 SAMPLE = 1024  # tokens of an expert that tell how much its rows matter
-KEPT = 128 << 20  # bytes of what goes into down that are kept from its statistics for its outputs
+# Bytes of what goes into down that are kept from its statistics for its outputs, on the host and on a GPU.
+KEPT, KEPT_ON_GPU = 128 << 20, 2 << 30
 
 
 # Takes a target, some of its matrices (E', N, K) float32, their statistics with `row_importance`, and by what to
 # multiply an error that these give to have it as a share of the energy of the layer's output without routed experts:
 # (E',) float32, 1 where tokens are weighted by the gate already.
 Measure = Callable[[Target, torch.Tensor, StackStatistics, torch.Tensor], None]
-
-
-@dataclass
-class StackResult:
-    """One quantized stack, growing chunk by chunk; matrices and reports only on the process that leads.
-
-    Attributes:
-        reader: of what this process reads of the stack's source.
-    """
-
-    target: Target
-    spec: MethodSpec
-    reader: CheckedReader
-    matrices: list[Matrix] = field(default_factory=list)
-    reports: list[TensorReport] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-
-    _codes: np.ndarray | None = None  # of all matrices: one allocation, where many would leave memory full of holes
-
-    def take(self, parts: list[list[tuple[Matrix, TensorReport]]] | None) -> None:
-        """Adds quantized matrices, by the process that made them; None on those that do not lead."""
-        for matrix, report in chain.from_iterable(parts or []):
-            if self.target.kind == "experts":
-                if self._codes is None:
-                    self._codes = np.empty(self.target.shape, dtype=np.uint8)
-                mine = self._codes[len(self.matrices)]
-                if isinstance(matrix, IntMatrix):
-                    mine[:] = matrix.codes
-                    matrix.codes = mine
-                else:
-                    mine[:] = matrix.trits.view(np.uint8)
-                    matrix.trits = mine.view(np.int8)
-            self.matrices.append(matrix)
-            self.reports.append(report)
-
-    def pack(self) -> PackedTensor:
-        """The record of all matrices, which are then gone."""
-        packed = PackedTensor.pack(self.matrices)
-        self.matrices.clear()
-        self._codes = None
-        return packed
 
 
 class ExpertsStage:
@@ -152,11 +107,10 @@ class ExpertsStage:
 
     def _calibrated(self, target: Target) -> bool:
         result = self.results.get(target.name)
-        return result is not None and methods.METHODS[result.spec.method].needs_statistics
+        return result is not None and result.treatment.needs_statistics
 
     def _weighs_rows(self, target: Target) -> bool:
-        spec = self.results[target.name].spec
-        return self.measure is not None or isinstance(spec.format, methods.METHODS[spec.method].weighs_rows)
+        return self.measure is not None or self.results[target.name].treatment.weighs_rows
 
     def _weights(self, target: Target, work: Round) -> torch.Tensor:
         """Original weights (experts, N, K) float32 on the device. Every process reads those of its own experts, and the
@@ -196,7 +150,7 @@ class ExpertsStage:
 
         def hidden(expert: int, x: torch.Tensor) -> torch.Tensor:
             states = self._hidden(expert, x, up_used[expert - start])
-            room = KEPT - sum(other.nbytes for other in kept.values())
+            room = (KEPT_ON_GPU if states.is_cuda else KEPT) - sum(other.nbytes for other in kept.values())
             if len(x) == len(tap.routed(expert)[0]) and states.nbytes <= room:
                 kept[expert] = states
             return states
@@ -405,17 +359,18 @@ class ExpertsStage:
             if statistics is not None and len(mine):
                 self.measure(target, own, statistics, self.gates[mine.start : mine.stop])
             return weights
+        treatment = result.treatment
         if statistics is None:
-            pairs = [
-                methods.quantize(weight.cpu(), result.spec, tensor=f"{target.name}[{expert}]")
+            pairs: Made = [
+                treatment.of_matrix(weight.cpu(), f"{target.name}[{expert}]")
                 for expert, weight in zip(mine, own, strict=True)
             ]
         else:
-            pairs = methods.quantize_stack(own, statistics, result.spec, tensor=target.name) if len(mine) else []
+            pairs = treatment.of_stack(own, statistics, target.name) if len(mine) else []
             result.tokens += self._tokens(work.experts).tolist()
         used = torch.empty_like(weights)
-        for place, (matrix, _) in zip(used[work.places(mine)], pairs, strict=True):
-            place.copy_(dequantized(matrix, self.device))
+        for place, (made, _) in zip(used[work.places(mine)], pairs, strict=True):
+            place.copy_(treatment.restored(made, self.device))
         for owner, part in enumerate(work.shares):
             if len(part):
                 self.group.copy_from(used[work.places(part)], owner)

@@ -30,14 +30,15 @@ from ..formats import PackedTensor
 from ..journal import Journal
 from ..plan import PackedItem, Plan
 from ..progress import ProgressEvent
-from ..quantize import MethodSpec, TensorReport
+from ..quantize import METHODS, MethodSpec, TensorReport
 from ..source import SourceCheckpoint
 from ..store import ShardWriter, crc32c, io_errors, read_chunks, write_atomic
 from .distributed import Group
 from .experts import Measure
-from .layer import LayerResult, needs_statistics
+from .layer import LayerResult
 from .pipeline import Decisions, Pipeline, check_device
 from .spec import CalibrationSpec, CalibrationTokens, load_tokens
+from .treatment import PackedStack, Rounding
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def prepare(
             `E_CORRUPT`, `E_LAYOUT` (not a decoder-only model).
     """
     check_device(device)
-    calibrated = [item.plan.name for item in packed_items(plan) if needs_statistics(item.spec)]
+    calibrated = [item.plan.name for item in packed_items(plan) if METHODS[item.spec.method].needs_statistics]
     if not calibrated:
         if spec is not None:
             raise QmoeError(
@@ -72,7 +73,7 @@ def prepare(
             raise QmoeError("E_NO_KERNEL", "data-free methods run on the CPU only", expected="cpu", actual=device)
         return None
     if spec is None:
-        method = next(item.spec.method for item in packed_items(plan) if needs_statistics(item.spec))
+        method = next(item.spec.method for item in packed_items(plan) if METHODS[item.spec.method].needs_statistics)
         raise QmoeError(
             "E_VALUE",
             f"method '{method}' needs calibration: give text or tokens to calibrate on",
@@ -217,10 +218,17 @@ class CalibratedRecords:
         """Makes a finished layer's records durable, and then the journal say so; `states`: of every process."""
         records = {}
         for stack in result.stacks:
+            assert isinstance(stack, PackedStack) and isinstance(stack.treatment, Rounding)
             packed = stack.pack()
             write_atomic(self._file(stack.target.packed_name), iter([packed.data.data]))
             records[stack.target.packed_name] = packed_entry(
-                self.checkpoint, stack.target, stack.spec, packed, stack.reports, stack.reader.crcs, stack.tokens
+                self.checkpoint,
+                stack.target,
+                stack.treatment.spec,
+                packed,
+                stack.reports,
+                stack.reader.crcs,
+                stack.tokens,
             )
         self._entries |= records
         self.journal.note({"layer": result.index, "layers": layers, "records": records, "states": states})
@@ -268,7 +276,7 @@ class Start:
 
 
 def _decisions(items: list[PackedItem]) -> Decisions:
-    return {item.target.name: (item.target, item.spec) for item in items}
+    return {item.target.name: (item.target, Rounding(item.spec)) for item in items}
 
 
 def follow(

@@ -10,27 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .. import quantize as methods
 from ..errors import QmoeError
 from ..families import FUSED_PARAMETERS, Target
-from ..quantize import Matrix, MethodSpec, StackStatistics, TensorReport
-from ..quantize.base import dequantized
+from ..quantize import StackStatistics
 from ..quantize.feedback import output_error
 from ..source import CheckedReader
 from .buffers import States
-from .experts import ExpertsStage, StackResult
+from .experts import ExpertsStage
 from .linears import LinearStatistics
 from .skeleton import replaced_forwards
 from .tap import ExpertsTap
+from .treatment import Made, StackResult
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
 NOISE = 0.05  # relative change of a weight that tells what its errors do
-
-
-def needs_statistics(spec: MethodSpec) -> bool:
-    return methods.METHODS[spec.method].needs_statistics
 
 
 @dataclass(frozen=True)
@@ -61,9 +56,9 @@ class Layer:
         for target in self.targets:
             if target.name in pipeline.decisions:
                 reader = CheckedReader(pipeline.checkpoint)
-                self.results[target.name] = StackResult(target, pipeline.decisions[target.name][1], reader)
+                self.results[target.name] = pipeline.decisions[target.name][1].result(target, reader)
         self.taps: dict[str, list[ExpertsTap]] = {}  # by module: of the compressed layer, and of the original one
-        self.quantized: list[tuple[StackResult, list[tuple[Matrix, TensorReport]]]] = []  # linear layers, not yet taken
+        self.quantized: list[tuple[StackResult, Made]] = []  # linear layers, not yet taken
         self.energy = 0.0  # of the layer's output, per token, without the routed experts
         self.routed = 1.0
 
@@ -84,7 +79,7 @@ class Layer:
             if pipeline.spec.drift:
                 self.original = copy.deepcopy(self.module)
             for result in self.results.values():
-                if result.target.kind == "linear" and not needs_statistics(result.spec):
+                if result.target.kind == "linear" and not result.treatment.needs_statistics:
                     self._quantize_linear(result, None)
             self._take_linears()
             self._make_taps()
@@ -131,7 +126,8 @@ class Layer:
     def _pass(self, statistics: LinearStatistics | None = None, write: bool = False) -> float:
         """Runs the layer on all windows, the original one (if there is one) before the compressed one. Returns the mean
         squared norm of the compressed one's output per token, of all processes."""
-        pipeline, energy = self.p, 0.0
+        pipeline = self.p
+        energy = torch.zeros((), dtype=torch.float64, device=pipeline.device)  # there: every look at it would wait
         for first, last in pipeline.batches(counted=statistics is not None):
             for taps in self.taps.values():
                 for tap in taps:
@@ -149,12 +145,12 @@ class Layer:
                 if statistics is not None:
                     stack.enter_context(statistics.compressed(self.module, self.path))
                 out = self._call(self.module, states, first, last)
-            energy += float(out[: max(0, pipeline.counted - first)].square().sum(dtype=torch.float64))
+            energy += out[: max(0, pipeline.counted - first)].square().sum(dtype=torch.float64)
             if write:
                 if pipeline.probes is not None:
                     pipeline.probes.disturb(self.index, first, states.read(self.index, first, last), out)
                 states.write(first, out)
-        sums = pipeline.group.gather_all((energy, pipeline.counted * pipeline.ids.shape[1]))
+        sums = pipeline.group.gather_all((float(energy), pipeline.counted * pipeline.ids.shape[1]))
         return sum(energy for energy, _ in sums) / sum(tokens for _, tokens in sums)
 
     def _stages(self) -> list[str | list[Target]]:
@@ -163,11 +159,13 @@ class Layer:
         linears = [
             result.target
             for result in self.results.values()
-            if result.target.kind == "linear" and needs_statistics(result.spec)
+            if result.target.kind == "linear" and result.treatment.needs_statistics
         ]
         calls: list[Any] = []
         handles = []
         parts: list[str | Target] = [*sorted(self.fused), *linears]
+        if not linears and len(parts) == 1:
+            return [*self.fused]
         for what in parts:
             path = what if isinstance(what, str) else what.module
             module = self.module.get_submodule(self._relative(path))
@@ -217,7 +215,8 @@ class Layer:
         used = self.module.get_submodule(self._relative(target.module))._parameters["weight"]
         assert used is not None
         group = self.p.group
-        pairs: list[tuple[Matrix, TensorReport]] = []
+        treatment = result.treatment
+        pairs: Made = []
         owner = 0 if statistics is None else statistics.owner(target, group)
         if group.rank == owner:
             (weight,) = target.matrices(result.reader.read)
@@ -229,15 +228,11 @@ class Layer:
             result.tokens.append(statistics.tokens[target.name])
         if group.rank == owner:
             if statistics is None:
-                pairs = [methods.quantize(weight, result.spec, tensor=target.source_names[0])]
+                pairs = [treatment.of_matrix(weight, target.source_names[0])]
             else:
-                pairs = methods.quantize_stack(
-                    weight[None].to(self.p.device),
-                    statistics.of(target),
-                    result.spec,
-                    tensor=target.source_names[0],
-                )
-            used.copy_(dequantized(pairs[0][0], used.device))
+                name = target.source_names[0]
+                pairs = treatment.of_stack(weight[None].to(self.p.device), statistics.of(target), name)
+            used.copy_(treatment.restored(pairs[0][0], used.device))
         group.copy_from(used, owner)
         self.quantized.append((result, pairs))
 

@@ -29,19 +29,19 @@ import torch
 
 from ..errors import QmoeError
 from ..families import ModelLayout, Target
-from ..quantize import MethodSpec
 from ..source import SourceCheckpoint
 from .behind import Behind
 from .buffers import Budget, States
 from .distributed import Group
 from .experts import Measure
-from .layer import Layer, LayerResult, needs_statistics
+from .layer import Layer, LayerResult
 from .probes import Probes
 from .skeleton import Arguments, Skeleton, cast_arguments, same_arguments
 from .spec import CalibrationSpec
+from .treatment import Treatment
 
 AHEAD = 4  # things that wait in `Pipeline.behind`: two for every chunk of experts
-Decisions = Mapping[str, tuple[Target, MethodSpec]]  # by target name: what is to be compressed, and how
+Decisions = Mapping[str, tuple[Target, Treatment]]  # by target name: what is to be compressed, and how
 
 
 def check_device(device: str) -> str:
@@ -108,7 +108,7 @@ class Pipeline:
             layer = self.skeleton.layer_of(target.name)
             if layer is not None:
                 self.targets.setdefault(layer, []).append(target)
-            if target.name in decisions and needs_statistics(decisions[target.name][1]):
+            if target.name in decisions and decisions[target.name][1].needs_statistics:
                 if layer is None:
                     raise QmoeError(
                         "E_LAYOUT",
