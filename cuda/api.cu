@@ -40,17 +40,18 @@ Status prepacked_bytes(const DeviceMatrix& matrix, uint64_t* bytes) noexcept {
     return is_int(matrix.spec) ? int_tiles_bytes(matrix, bytes) : only_int();
 }
 
-Status prepack(const DeviceMatrix& matrix, void* out, uint64_t out_bytes, void* stream) noexcept {
+Status prepack(const DeviceMatrix& matrix, RowOrder order, void* out, uint64_t out_bytes, void* stream) noexcept {
     if (!is_int(matrix.spec)) return only_int();
-    return prepack_int(matrix, out, out_bytes, static_cast<cudaStream_t>(stream));
+    return prepack_int(matrix, order, out, out_bytes, static_cast<cudaStream_t>(stream));
 }
 
 Status int_linear(const IntLinear& linear, void* stream) noexcept {
-    if (!is_int(linear.spec)) return only_int();
-    const uint32_t team = linear.team;
-    if ((team & (team - 1)) != 0 || team > 32)
-        return Status::mismatch(Code::kValue, "cuda: warps of a team, a power of two", 0, 32, team);
-    return linear_int(linear, static_cast<cudaStream_t>(stream));
+    return is_int(linear.weight.spec) ? linear_int(linear, static_cast<cudaStream_t>(stream)) : only_int();
+}
+
+Status int_experts(const IntExperts& experts, void* stream) noexcept {
+    if (!is_int(experts.first.spec) || !is_int(experts.second.spec)) return only_int();
+    return experts_int(experts, static_cast<cudaStream_t>(stream));
 }
 
 Status round_block_on(const RoundBlock& block, void* stream) noexcept {
@@ -65,8 +66,8 @@ Status ternary_sums_on(const TernarySums& sums, void* stream) noexcept {
     return ternary_sums(sums, static_cast<cudaStream_t>(stream));
 }
 
-constexpr Api kApi{kApiVersion, device_count, device_info,    dequantize,     prepacked_bytes,
-                   prepack,     int_linear,   round_block_on, choose_grid_on, ternary_sums_on};
+constexpr Api kApi{kApiVersion, device_count,      device_info, dequantize,     prepacked_bytes, prepack,
+                   int_linear,  experts_workspace, int_experts, round_block_on, choose_grid_on,  ternary_sums_on};
 
 }  // namespace
 }  // namespace qmoe::cuda

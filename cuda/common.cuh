@@ -51,8 +51,11 @@ Status with_output_type(OutputType type, const Launch& launch) noexcept {
 Status dequantize_int(const DeviceMatrix& matrix, void* out, OutputType type, cudaStream_t stream) noexcept;
 Status dequantize_ternary(const DeviceMatrix& matrix, void* out, OutputType type, cudaStream_t stream) noexcept;
 Status int_tiles_bytes(const DeviceMatrix& matrix, uint64_t* bytes) noexcept;
-Status prepack_int(const DeviceMatrix& matrix, void* out, uint64_t out_bytes, cudaStream_t stream) noexcept;
+Status prepack_int(const DeviceMatrix& matrix, RowOrder order, void* out, uint64_t out_bytes,
+                   cudaStream_t stream) noexcept;
 Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept;
+Status experts_workspace(const IntExperts& experts, uint64_t* bytes) noexcept;
+Status experts_int(const IntExperts& experts, cudaStream_t stream) noexcept;
 Status round_block(const RoundBlock& block, cudaStream_t stream) noexcept;
 Status choose_grid(const ChooseGrid& grid, cudaStream_t stream) noexcept;
 Status ternary_sums(const TernarySums& sums, cudaStream_t stream) noexcept;

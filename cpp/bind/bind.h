@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "qmoe/prepacked.h"
 #include "qmoe/record.h"
 #include "qmoe/status.h"
 
@@ -27,6 +28,10 @@ Bytes to_array(std::vector<uint8_t>&& bytes);
 Record open_record(const Bytes& bytes, bool check_crc);
 // The same, and raises unless the record has this expert.
 Record open_record_with(const Bytes& bytes, bool check_crc, uint64_t expert);
+
+// From Python's names; E_VALUE for others.
+RowOrder row_order_of(const std::string& name);
+Activation activation_of(const std::string& name);
 
 void bind_cuda(pybind11::module_& m);
 void bind_gptq(pybind11::module_& m);

@@ -78,41 +78,109 @@ void cuda_dequantize(const Bytes& record_bytes, uint64_t expert, uintptr_t recor
                                         reinterpret_cast<void*>(stream)));
 }
 
-// An int matrix in the layout of the CUDA products: what is known of it on the host. Its bytes are the caller's.
-struct CudaInt {
-    cuda::DeviceMatrix matrix;
-    uint64_t bytes = 0, data_at = 0;
-
-    CudaInt(const Bytes& record_bytes, uint64_t expert) {
-        const Record record = open_record_with(record_bytes, true, expert);
-        matrix = device_matrix(record, expert, 0);
-        matrix.data = nullptr;
-        data_at = record.entries()[expert].offset;
-        check(required_library().prepacked_bytes(matrix, &bytes));
+// A record's int matrices in the layout of the CUDA products: what is known of them on the host. Their bytes are the
+// caller's.
+class CudaInt {
+  public:
+    CudaInt(const Bytes& record_bytes, const std::string& order) {
+        const Record record = open_record(record_bytes, true);
+        const auto matrix = [&](uint64_t e) { return device_matrix(record, e, 0); };
+        first_ = matrix(0);
+        stack_.experts = record.experts();
+        stack_.rows = first_.rows;
+        stack_.cols = first_.cols;
+        stack_.order = row_order_of(order);
+        std::copy(std::begin(first_.spec), std::end(first_.spec), stack_.spec);
+        check(required_library().prepacked_bytes(first_, &bytes_));
+        for (uint64_t e = 0; e < record.experts(); ++e) {
+            if (!std::equal(std::begin(first_.spec), std::end(first_.spec), matrix(e).spec))
+                raise(Code::kNoKernel, "cuda: all matrices of a stack must have one format");
+            data_at_.push_back(record.entries()[e].offset);
+        }
     }
 
+    uint64_t bytes() const { return bytes_ * stack_.experts; }
+    const cuda::IntStack& stack() const { return stack_; }
+
     void prepack(uintptr_t record_on_device, uintptr_t out, uint64_t out_bytes, uintptr_t stream) const {
-        cuda::DeviceMatrix there = matrix;
-        there.data = reinterpret_cast<const uint8_t*>(record_on_device) + data_at;
-        check(required_library().prepack(there, reinterpret_cast<void*>(out), out_bytes,
-                                         reinterpret_cast<void*>(stream)));
+        if (out_bytes != bytes())
+            check(Status::mismatch(Code::kShape, "cuda: bytes of the tiles", 0, bytes(), out_bytes));
+        cuda::DeviceMatrix there = first_;
+        for (uint64_t e = 0; e < stack_.experts; ++e) {
+            there.data = reinterpret_cast<const uint8_t*>(record_on_device) + data_at_[e];
+            check(required_library().prepack(there, stack_.order, reinterpret_cast<uint8_t*>(out) + e * bytes_, bytes_,
+                                             reinterpret_cast<void*>(stream)));
+        }
+    }
+
+    cuda::IntStack at(uintptr_t tiles) const {
+        cuda::IntStack stack = stack_;
+        stack.tiles = reinterpret_cast<const void*>(tiles);
+        return stack;
     }
 
     void linear(uintptr_t tiles, uintptr_t x, uintptr_t bias, uintptr_t y, uint64_t tokens, const std::string& dtype,
-                uintptr_t stream, uint32_t team) const {
+                uintptr_t stream) const {
         cuda::IntLinear call{};
-        std::copy(std::begin(matrix.spec), std::end(matrix.spec), call.spec);
-        call.tiles = reinterpret_cast<const void*>(tiles);
-        call.rows = matrix.rows;
-        call.cols = matrix.cols;
+        call.weight = at(tiles);
         call.x = reinterpret_cast<const void*>(x);
         call.bias = reinterpret_cast<const void*>(bias);
         call.y = reinterpret_cast<void*>(y);
         call.tokens = tokens;
         call.type = type_of(dtype);
-        call.team = team;
         check(required_library().int_linear(call, reinterpret_cast<void*>(stream)));
     }
+
+  private:
+    cuda::DeviceMatrix first_{};
+    cuda::IntStack stack_{};
+    uint64_t bytes_ = 0;  // of one matrix
+    std::vector<uint64_t> data_at_;
+};
+
+// Two stacks and a gate: a layer's experts.
+class CudaIntExperts {
+  public:
+    CudaIntExperts(const CudaInt& first, const CudaInt& second, const std::string& activation, bool clamped,
+                   float alpha, float limit) {
+        call_.first = first.stack();
+        call_.second = second.stack();
+        call_.gate = {activation_of(activation), clamped, alpha, limit};
+    }
+
+    uint64_t workspace(uint64_t tokens, uint64_t top_k) const {
+        cuda::IntExperts call = call_;
+        call.tokens = tokens;
+        call.top_k = top_k;
+        uint64_t bytes = 0;
+        check(required_library().experts_workspace(call, &bytes));
+        return bytes;
+    }
+
+    void run(uintptr_t first_tiles, uintptr_t second_tiles, uintptr_t first_bias, uintptr_t second_bias, uintptr_t x,
+             const std::string& dtype, uint64_t tokens, uintptr_t ids, uintptr_t weights,
+             const std::string& weights_dtype, uint64_t top_k, uintptr_t y, uintptr_t workspace,
+             uint64_t workspace_bytes, uintptr_t stream) const {
+        cuda::IntExperts call = call_;
+        call.first.tiles = reinterpret_cast<const void*>(first_tiles);
+        call.second.tiles = reinterpret_cast<const void*>(second_tiles);
+        call.first_bias = reinterpret_cast<const void*>(first_bias);
+        call.second_bias = reinterpret_cast<const void*>(second_bias);
+        call.x = reinterpret_cast<const void*>(x);
+        call.type = type_of(dtype);
+        call.tokens = tokens;
+        call.ids = reinterpret_cast<const int64_t*>(ids);
+        call.weights = reinterpret_cast<const void*>(weights);
+        call.weights_type = type_of(weights_dtype);
+        call.top_k = top_k;
+        call.y = reinterpret_cast<void*>(y);
+        call.workspace = reinterpret_cast<void*>(workspace);
+        call.workspace_bytes = workspace_bytes;
+        check(required_library().int_experts(call, reinterpret_cast<void*>(stream)));
+    }
+
+  private:
+    cuda::IntExperts call_{};
 };
 
 void cuda_round_block(const py::dict& block, const py::dict& grid, uintptr_t stream) {
@@ -137,14 +205,24 @@ void bind_cuda(py::module_& m) {
           py::arg("table"), py::arg("out"), py::arg("dtype"), py::arg("stream"),
           "Decode one expert of a record whose bytes also lie on the device into out (N, K). Pointers and the stream "
           "are raw.");
-    py::class_<CudaInt>(m, "CudaInt", "An int expert of a record as the CUDA products read it. Pointers are raw.")
-        .def(py::init<const Bytes&, uint64_t>(), py::arg("record"), py::arg("expert"))
-        .def_readonly("bytes", &CudaInt::bytes, "What the layout takes on the device.")
+    py::class_<CudaInt>(m, "CudaInt", "A record of int matrices as the CUDA products read it. Pointers are raw.")
+        .def(py::init<const Bytes&, const std::string&>(), py::arg("record"), py::arg("order") = "plain")
+        .def_property_readonly("bytes", &CudaInt::bytes, "What the layout takes on the device.")
         .def("prepack", &CudaInt::prepack, py::arg("record_on_device"), py::arg("out"), py::arg("out_bytes"),
              py::arg("stream"), "Fill `out` from the record's bytes on the device.")
         .def("linear", &CudaInt::linear, py::arg("tiles"), py::arg("x"), py::arg("bias"), py::arg("y"),
-             py::arg("tokens"), py::arg("dtype"), py::arg("stream"), py::arg("team") = 0,
+             py::arg("tokens"), py::arg("dtype"), py::arg("stream"),
              "y (tokens, N) = x (tokens, K) times the prepacked matrix; see IntLinear in qmoe/cuda.h.");
+    py::class_<CudaIntExperts>(m, "CudaIntExperts", "A layer's experts on the device; see IntExperts in qmoe/cuda.h.")
+        .def(py::init<const CudaInt&, const CudaInt&, const std::string&, bool, float, float>(), py::arg("first"),
+             py::arg("second"), py::arg("activation"), py::arg("clamped") = false, py::arg("alpha") = 0.0f,
+             py::arg("limit") = 0.0f)
+        .def("workspace", &CudaIntExperts::workspace, py::arg("tokens"), py::arg("top_k"),
+             "Bytes of workspace that run() wants.")
+        .def("run", &CudaIntExperts::run, py::arg("first_tiles"), py::arg("second_tiles"), py::arg("first_bias"),
+             py::arg("second_bias"), py::arg("x"), py::arg("dtype"), py::arg("tokens"), py::arg("ids"),
+             py::arg("weights"), py::arg("weights_dtype"), py::arg("top_k"), py::arg("y"), py::arg("workspace"),
+             py::arg("workspace_bytes"), py::arg("stream"));
     m.def("cuda_round_block", &cuda_round_block, py::arg("block"), py::arg("grid"), py::arg("stream"),
           "Round one block of columns with feedback on the device; fields and raw pointers as in qmoe/cuda.h.");
     m.def("cuda_ternary_sums", &cuda_ternary_sums, py::arg("fields"), py::arg("stream"),

@@ -11,6 +11,21 @@
 namespace py = pybind11;
 
 namespace qmoe::bind {
+RowOrder row_order_of(const std::string& name) {
+    if (name == "plain") return RowOrder::kPlain;
+    if (name == "halves") return RowOrder::kHalves;
+    if (name == "interleaved") return RowOrder::kInterleaved;
+    raise(Code::kValue, "unknown row order: " + name);
+}
+
+Activation activation_of(const std::string& name) {
+    if (name == "silu") return Activation::kSilu;
+    if (name == "gelu") return Activation::kGelu;
+    if (name == "gelu_tanh") return Activation::kGeluTanh;
+    if (name == "relu") return Activation::kRelu;
+    raise(Code::kValue, "unknown activation: " + name);
+}
+
 namespace {
 
 ActivationType activation_type(const std::string& name) {
@@ -20,25 +35,10 @@ ActivationType activation_type(const std::string& name) {
     raise(Code::kDtype, "activations must be float32, float16 or bfloat16, not " + name);
 }
 
-RowOrder row_order(const std::string& name) {
-    if (name == "plain") return RowOrder::kPlain;
-    if (name == "halves") return RowOrder::kHalves;
-    if (name == "interleaved") return RowOrder::kInterleaved;
-    raise(Code::kValue, "unknown row order: " + name);
-}
-
 Precision precision_of(const std::string& name) {
     if (name == "int8") return Precision::kInt8;
     if (name == "float") return Precision::kFloat;
     raise(Code::kValue, "unknown precision: " + name);
-}
-
-Activation activation_of(const std::string& name) {
-    if (name == "silu") return Activation::kSilu;
-    if (name == "gelu") return Activation::kGelu;
-    if (name == "gelu_tanh") return Activation::kGeluTanh;
-    if (name == "relu") return Activation::kRelu;
-    raise(Code::kValue, "unknown activation: " + name);
 }
 
 template <class T>
@@ -97,14 +97,14 @@ uint64_t prepack_size(uintptr_t packed, uint64_t nbytes, const std::string& orde
     Record record;
     check(Record::open({pointer<const uint8_t>(packed), nbytes}, record, false));
     uint64_t bytes = 0;
-    check(Prepacked::size(record, row_order(order), bytes));
+    check(Prepacked::size(record, row_order_of(order), bytes));
     return bytes;
 }
 
 // Fills out (out_bytes) and lets go of the record's pages: where they are a file's, the system may have them back.
 void prepack(uintptr_t packed, uint64_t nbytes, const std::string& order, uintptr_t out, uint64_t out_bytes,
              int threads) {
-    const RowOrder rows = row_order(order);
+    const RowOrder rows = row_order_of(order);
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const auto inner = [page](uintptr_t begin, uint64_t bytes, int advice) {
         const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;

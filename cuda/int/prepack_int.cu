@@ -5,6 +5,26 @@
 namespace qmoe::cuda {
 namespace {
 
+// Puts `code`, pair j of product q, second or not, into a lane's words.
+__device__ inline void place(uint32_t* words, uint32_t bits, uint32_t q, uint32_t j, bool second, uint32_t code) {
+    const uint32_t h = j >> 1, r = j & 1, half = second ? 16 : 0;
+    switch (bits) {
+        case 2: words[q / 4 * 2 + h] |= code << (8 * (q / 2 % 2) + 4 * (q % 2) + 2 * r + half); break;
+        case 3:
+            if (q < 6)
+                words[q / 2 * 2 + h] |= code << (6 * (q % 2) + 3 * r + half);
+            else if (q == 6)
+                words[2 * r + h] |= code << (12 + half);
+            else if (r == 0)
+                words[4 + h] |= code << (12 + half);
+            else
+                for (uint32_t i = 0; i < 3; ++i) words[2 * i + h] |= (code >> i & 1) << (15 + half);
+            break;
+        case 4: words[q / 2 * 2 + h] |= code << (8 * (q % 2) + 4 * r + half); break;
+        default: words[2 * q + h] |= code << (8 * r + half);
+    }
+}
+
 __global__ void prepack_codes(IntLayout stored, IntTiles tiles, const uint8_t* __restrict__ data,
                               uint8_t* __restrict__ out) {
     const uint64_t total = tiles.tiles * tiles.blocks * kLanes;
@@ -13,24 +33,15 @@ __global__ void prepack_codes(IntLayout stored, IntTiles tiles, const uint8_t* _
         const uint32_t lane = i % kLanes, g = lane / 4, t = lane % 4;
         const uint64_t block = i / kLanes % tiles.blocks, tile = i / kLanes / tiles.blocks;
         uint32_t words[16] = {};
-        for (uint32_t step = 0; step < kTileSteps; ++step)
-            for (uint32_t p = 0; p < 8; ++p)
+        for (uint32_t q = 0; q < 2 * kTileSteps; ++q)
+            for (uint32_t j = 0; j < 4; ++j)
                 for (uint32_t second = 0; second < 2; ++second) {
-                    const uint32_t m = p / 4, j = p % 4;
-                    const uint64_t row = tile * kTileRows + g + 8 * (j & 1);
-                    const uint64_t col = block * kTileColumns + step * 32 + 8 * t + 4 * m + 2 * (j >> 1) + second;
+                    const uint64_t row = tiles.row(tile, g + 8 * (j & 1));
+                    const uint64_t col =
+                        block * kTileColumns + q / 2 * 32 + 8 * t + 4 * (q % 2) + 2 * (j >> 1) + second;
                     if (row >= tiles.rows || col >= tiles.cols) continue;
                     const uint8_t* const packed = data + row * stored.row_bytes + col / kIntBlock * stored.block_bytes;
-                    const uint32_t code = int_code(packed, stored.bits, col % kIntBlock), half = 16 * second;
-                    switch (stored.bits) {
-                        case 2: words[step] |= code << (2 * p + half); break;
-                        case 3:
-                            words[step] |= (code & 3) << (2 * p + half);
-                            words[4 + step / 2] |= (code >> 2) << (8 * (step % 2) + p + half);
-                            break;
-                        case 4: words[2 * step + m] |= code << (4 * j + half); break;
-                        default: words[4 * step + 2 * m + (j >> 1)] |= code << (8 * (j & 1) + half);
-                    }
+                    place(words, stored.bits, q, j, second != 0, int_code(packed, stored.bits, col % kIntBlock));
                 }
         uint8_t* const to = out + tile * tiles.tile_bytes + block * tiles.block_bytes;
         for (uint32_t w = 0; w < tiles.words; ++w) {
@@ -48,7 +59,7 @@ __global__ void prepack_scales(IntLayout stored, IntTiles tiles, const uint8_t* 
     for (uint64_t i = blockIdx.x * uint64_t{blockDim.x} + threadIdx.x; i < total;
          i += uint64_t{gridDim.x} * blockDim.x) {
         const uint64_t r = i % kTileRows, place = i / kTileRows % places, tile = i / kTileRows / places;
-        const uint64_t row = tile * kTileRows + r, block = place / groups, group = place % groups;
+        const uint64_t row = tiles.row(tile, r), block = place / groups, group = place % groups;
         const bool there = row < tiles.rows && place < stored.groups;
         uint8_t* const to =
             out + tile * tiles.tile_bytes +
@@ -69,11 +80,12 @@ Status int_tiles_bytes(const DeviceMatrix& matrix, uint64_t* bytes) noexcept {
     if (!has_tiles(stored))
         return Status::error(Code::kNoKernel,
                              "cuda: products take groups of 32, 64 or 128 columns or whole rows, and 16-bit scales");
-    *bytes = IntTiles(stored).bytes;
+    *bytes = IntTiles(stored, RowOrder::kPlain).bytes;  // the same for every order
     return {};
 }
 
-Status prepack_int(const DeviceMatrix& matrix, void* out, uint64_t out_bytes, cudaStream_t stream) noexcept {
+Status prepack_int(const DeviceMatrix& matrix, RowOrder order, void* out, uint64_t out_bytes,
+                   cudaStream_t stream) noexcept {
     const IntLayout stored(matrix.spec, matrix.rows, matrix.cols);
     if (matrix.bytes < stored.bytes)
         return Status::mismatch(Code::kShape, "cuda: int data is shorter than its shape", 0, stored.bytes,
@@ -81,7 +93,10 @@ Status prepack_int(const DeviceMatrix& matrix, void* out, uint64_t out_bytes, cu
     uint64_t bytes = 0;
     QMOE_TRY(int_tiles_bytes(matrix, &bytes));
     if (out_bytes != bytes) return Status::mismatch(Code::kShape, "cuda: bytes of the tiles", 0, bytes, out_bytes);
-    const IntTiles tiles(stored);
+    if (order != RowOrder::kPlain && matrix.rows % 2 != 0)
+        return Status::mismatch(Code::kShape, "cuda: rows of gate and up, an even number", 0, matrix.rows + 1,
+                                matrix.rows);
+    const IntTiles tiles(stored, order);
     auto* const to = static_cast<uint8_t*>(out);
     prepack_codes<<<grid_for(tiles.tiles * tiles.blocks * kLanes), 256, 0, stream>>>(stored, tiles, matrix.data, to);
     const uint64_t groups = tiles.groups == 0 ? 1 : tiles.blocks * tiles.groups;

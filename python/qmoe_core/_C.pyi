@@ -96,11 +96,40 @@ def cuda_dequantize(
 ) -> None: ...
 
 class CudaInt:
-    bytes: int
-    def __init__(self, record: NDArray[np.uint8], expert: int) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+    def __init__(self, record: NDArray[np.uint8], order: str = "plain") -> None: ...
     def prepack(self, record_on_device: int, out: int, out_bytes: int, stream: int) -> None: ...
-    def linear(
-        self, tiles: int, x: int, bias: int, y: int, tokens: int, dtype: str, stream: int, team: int = 0
+    def linear(self, tiles: int, x: int, bias: int, y: int, tokens: int, dtype: str, stream: int) -> None: ...
+
+class CudaIntExperts:
+    def __init__(
+        self,
+        first: CudaInt,
+        second: CudaInt,
+        activation: str,
+        clamped: bool = False,
+        alpha: float = 0.0,
+        limit: float = 0.0,
+    ) -> None: ...
+    def workspace(self, tokens: int, top_k: int) -> int: ...
+    def run(
+        self,
+        first_tiles: int,
+        second_tiles: int,
+        first_bias: int,
+        second_bias: int,
+        x: int,
+        dtype: str,
+        tokens: int,
+        ids: int,
+        weights: int,
+        weights_dtype: str,
+        top_k: int,
+        y: int,
+        workspace: int,
+        workspace_bytes: int,
+        stream: int,
     ) -> None: ...
 
 def cuda_round_block(block: dict[str, int], grid: dict[str, int], stream: int) -> None: ...

@@ -18,12 +18,20 @@ GUARD = 64
 
 
 def int_record(
-    bits: int, group: int, zero_point: bool, rows: int, cols: int, scale_dtype: str = "float16", half_step: bool = False
+    bits: int,
+    group: int,
+    zero_point: bool,
+    rows: int,
+    cols: int,
+    scale_dtype: str = "float16",
+    half_step: bool = False,
+    experts: int = 2,
 ) -> PackedTensor:
+    """Random matrices, all of them the same."""
     weight = np.random.default_rng(rows * cols).standard_normal((rows, cols)).astype(np.float32)
     codes, scales, zeros = _C.rtn_int(weight, bits, group, zero_point, scale_dtype, half_step)
     format = IntFormat(bits, group, zero_point, scale_dtype, half_step)
-    return PackedTensor.pack([IntMatrix(format, codes, scales, zeros)] * 2)
+    return PackedTensor.pack([IntMatrix(format, codes, scales, zeros)] * experts)
 
 
 def ternary_record(zeros: float, levels: int, rows: int, cols: int) -> PackedTensor:

@@ -10,11 +10,12 @@
 
 #include "qmoe/format.h"
 #include "qmoe/gptq.h"
+#include "qmoe/prepacked.h"
 #include "qmoe/status.h"
 
 namespace qmoe::cuda {
 
-inline constexpr uint32_t kApiVersion = 3;
+inline constexpr uint32_t kApiVersion = 4;
 
 enum class OutputType : uint8_t { kFloat32, kFloat16, kBfloat16 };
 
@@ -35,18 +36,59 @@ struct DeviceMatrix {
     const uint32_t* ternary_table;  // device: 4096 entries from ternary_decoding_table(); null for int
 };
 
-// y (tokens, rows) = x (tokens, cols) times the transpose of an `int` matrix, plus bias (rows) where it is not null; all
-// row-major, of `type` (float16 or bfloat16), 2-byte aligned at least, on the device. Sums are float32 in a fixed order.
+// The `int` matrices of one projection of a layer's experts (one of a linear layer), in the layout of the products.
+struct IntStack {
+    uint8_t spec[kSpecBytes];  // host copy; the same for all experts
+    const void* tiles;         // device: expert by expert what prepack made of them, 16-byte aligned
+    uint64_t experts;
+    uint64_t rows, cols;  // N, K
+    RowOrder order;       // that it was prepacked with
+};
+
+// Tiles must have been written before the kernel before this one began (as those of a model are): on devices that can,
+// kernels begin to read them before that one has ended.
+
+// y (tokens, rows) = x (tokens, cols) times the transpose of a stack's one matrix, plus bias (rows) where it is not null;
+// all row-major, of `type` (float16 or bfloat16), 2-byte aligned at least, on the device. Sums are float32 in a fixed
+// order. For few tokens: they are taken 16 at a time.
 struct IntLinear {
-    uint8_t spec[kSpecBytes];  // host copy of the matrix's
-    const void* tiles;         // device: what prepack made of it, 16-byte aligned
-    uint64_t rows, cols;       // N, K
+    IntStack weight;  // kPlain
     const void *x, *bias;
     void* y;
     uint64_t tokens;
     OutputType type;
-    uint32_t team;  // warps that share 16 rows at most: 1, 2, 4, 8, 16, 32, or 0 to have it chosen
 };
+
+// What the experts of a layer do between their projections; as ExpertsSpec in qmoe/prepacked.h.
+struct Gate {
+    Activation activation;
+    bool clamped;
+    float alpha, limit;
+};
+
+// A layer's experts: y[t] = sum over j of weights[t, j] * second_e(gate(first_e(x[t]))), e = ids[t, j].
+//
+//   first    (E, 2 I, H) in kHalves or kInterleaved, or (E, I, H) kPlain where there is no gate
+//   second   (E, H, I) kPlain
+//   x, y     (tokens, H) of `type`, float16 or bfloat16
+//   ids      (tokens, top_k) int64; ids outside [0, E) add nothing (other ranks' experts)
+//   weights  (tokens, top_k) of weights_type
+//   biases   (E, 2 I or I) and (E, H) of `type`, or null
+//   workspace  experts_workspace() bytes, 16-byte aligned
+//
+// Each token's experts are added in the order of its choices, in float32. Three launches.
+struct IntExperts {
+    IntStack first, second;
+    const void *x, *weights, *first_bias, *second_bias;
+    const int64_t* ids;
+    void *y, *workspace;
+    uint64_t tokens, top_k, workspace_bytes;
+    OutputType type, weights_type;
+    Gate gate;
+};
+
+// Choices (tokens * top_k) that a call of int_experts may have.
+inline constexpr uint64_t kMostChoices = 4096;
 
 // The function table that libqmoe_cuda exports as qmoe_cuda_api().
 struct Api {
@@ -56,10 +98,12 @@ struct Api {
     // out (N, K) row-major of `type`, on the device.
     Status (*dequantize)(const DeviceMatrix& matrix, void* out, OutputType type, void* stream) noexcept;
     // The run-time layout of an `int` matrix (cuda/int/tiles.h): its bytes, and it. E_NO_KERNEL for groups of 16 columns
-    // and float32 scales.
+    // and float32 scales; E_SHAPE for an odd number of rows in a gated order.
     Status (*prepacked_bytes)(const DeviceMatrix& matrix, uint64_t* bytes) noexcept;
-    Status (*prepack)(const DeviceMatrix& matrix, void* out, uint64_t out_bytes, void* stream) noexcept;
+    Status (*prepack)(const DeviceMatrix& matrix, RowOrder order, void* out, uint64_t out_bytes, void* stream) noexcept;
     Status (*int_linear)(const IntLinear& linear, void* stream) noexcept;
+    Status (*experts_workspace)(const IntExperts& experts, uint64_t* bytes) noexcept;
+    Status (*int_experts)(const IntExperts& experts, void* stream) noexcept;
     // The inner loops of qmoe/gptq.h, with pointers to device memory; groups have at most kMaxBlockColumns columns.
     Status (*round_block)(const RoundBlock& block, void* stream) noexcept;
     Status (*choose_grid)(const ChooseGrid& grid, void* stream) noexcept;
