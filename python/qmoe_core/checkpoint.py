@@ -29,7 +29,7 @@ from .errors import QmoeError
 from .families import ModelLayout, Target, analyze
 from .formats import PackedTensor
 from .journal import DIRECTORY, Journal, check_same_job
-from .plan import PlainItem, Plan, make_plan
+from .plan import PackedItem, PlainItem, Plan, make_plan
 from .progress import ProgressEvent
 from .quantize import MethodSpec, quantize
 from .recipe import Recipe
@@ -298,7 +298,16 @@ class _Job:
                 if (self.output / self.plan.shard_name(index)).exists()
                 for item in shard
             }
-            self.records.make(finished)
+            try:
+                self.records.make(finished)
+                result = self._write()
+                self.records.wait()
+            finally:
+                self.records.close()
+            return result
+        return self._write()
+
+    def _write(self) -> dict[str, Any]:
         for index in range(len(self.plan.shards)):
             self._shard(index)
         return self._finish()
@@ -319,13 +328,14 @@ class _Job:
             writer = ShardWriter(part, [item.plan for item in shard], [step["nbytes"] for step in steps])
             try:
                 for item in shard[len(steps) :]:
+                    copied = isinstance(item, PackedItem) and self.records is not None and self.records.has(item.target)
                     entry = (
                         self._plain(writer, item)
                         if isinstance(item, PlainItem)
                         else self._packed(writer, item.target, item.spec)
                     )
                     self.journal.note({"shard": index, "name": item.plan.name, **entry})
-                    self._sync(writer, entry)
+                    self._sync(writer, entry, copied)
                     self._tell("compress", item.plan.name)
                 writer.sync()
                 self.journal.commit()
@@ -366,12 +376,15 @@ class _Job:
         self.done_bytes += sum(step["source_bytes"] for step in good)
         return good
 
-    def _sync(self, writer: ShardWriter, entry: dict[str, Any]) -> None:
-        self._unsynced += entry["source_bytes"]
+    def _sync(self, writer: ShardWriter, entry: dict[str, Any], copied: bool) -> None:
+        """Every now and then makes what is written durable. `copied`: from a record, which can be copied again."""
+        self._unsynced += entry["nbytes" if copied else "source_bytes"]
         if self._unsynced >= SYNC_BYTES or time.monotonic() - self._synced_at >= SYNC_SECONDS:
             writer.sync()
             self.journal.commit()
             self._unsynced, self._synced_at = 0, time.monotonic()
+        elif copied:
+            writer.flush()
 
     def _plain(self, writer: ShardWriter, item: PlainItem) -> dict[str, Any]:
         """Copies one tensor's bytes."""

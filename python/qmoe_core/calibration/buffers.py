@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..behind import Behind
 from ..store import crc32c, io_errors
-from .behind import Behind
 
 CHUNK = 8 << 20  # bytes per system call
 DEVICE_PART = 8  # a buffer lies on the device if it takes at most the 1/DEVICE_PART of the memory that is free there

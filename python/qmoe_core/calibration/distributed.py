@@ -167,6 +167,8 @@ class Processes(Group):
         self._dist, self._store = dist, store
         self._cpu: Any = dist.new_group(backend="gloo", timeout=ENDLESS)
         self._cuda: Any = None
+        self._connecting: threading.Thread | None = None  # NCCL
+        self._unconnected: RuntimeError | None = None  # why it could not
         self._fate = Fate()
         self._aside: Processes | None = None
         self._signs: dict[int, tuple[bytes, float]] = {}
@@ -204,8 +206,18 @@ class Processes(Group):
         torch.cuda.set_device(self.local_rank)
         if self._cuda is None:
             self._cuda = self._dist.new_group(backend="nccl", timeout=ENDLESS)
-            # NCCL connects at the first exchange and waits for the others there: better now, when all are known to be.
-            self.sum(torch.zeros(1, device=f"cuda:{self.local_rank}"))
+            # NCCL connects at the first exchange and waits for the others there: better now, when all are known to be,
+            # and meanwhile other things can be done.
+            self._connecting = threading.Thread(target=self._connect, daemon=True)
+            self._connecting.start()
+
+    def _connect(self) -> None:
+        torch.cuda.set_device(self.local_rank)
+        try:
+            self._dist.all_reduce(torch.zeros(1, device=f"cuda:{self.local_rank}"), group=self._cuda)
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            self._unconnected = error
 
     # Exchanges.
 
@@ -255,11 +267,16 @@ class Processes(Group):
         if self._fate.error is not None:
             raise self._fate.error
         try:
+            while tensor.is_cuda and self._connecting is not None and self._connecting.is_alive():
+                self._connecting.join(0.01)
+                self._look()
+            if tensor.is_cuda and self._unconnected is not None:
+                raise self._unconnected
             work = start(self._cuda if tensor.is_cuda else self._cpu)
             polls = 0
             while not work.is_completed():
                 polls += 1
-                time.sleep(0 if polls < 200 else 0.001)
+                time.sleep(0 if polls < 200 else 0.0001 if polls < 1000 else 0.001)
                 self._look()
             work.wait()
         except RuntimeError as error:  # a connection broke: the other end has failed, or is gone

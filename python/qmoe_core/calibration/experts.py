@@ -24,9 +24,9 @@ import torch
 from torch import nn
 
 from .. import _C
+from ..behind import Behind
 from ..families import Reader, Target
 from ..quantize.base import StackStatistics
-from .behind import Behind
 from .distributed import Group, Round, rounds
 from .sums import ROWS, add_products, add_squares, complete
 from .tap import ExpertsTap

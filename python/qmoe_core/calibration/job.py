@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from ..behind import Behind
 from ..errors import QmoeError
 from ..families import ModelLayout, Target
 from ..formats import PackedTensor
@@ -161,6 +162,7 @@ class CalibratedRecords:
         self.decisions = _decisions(items)
         self._numbers = {item.plan.name: number for number, item in enumerate(items)}
         self._entries: dict[str, dict[str, Any]] = {}  # by packed name, as a shard's step has them
+        self._deleting = Behind(ahead=16)  # gigabytes take a file system a while
 
     def _file(self, name: str) -> Path:
         return self.journal.path / f"record-{self._numbers[name]:05d}"
@@ -180,11 +182,15 @@ class CalibratedRecords:
         return entry
 
     def forget(self, names: Iterable[str]) -> None:
-        """Deletes records that are in a finished shard."""
-        for name in names:
-            if name in self._entries:
-                with io_errors(self._file(name)):
-                    self._file(name).unlink(missing_ok=True)
+        """Deletes records that are in a finished shard, behind what comes next: until `wait`."""
+        self._deleting.do(partial(_delete, [self._file(name) for name in names if name in self._entries]))
+
+    def wait(self) -> None:
+        """Returns once all that is to be deleted is."""
+        self._deleting.wait()
+
+    def close(self) -> None:
+        self._deleting.close(drop=False)
 
     def make(self, finished: set[str]) -> None:
         """Runs the calibration, or what is missing of it. `finished`: names of tensors in finished shards."""
@@ -212,7 +218,7 @@ class CalibratedRecords:
             lambda: self._start_anew(finished),
             self._keep,
         )
-        remove_activations(self.journal.path)
+        self._deleting.do(partial(remove_activations, self.journal.path))
 
     def _keep(self, result: LayerResult, layers: int, states: list[dict[str, int]], _: list[None]) -> None:
         """Makes a finished layer's records durable, and then the journal say so; `states`: of every process."""
@@ -264,6 +270,12 @@ def remove_activations(directory: Path) -> None:
         for pattern in ("activations-*", "experts-*"):
             for file in directory.glob(pattern):
                 file.unlink()
+
+
+def _delete(files: list[Path]) -> None:
+    for file in files:
+        with io_errors(file):
+            file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

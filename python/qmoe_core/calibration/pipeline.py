@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..behind import Behind
 from ..errors import QmoeError
 from ..families import ModelLayout, Target
 from ..source import SourceCheckpoint
-from .behind import Behind
 from .buffers import Budget, States
 from .distributed import Group
 from .experts import Measure

@@ -14,7 +14,8 @@ class ExpertsTap:
     """Stands in for the forward of an experts module: records its inputs, or hands back outputs computed before.
 
     Attributes:
-        inputs: (T, H) what the experts were given; index: (T, k) int64, weight: (T, k) float32; outputs: (T, H).
+        inputs: (T, H) what the experts were given; index: (T, k) int64, weight: (T, k) float32, both on the device;
+            outputs: (T, H).
         position: the row that the next call begins with; whoever runs the layer keeps it right.
         counted: how many leading rows statistics are taken of; those behind them only run along.
         mode: "record"; "replay" to hand back `outputs`; "skip" to return zeros and note nothing.
@@ -28,7 +29,7 @@ class ExpertsTap:
         self.index: torch.Tensor | None = None
         self.weight: torch.Tensor | None = None
         self._budget, self._spill, self._device = budget, spill, device
-        self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._sorted: tuple[torch.Tensor, torch.Tensor, list[int]] | None = None
 
     def __call__(self, *arguments: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         hidden, index, weight = (*arguments, *named.values())
@@ -59,8 +60,8 @@ class ExpertsTap:
     def make_inputs(self, width: int, choices: int) -> None:
         """Room for inputs of `width` columns and `choices` experts per token, no token of which is routed yet."""
         self.inputs = self._buffer(width, ".inputs")
-        self.index = torch.full((self.rows, choices), -1, dtype=torch.int64)
-        self.weight = torch.zeros(self.rows, choices)
+        self.index = torch.full((self.rows, choices), -1, dtype=torch.int64, device=self._device)
+        self.weight = torch.zeros(self.rows, choices, device=self._device)
 
     def make_outputs(self) -> None:
         assert self.inputs is not None
@@ -70,24 +71,32 @@ class ExpertsTap:
         return RowBuffer(self.rows, width, self._budget, self._spill.with_suffix(suffix), self._device)
 
     def routed(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows, weights): the tokens of one expert in ascending order, and their routing weights."""
+        """(rows, weights): the tokens of one expert in ascending order, and their routing weights, on the device."""
+        rows, weights, bounds = self._by_expert()
+        places = slice(*bounds[expert : expert + 2]) if expert + 1 < len(bounds) else slice(0, 0)
+        return rows[places], weights[places]
+
+    def _by_expert(self) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Rows and weights of all choices, by expert and then by row, and where those of each expert begin."""
         assert self.index is not None and self.weight is not None
         if self._sorted is None:
             ids, order = self.index.reshape(-1).sort(stable=True)
-            self._sorted = ids.contiguous(), order
-        ids, order = self._sorted
-        first, last = torch.searchsorted(ids, torch.tensor([expert, expert + 1])).tolist()
-        places = order[first:last]
-        return places // self.index.shape[1], self.weight.reshape(-1)[places]
+            highest = int(ids[-1]) if len(ids) else -1
+            experts = torch.arange(highest + 2, device=ids.device)
+            bounds: list[int] = torch.searchsorted(ids.contiguous(), experts).tolist()
+            self._sorted = order // self.index.shape[1], self.weight.reshape(-1)[order], bounds
+        return self._sorted
 
     def seen(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`routed`, of the tokens that count for statistics."""
         rows, weights = self.routed(expert)
+        if self.counted == self.rows:
+            return rows, weights
         count = int(torch.searchsorted(rows, self.counted))
         return rows[:count], weights[:count]
 
     def counts(self, experts: int) -> torch.Tensor:
-        """(experts,) int64: how many tokens that count each expert was given."""
+        """(experts,) int64 on the host: how many tokens that count each expert was given."""
         return torch.tensor([len(self.seen(expert)[0]) for expert in range(experts)])
 
     def close(self) -> None:

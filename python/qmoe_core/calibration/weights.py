@@ -105,7 +105,7 @@ class WeightReader:
                 actual=tuple(value.shape),
             )
         if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(value.to(device, dtype), requires_grad=False)
+            module._parameters[leaf] = nn.Parameter(value.to(device).to(dtype), requires_grad=False)
             return old
         module._buffers[leaf] = value.to(device, old.dtype)
         return None
