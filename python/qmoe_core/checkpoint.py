@@ -6,7 +6,8 @@ call continues behind it. The files do not depend on how often that happened: no
 run.
 
 Order of a job: the choice of formats where a budget is given (allocation/choose.py), lock, plan, calibration where a
-method needs it (calibration/job.py), shards one by one, other files, qmoe.json, config.json, journal removed.
+method needs it (calibration/job.py), shards one by one, behind the calibration as far as it has come, other files,
+qmoe.json, config.json, journal removed.
 config.json comes last since without it nothing loads the directory.
 
 Several processes (calibration/distributed.py) share the calibration; everything else the one that leads does alone.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -286,40 +287,58 @@ class _Job:
         self.records: CalibratedRecords | None = None
         if calibration is not None:
             self.records = CalibratedRecords(checkpoint, layout, plan, calibration, journal, progress)
+        self.calibrating = False  # shards are then written behind it, without a word
         self.done_bytes = 0
         self.total_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         self._unsynced, self._synced_at = 0, time.monotonic()
 
     def run(self) -> dict[str, Any]:
+        writing = self._shards()
         if self.records is not None:
+            finals = [self.output / self.plan.shard_name(index) for index in range(len(self.plan.shards))]
             finished = {
                 item.plan.name
-                for index, shard in enumerate(self.plan.shards)
-                if (self.output / self.plan.shard_name(index)).exists()
+                for final, shard in zip(finals, self.plan.shards, strict=True)
+                if final.exists()
                 for item in shard
             }
+
+            def discard() -> None:
+                for final in finals:
+                    with io_errors(final):
+                        final.unlink(missing_ok=True)
+
             try:
-                self.records.make(finished)
-                result = self._write()
+                self.calibrating = True
+                self.records.make(finished, discard, lambda: next(writing))
+                self.calibrating = False
+                for _ in writing:
+                    pass
+                result = self._finish()
                 self.records.wait()
             finally:
+                writing.close()
                 self.records.close()
             return result
-        return self._write()
-
-    def _write(self) -> dict[str, Any]:
-        for index in range(len(self.plan.shards)):
-            self._shard(index)
+        for _ in writing:
+            pass
         return self._finish()
 
+    def _shards(self) -> Generator[None, None, None]:
+        """Writes all shards. Yields where a record may still come."""
+        for index in range(len(self.plan.shards)):
+            yield from self._shard(index)
+        while self.calibrating:
+            yield
+
     def _tell(self, stage: str, detail: str) -> None:
-        if self.progress is not None:
+        if self.progress is not None and not self.calibrating:
             self.progress(ProgressEvent(stage, self.done_bytes, self.total_bytes, detail))
 
     # Shards.
 
-    def _shard(self, index: int) -> None:
-        """Writes shard `index`, or what is missing of it."""
+    def _shard(self, index: int) -> Generator[None, None, None]:
+        """Writes shard `index`, or what is missing of it. Yields as `_shards`, with all durable that is written."""
         shard, final = self.plan.shards[index], self.output / self.plan.shard_name(index)
         steps = [step for step in self.journal.steps if step.get("shard") == index]
         if not final.exists():
@@ -328,14 +347,17 @@ class _Job:
             writer = ShardWriter(part, [item.plan for item in shard], [step["nbytes"] for step in steps])
             try:
                 for item in shard[len(steps) :]:
-                    copied = isinstance(item, PackedItem) and self.records is not None and self.records.has(item.target)
+                    while self.calibrating and isinstance(item, PackedItem) and not self._copied(item):
+                        writer.sync()
+                        self.journal.commit()
+                        yield
                     entry = (
                         self._plain(writer, item)
                         if isinstance(item, PlainItem)
                         else self._packed(writer, item.target, item.spec)
                     )
                     self.journal.note({"shard": index, "name": item.plan.name, **entry})
-                    self._sync(writer, entry, copied)
+                    self._sync(writer, entry, self._copied(item))
                     self._tell("compress", item.plan.name)
                 writer.sync()
                 self.journal.commit()
@@ -351,6 +373,10 @@ class _Job:
                 "E_CORRUPT", "the journal and a finished shard disagree; delete the output directory", file=final
             )
         self._tell("compress", final.name)
+
+    def _copied(self, item: PlainItem | PackedItem) -> bool:
+        """Whether a tensor is a record that is there already."""
+        return isinstance(item, PackedItem) and self.records is not None and self.records.has(item.target)
 
     def _steps(self, index: int) -> list[str]:
         return [step["name"] for step in self.journal.steps if step.get("shard") == index]
@@ -372,7 +398,7 @@ class _Job:
                         break
                     good.append(step)
         if len(good) < len(steps):
-            self.journal.rewind(self.journal.steps.index(steps[len(good)]))
+            self.journal.drop(steps[len(good) :])
         self.done_bytes += sum(step["source_bytes"] for step in good)
         return good
 

@@ -20,6 +20,7 @@ import errno
 import fcntl
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -168,15 +169,23 @@ class Journal:
             self._pending.clear()
 
     def rewind(self, keep: int) -> None:
-        """Forgets all steps from number `keep` on: what they tell turned out not to be on the disk."""
-        del self.steps[keep:]
+        """Forgets all steps from number `keep` on."""
+        self._rewrite(self.steps[:keep])
+
+    def drop(self, steps: Iterable[dict[str, Any]]) -> None:
+        """Forgets some steps: what they tell turned out not to be on the disk."""
+        gone = {id(step) for step in steps}
+        self._rewrite([step for step in self.steps if id(step) not in gone])
+
+    def _rewrite(self, steps: list[dict[str, Any]]) -> None:
         lines = []
-        for step in self.steps:
+        for step in steps:
             body = canonical_json(step)
             lines.append(b"%08x %s\n" % (crc32c(body), body))
         os.close(self._progress_fd)
         write_atomic(self._progress, b"".join(lines))
         self.steps.clear()
+        self._pending.clear()
         self._open_progress()
 
     def remove(self) -> None:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 import qmoe_core.quantize as methods
 from qmoe_core.calibration import CalibrationSpec
+from qmoe_core.calibration import layer as layers
 from qmoe_core.calibration.spec import load_tokens
 from qmoe_core.checkpoint import compress, read_qmoe_json
 from qmoe_core.errors import QmoeError
@@ -386,6 +387,39 @@ def test_killed_at_any_moment_the_same_call_continues_to_the_same_bytes(sources,
 
 
 GPTQ = Recipe.uniform("int4", 32, "gptq")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_shards_are_written_behind_the_layers_and_go_when_all_starts_anew(
+    sources, tokens, tmp_path, monkeypatch, damaged
+):
+    _, directory = sources("gpt_oss")
+    out, journal = tmp_path / "out", tmp_path / "out" / ".qmoe-journal"
+    ran, real = [], layers.Layer.run
+
+    def run(layer):
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(layer.index)
+        return real(layer)
+
+    def go(output):
+        return compress(directory, output, GPTQ, calibration=spec_of(tokens), max_shard_bytes=60_000)
+
+    go(tmp_path / "reference")
+    monkeypatch.setattr(layers.Layer, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        go(out)
+    finished = list(out.glob("*.safetensors"))
+    assert ran == [0, 1] and finished and list(journal.glob("record-*"))
+    if damaged:
+        for file in journal.glob("activations-*"):
+            file.write_bytes(bytes(file.stat().st_size))
+    ran.clear()
+    monkeypatch.setattr(layers.Layer, "run", lambda layer: (ran.append(layer.index), real(layer))[1])
+    assert go(out).resumed
+    assert ran == ([0, 1, 2] if damaged else [2])
+    assert hashes(out) == hashes(tmp_path / "reference")
 
 
 def refusal(*arguments, **named) -> QmoeError:

@@ -1,8 +1,8 @@
 """Calibration within a compression job: packed records made layer by layer, durable, and taken up after a kill.
 
 Calibration goes through the model in the order of its layers, shards are written in the order of their names, and one
-record may have to wait for its shard. So each finished layer leaves its records as files in the journal, where they
-stay until the shard that holds them is finished:
+record may have to wait for its shard, which is written as far as there are records. So each finished layer leaves its
+records as files in the journal, where they stay until the shard that holds them is finished:
 
     record-NNNNN            one packed tensor
     activations-*           inputs of the next layer (calibration/buffers.py)
@@ -192,13 +192,19 @@ class CalibratedRecords:
     def close(self) -> None:
         self._deleting.close(drop=False)
 
-    def make(self, finished: set[str]) -> None:
-        """Runs the calibration, or what is missing of it. `finished`: names of tensors in finished shards."""
+    def make(self, finished: set[str], discard: Callable[[], None], advance: Callable[[], None]) -> None:
+        """Runs the calibration, or what is missing of it.
+
+        Args:
+            finished: names of tensors in finished shards.
+            discard: deletes these shards, where what the journal tells of is not on the disk and all starts anew.
+            advance: called behind every layer, in the thread that makes it durable: more records are there (`has`).
+        """
         steps = [step for step in self.journal.steps if "layer" in step]
         if not all(
             self._sound(name, entry) for s in steps for name, entry in s["records"].items() if name not in finished
         ):
-            self._start_anew(finished)
+            self._start_anew(discard)
             steps = []
         for step in steps:
             self._entries |= step["records"]
@@ -206,6 +212,11 @@ class CalibratedRecords:
             self.calibration.group.from_leader(None)
             remove_activations(self.journal.path)
             return
+
+        def keep(result: LayerResult, layers: int, states: list[dict[str, int]], _: list[None]) -> None:
+            self._keep(result, layers, states)
+            advance()
+
         start = self.calibration.group.from_leader(Start(len(steps), steps[-1]["states"] if steps else []))
         run_layers(
             self.checkpoint,
@@ -215,12 +226,12 @@ class CalibratedRecords:
             self.journal.path,
             self._tell,
             start,
-            lambda: self._start_anew(finished),
-            self._keep,
+            lambda: self._start_anew(discard),
+            keep,
         )
         self._deleting.do(partial(remove_activations, self.journal.path))
 
-    def _keep(self, result: LayerResult, layers: int, states: list[dict[str, int]], _: list[None]) -> None:
+    def _keep(self, result: LayerResult, layers: int, states: list[dict[str, int]]) -> None:
         """Makes a finished layer's records durable, and then the journal say so; `states`: of every process."""
         records = {}
         for stack in result.stacks:
@@ -253,13 +264,8 @@ class CalibratedRecords:
             crc = crc32c(chunk, crc)
         return crc == entry["crc32c"]
 
-    def _start_anew(self, finished: set[str]) -> None:
-        if finished:
-            raise QmoeError(
-                "E_CORRUPT",
-                "the journal lost what it had made durable; delete the output directory",
-                file=self.journal.path,
-            )
+    def _start_anew(self, discard: Callable[[], None]) -> None:
+        discard()
         self._entries.clear()
         self.journal.rewind(0)
 
