@@ -94,7 +94,7 @@ def compress(
         raise QmoeError("E_VALUE", "max_shard_bytes must be positive", actual=max_shard_bytes)
     with processes() as group, group.shared_errors(), SourceCheckpoint(source) as checkpoint:
         group.use(device)
-        _check_places(source, output)
+        check_places(source, output)
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         layout = analyze(source, shapes)
         chosen: Planned | None = None
@@ -172,7 +172,7 @@ def _lead(
         result = _finished(output, job)
         resumed = result is not None
         if result is None:
-            _check_output(output)
+            check_output(output)
             resumed = journal.begin({**job, "modified": checkpoint.modified()})
             result = _Job(checkpoint, layout, plan, journal, output, job, progress, prepared).run()
         elif prepared is not None:
@@ -181,7 +181,7 @@ def _lead(
     return result, resumed
 
 
-def _check_places(source: Path, output: Path) -> None:
+def check_places(source: Path, output: Path) -> None:
     """`E_SAME_FILE` unless source and output are separate directories, links resolved."""
     a, b = source.resolve(), output.resolve()
     if a == b or a in b.parents or b in a.parents:
@@ -200,7 +200,7 @@ def _check_places(source: Path, output: Path) -> None:
                 raise QmoeError("E_SAME_FILE", "the output holds a symbolic link", file=entry.path)
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """`E_VALUE` for an output directory that holds files and no unfinished job of ours."""
     with io_errors(output):
         names = set(os.listdir(output)) - {DIRECTORY}

@@ -93,9 +93,9 @@ class Target:
         elif self._by_expert():
             for expert in experts:
                 parts = {pattern: [read(names[expert], None)] for pattern, names in self.sources}
-                yield self._oriented(self._convert(parts)[0])
+                yield self._oriented(self.converted(parts)[0])
         else:
-            whole = self._convert({pattern: [read(name, None) for name in names] for pattern, names in self.sources})
+            whole = self.converted({pattern: [read(name, None) for name in names] for pattern, names in self.sources})
             for expert in experts:
                 yield self._oriented(whole[expert])
 
@@ -111,7 +111,8 @@ class Target:
             for op in rest
         )
 
-    def _convert(self, parts: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+    def converted(self, parts: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+        """What the loader makes of checkpoint tensors, by conversion pattern: a stack, as the model has it."""
         converter = deepcopy(self.converter)
         assert converter is not None and self.model is not None
         for pattern, tensors in parts.items():

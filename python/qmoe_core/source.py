@@ -39,7 +39,8 @@ _NOT_COPIED = (
     ".py",
 )
 # config.json and the index are written anew; a model card would describe other files than the ones beside it.
-_REPLACED = ("config.json", "qmoe.json", "README.md")
+# Masks of a pruned checkpoint are not those of what is made of it.
+_REPLACED = ("config.json", "qmoe.json", "README.md", "masks.qmoe", "prune.json")
 _SAMPLE_BYTES = 4096
 
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}

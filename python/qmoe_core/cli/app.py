@@ -20,6 +20,7 @@ from .. import __version__
 from ..errors import QmoeError
 from . import tables
 from .output import EXIT_HELP, ExitCode, Output, UsageError, reporting
+from .prune import command as prune_command
 from .recover import command as recover_command
 from .recover import run_recovery
 from .scaling import app as scaling_app
@@ -174,7 +175,7 @@ def compress(
         budgeted = fit is not None or bits is not None
         if method is None and recipe is None and calibration is not None and not budgeted:
             method = Method.gptq
-        settings = _calibration(calibration, calibration_tokens, calibration_window, drift, gate_weighted)
+        settings = calibration_of(calibration, calibration_tokens, calibration_window, drift, gate_weighted)
         if recover and settings is None:
             raise UsageError("--recover tunes on the text of --calibration")
         if recover_steps is not None and not recover:
@@ -256,14 +257,14 @@ def _recipe(
         settings |= {"levels": "symmetric"} if format.startswith("ternary") else {"zero_point": False}
     if half_step:
         settings["half_step"] = True
-    settings["options"] = dict(_setting(text) for text in options)
+    settings["options"] = dict(setting(text) for text in options)
     try:
         return Recipe.uniform(format, **settings)
     except QmoeError as error:
         raise UsageError(str(error).removeprefix(f"{error.code}: ").removeprefix("recipe.")) from error
 
 
-def _setting(text: str) -> tuple[str, float | int | str]:
+def setting(text: str) -> tuple[str, float | int | str]:
     """KEY=VALUE as key and value, a number where it is one."""
     key, equals, value = text.partition("=")
     if not (key and equals and value):
@@ -276,7 +277,7 @@ def _setting(text: str) -> tuple[str, float | int | str]:
     return key, value
 
 
-def _calibration(
+def calibration_of(
     source: str | None, tokens: int | None, window: int | None, drift: bool, gate_weighted: bool
 ) -> CalibrationSpec | None:
     """What the options say of calibration, or None."""
@@ -467,4 +468,5 @@ def quickstart(
 
 
 app.command("recover")(recover_command)
+app.command("prune")(prune_command)
 app.add_typer(scaling_app, name="scaling")

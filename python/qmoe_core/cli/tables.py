@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..verification import VerificationReport
 
 
-def _grid(rows: Iterable[tuple[str, str]]) -> Table:
+def grid(rows: Iterable[tuple[str, str]]) -> Table:
     """Names on the left, values on the right."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -76,7 +76,7 @@ def compression(report: CompressionReport) -> Table:
             ("time", f"{report.seconds:.1f} s" + (", continuing an interrupted run" if report.resumed else "")),
             ("files", f"{report.read_mb_per_second:.1f} MB/s read, {report.written_mb_per_second:.1f} MB/s written"),
         ]
-    return _grid(rows)
+    return grid(rows)
 
 
 LOSSES = {
@@ -96,7 +96,7 @@ def plan(fit: Mapping[str, Any]) -> Table:
     for role, counts in fit["counts"].items():
         text = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
         rows.append((f"{role} tensors", text))
-    return _grid(rows)
+    return grid(rows)
 
 
 def tensors(report: CompressionReport) -> Table:
@@ -126,7 +126,7 @@ def evaluation(result: EvalResult) -> Table:
             ("router agreement", with_error(result.router_agreement, result.router_se, 4)),
         ]
     rows.append(("measured on", f"{result.windows} windows of {result.window} tokens in {result.seconds:.1f} s"))
-    return _grid(rows)
+    return grid(rows)
 
 
 def speed(result: GenerateResult) -> str:
@@ -147,7 +147,7 @@ def tuning(result: TuneResult) -> Table:
     ]
     if result.path:
         rows.append(("kept in", result.path))
-    return _grid(rows)
+    return grid(rows)
 
 
 def verification(report: VerificationReport) -> Table:
@@ -160,7 +160,7 @@ def verification(report: VerificationReport) -> Table:
     rows += [(problem.code, f"{problem.file}: {problem.tensor or ''} {problem.message}") for problem in report.problems]
     if report.unknown_files:
         rows.append(("not part of it", ", ".join(report.unknown_files)))
-    return _grid(rows)
+    return grid(rows)
 
 
 def comparison(rows: Iterable[FormatRow]) -> Table:
@@ -186,4 +186,4 @@ def files(result: QuickstartResult) -> Table:
     rows: list[tuple[str, Any]] = [("report", str(result.html)), *(("plot", str(plot)) for plot in result.plots)]
     rows += [("results", str(result.json)), ("time", f"{result.seconds:.0f} s")]
     rows.append(("next", f"qmoe inspect {result.example}"))
-    return _grid(rows)
+    return grid(rows)

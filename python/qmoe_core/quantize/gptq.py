@@ -151,14 +151,20 @@ def _output_errors(stack: torch.Tensor, factors: Factors, hessian: torch.Tensor)
     `REPORTED_ROWS` of their rows: all of them would take as long as rounding does, for a number in a report."""
     rows = stack.shape[1]
     if rows > REPORTED_ROWS:
-        # One out of each of as many parts, but at no fixed distance: gates and ups may take turns.
-        part = torch.arange(REPORTED_ROWS, dtype=torch.float64)
-        places = (part + part * GOLDEN % 1) * (rows / REPORTED_ROWS)
-        stack = stack[:, places.long().to(stack.device)]
+        stack = stack[:, sampled_rows(rows).to(stack.device)]
     added = _mean_diagonal(factors.hessian) - _mean_diagonal(hessian)  # to all of the diagonal alike
     errors = row_errors(stack, factors).sum(1, dtype=torch.float64) - added * sum_of_squares(stack)
     found: list[float] = errors.clamp_(min=0).mul_(rows / stack.shape[1]).tolist()
     return found
+
+
+def sampled_rows(rows: int) -> torch.Tensor:
+    """The rows that stand for all in a report, at most `REPORTED_ROWS`: int64."""
+    if rows <= REPORTED_ROWS:
+        return torch.arange(rows)
+    # One out of each of as many parts, but at no fixed distance: gates and ups may take turns.
+    part = torch.arange(REPORTED_ROWS, dtype=torch.float64)
+    return ((part + part * GOLDEN % 1) * (rows / REPORTED_ROWS)).long()
 
 
 def _mean_diagonal(hessian: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..calibration.pipeline import check_device
-from ..checkpoint import QMOE_JSON, _check_output, _check_places, _finished, _report, read_qmoe_json
+from ..checkpoint import QMOE_JSON, _finished, _report, check_output, check_places, read_qmoe_json
 from ..errors import QmoeError
 from ..evaluation import _windows
 from ..families import ModelLayout, analyze, build_meta_model
@@ -70,8 +70,8 @@ def recover(
     source, compressed, output = Path(source), Path(compressed), Path(output)
     qmoe = read_qmoe_json(compressed)
     with SourceCheckpoint(source) as original, SourceCheckpoint(compressed) as packed:
-        _check_places(source, output)
-        _check_places(compressed, output)
+        check_places(source, output)
+        check_places(compressed, output)
         check_same_job(qmoe["job"]["source"], original.fingerprint(), compressed)
         layout = analyze(source, {name: tensor.shape for name, tensor in original.tensors.items()})
         model = build_meta_model(source)
@@ -92,7 +92,7 @@ def recover(
             result = _finished(output, job)
             resumed = result is not None
             if result is None:
-                _check_output(output)
+                check_output(output)
                 resumed = journal.begin({**job, "modified": original.modified() | packed.modified()})
                 run = _Run(original, packed, layout, plain, windows, spec, device, journal, progress)
                 recovery = run.tune()

@@ -4,6 +4,7 @@ patterns      which weights may be zero together: 2:4, 16:32, blocks, channels, 
 distribution  how the zeros are spread over tensors
 masks         masks by tensor name: apply, report, save, load
 methods       one-shot pruning of matrices: magnitude, random, Wanda, SparseGPT, ALPS
+pruning, job  the same for models in memory and for checkpoints, layer by layer
 scaling       what loss a sparsity, a size and an amount of data lead to
 
 Names are imported when they are used: scaling laws need no torch.
@@ -17,10 +18,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..quantize.base import StackStatistics
     from .distribution import distribute
+    from .job import prune_checkpoint
     from .maskfile import MaskFile
     from .masks import MaskEntry, Masks
     from .methods import prune_stack
     from .patterns import NM, Block, Channel, Pattern, Sparsity, Unstructured
+    from .pruning import prune
+    from .report import PruneReport, PruneSettings, load_prune_report
     from .scaling import ScalingFit, ScalingLaw
     from .spec import Pruned, PruneSpec
 
@@ -33,6 +37,8 @@ _LAZY = {
     "MaskFile": "maskfile",
     "Masks": "masks",
     "Pattern": "patterns",
+    "PruneReport": "report",
+    "PruneSettings": "report",
     "PruneSpec": "spec",
     "Pruned": "spec",
     "ScalingFit": "scaling",
@@ -41,6 +47,9 @@ _LAZY = {
     "StackStatistics": "..quantize.base",
     "Unstructured": "patterns",
     "distribute": "distribution",
+    "load_prune_report": "report",
+    "prune": "pruning",
+    "prune_checkpoint": "job",
     "prune_stack": "methods",
 }
 
@@ -52,6 +61,8 @@ __all__ = [
     "MaskFile",
     "Masks",
     "Pattern",
+    "PruneReport",
+    "PruneSettings",
     "PruneSpec",
     "Pruned",
     "ScalingFit",
@@ -60,6 +71,9 @@ __all__ = [
     "StackStatistics",
     "Unstructured",
     "distribute",
+    "load_prune_report",
+    "prune",
+    "prune_checkpoint",
     "prune_stack",
 ]
 

@@ -65,11 +65,28 @@ class EncodedMask:
         return cls(MaskInfo(name, tuple(mask.shape), pattern, coding, transposed, crc32c(data)), data)
 
 
-def _description(info: MaskInfo) -> dict[str, Any]:
+def mask_description(info: MaskInfo) -> dict[str, Any]:
+    """What the file says of a mask, but for its name: plain JSON types."""
     return {
         "shape": list(info.shape), "pattern": str(info.pattern), "coding": info.coding, "transposed": info.transposed,
         "crc32c": info.crc32c,
     }  # fmt: skip
+
+
+def mask_info(name: str, text: dict[str, Any]) -> MaskInfo:
+    """The inverse of `mask_description`. Raises `E_CORRUPT`, or KeyError and TypeError where entries are absent."""
+    shape, crc = tuple(text["shape"]), text["crc32c"]
+    sound = len(shape) in (2, 3) and all(type(size) is int and 0 < size < 1 << 40 for size in shape)
+    if not sound or type(crc) is not int or type(text["transposed"]) is not bool:
+        raise QmoeError("E_CORRUPT", "a mask's description is wrong", tensor=name, actual=str(text)[:200])
+    try:
+        info = MaskInfo(name, shape, Pattern.parse(str(text["pattern"])), text["coding"], text["transposed"], crc)
+    except QmoeError as error:
+        raise QmoeError("E_CORRUPT", f"a mask's pattern is wrong: {error}", tensor=name) from error
+    digits = info.coding == "digits"
+    if info.coding not in ("digits", "bits") or (digits and (info.digits is None or shape[-1] % info.digits.pattern.m)):
+        raise QmoeError("E_CORRUPT", "a mask's coding does not go with its pattern", tensor=name, actual=info.coding)
+    return info
 
 
 def write_masks(path: Path, infos: Iterable[MaskInfo], data: Iterable[np.ndarray]) -> int:
@@ -79,7 +96,7 @@ def write_masks(path: Path, infos: Iterable[MaskInfo], data: Iterable[np.ndarray
         QmoeError: `E_NO_SPACE`, `E_IO`, `E_SHAPE` (bytes that do not belong to the mask).
     """
     known = list(infos)
-    texts = {info.name: _description(info) for info in known}
+    texts = {info.name: mask_description(info) for info in known}
     metadata = {"format": FORMAT, "version": VERSION, "masks": canonical_json(texts).decode()}
     header: dict[str, Any] = {"__metadata__": metadata}
     begin = 0
@@ -154,24 +171,17 @@ class MaskFile:
         return infos
 
     def _info(self, name: str, text: dict[str, Any]) -> MaskInfo:
-        shape, crc = tuple(text["shape"]), text["crc32c"]
-        sound = len(shape) in (2, 3) and all(type(size) is int and 0 < size < 1 << 40 for size in shape)
-        if not sound or type(crc) is not int or type(text["transposed"]) is not bool:
-            raise QmoeError("E_CORRUPT", "a mask's description is wrong", tensor=name, actual=str(text)[:200])
-        try:
-            info = MaskInfo(name, shape, Pattern.parse(str(text["pattern"])), text["coding"], text["transposed"], crc)
-        except QmoeError as error:
-            raise QmoeError("E_CORRUPT", f"a mask's pattern is wrong: {error}", tensor=name) from error
-        if info.coding not in ("digits", "bits") or (info.coding == "digits" and (
-            info.digits is None or shape[-1] % info.digits.pattern.m)):  # fmt: skip
-            raise QmoeError(
-                "E_CORRUPT", "a mask's coding does not go with its pattern", tensor=name, actual=info.coding
-            )
+        info = mask_info(name, text)
         dtype, _, begin, end = self._file.tensors[name]
-        size = encoded_size(prod(shape), info.digits)
+        size = encoded_size(prod(info.shape), info.digits)
         if dtype != "U8" or end - begin != size:
-            raise QmoeError("E_SHAPE", "a mask has another size than its shape implies", tensor=name, expected=size,
-                            actual=end - begin)  # fmt: skip
+            raise QmoeError(
+                "E_SHAPE",
+                "a mask has another size than its shape implies",
+                tensor=name,
+                expected=size,
+                actual=end - begin,
+            )
         return info
 
     def __enter__(self) -> MaskFile:

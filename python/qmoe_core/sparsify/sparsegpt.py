@@ -2,9 +2,9 @@
 
 With second moments H = U D U^T of the inputs (U unit upper triangular, `quantize.feedback`), setting weight w_j of a
 row to zero costs d_j w_j^2 as long as all columns behind it may still move, and they do best to move by -w_j V_jk,
-where V = U^-1. (d_j is 1 / [H_j^-1]_jj and V_jk is [H_j^-1]_jk / [H_j^-1]_jj, H_j being what is left of H at column j: one
-factorization and one triangular inverse instead of the inverses.) Which weights go is decided from what feedback has
-made of them: for every group of an n:m pattern when its first column comes; else for 128 columns at once.
+where V = U^-1. (d_j is 1 / [H_j^-1]_jj and V_jk is [H_j^-1]_jk / [H_j^-1]_jj, H_j being what is left of H at column j:
+one factorization and one triangular inverse instead of the inverses.) Which weights go is decided from what feedback
+has made of them: for every group of an n:m pattern when its first column comes; else for 128 columns at once.
 """
 
 from __future__ import annotations
