@@ -42,6 +42,10 @@ KEPT, KEPT_ON_GPU = 128 << 20, 2 << 30
 # (E',) float32, 1 where tokens are weighted by the gate already.
 Measure = Callable[[Target, torch.Tensor, StackStatistics, torch.Tensor], None]
 
+# Takes the down target, the number of an expert, and of some of its tokens the routing weights (n, 1) and what the
+# expert makes of them (n, H) float32, not yet weighted.
+Observe = Callable[[Target, int, torch.Tensor, torch.Tensor], None]
+
 
 class ExpertsStage:
     """Quantizes the experts of one module from recorded inputs and computes their outputs."""
@@ -62,6 +66,7 @@ class ExpertsStage:
         group: Group,
         behind: Behind,
         measure: Measure | None = None,
+        observe: Observe | None = None,
     ) -> None:
         """
         Args:
@@ -73,8 +78,9 @@ class ExpertsStage:
             group: the processes that share the tokens.
             behind: the thread that uses `group.aside()`.
             measure: gets the matrices and their statistics, and nothing is quantized.
+            observe: gets the outputs of all experts for the tokens of this process.
         """
-        self.measure = measure
+        self.measure, self.observe = measure, observe
         self.module, self.first, self.down, self.results, self.read = module, first, down, results, read
         self.device, self.gate_weighted, self.energy, self.tell = device, gate_weighted, max(energy, 1e-30), tell
         self.group, self.behind, self.rows = group, behind, 0  # rows: tokens of all processes
@@ -205,6 +211,8 @@ class ExpertsStage:
                 states = self._linear(self.down.parameter, expert, hidden, down[expert - experts.start])
                 if getattr(module, "has_post_expert_norm", False):
                     states = module.post_expert_norm(states)
+                if self.observe is not None:
+                    self.observe(self.down, expert, gate, states)
                 tap.outputs.add(rows, states * gate)
 
     def _rows(

@@ -35,7 +35,7 @@ from ..quantize import METHODS, MethodSpec, TensorReport
 from ..source import SourceCheckpoint
 from ..store import ShardWriter, crc32c, io_errors, read_chunks, write_atomic
 from .distributed import Group
-from .experts import Measure
+from .experts import Measure, Observe
 from .layer import LayerResult
 from .pipeline import Decisions, Pipeline, check_device
 from .spec import CalibrationSpec, CalibrationTokens, load_tokens
@@ -331,15 +331,26 @@ def run_layers(
     start_anew: Callable[[], None],
     keep: Keep,
     measure: Measure | None = None,
+    observe: Observe | None = None,
     found: Callable[[LayerResult], Any] = lambda _: None,
 ) -> None:
     """Runs the layers from `start`, or all of them (after `start_anew`) where the activations of any process are not
     sound. `keep` takes each layer's results on the leading process, once all processes have made theirs durable, in a
     thread behind the computation: the layer, how many there are, the CRC32Cs of all processes' activations, and what
-    `found` says on each of them. `measure`: see `Pipeline`."""
+    `found` says on each of them. `measure`, `observe`: see `Pipeline`."""
     group, spec = calibration.group, calibration.spec
     with Pipeline(
-        checkpoint, layout, decisions, calibration.tokens.ids, spec, calibration.device, directory, tell, group, measure
+        checkpoint,
+        layout,
+        decisions,
+        calibration.tokens.ids,
+        spec,
+        calibration.device,
+        directory,
+        tell,
+        group,
+        measure,
+        observe,
     ) as pipeline:
         first = start.layer
         states = start.states[group.rank] if start.states else {}

@@ -294,6 +294,7 @@ class Layer:
             behind=self.p.behind,
             energy=energy,
             measure=self.p.measure,
+            observe=self.p.observe,
             tell=lambda done, total: self._tell(share * done / total, f"{module} ({done} of {total} experts)"),
         )
         stage.run(taps[0], taps[1] if len(taps) > 1 else None)

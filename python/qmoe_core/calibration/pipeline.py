@@ -33,7 +33,7 @@ from ..families import ModelLayout, Target
 from ..source import SourceCheckpoint
 from .buffers import Budget, States
 from .distributed import Group
-from .experts import Measure
+from .experts import Measure, Observe
 from .layer import Layer, LayerResult
 from .probes import Probes
 from .skeleton import Arguments, Skeleton, cast_arguments, same_arguments
@@ -80,6 +80,7 @@ class Pipeline:
         tell: Callable[[int, int, str], None],
         group: Group,
         measure: Measure | None = None,
+        observe: Observe | None = None,
     ) -> None:
         """
         Args:
@@ -90,13 +91,14 @@ class Pipeline:
             measure: where given, nothing is compressed: every layer, to the last, sees the original's activations, and
                 this is called with the matrices that would be compressed and their statistics, on the process that owns
                 them. The last layer's result then has the gains of all (`probes.py`).
+            observe: gets the outputs of the experts of every layer, to the last; not together with `drift`.
 
         Raises:
             QmoeError: `E_LAYOUT` for a model that cannot be run layer by layer, or with a calibrated target outside of
                 its decoder layers.
         """
         self.checkpoint, self.decisions, self.spec, self.group = checkpoint, decisions, spec, group
-        self.measure = measure
+        self.measure, self.observe = measure, observe
         windows = group.part(range(len(ids)))
         self.ids = torch.tensor(ids[windows.start : windows.stop])
         self.device, self.directory, self.tell = check_device(device), directory, tell
@@ -120,6 +122,8 @@ class Pipeline:
         self.count = calibrated + 1
         self.counted = len(self.ids)  # windows that statistics are taken of; behind them are copies for probes
         self.probes: Probes | None = None
+        if observe is not None:
+            self.count = len(self.skeleton.layers)
         if measure is not None:
             self.count = len(self.skeleton.layers)
             self.probes = Probes(self.count, self.ids)
