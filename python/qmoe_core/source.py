@@ -39,8 +39,9 @@ _NOT_COPIED = (
     ".py",
 )
 # config.json and the index are written anew; a model card would describe other files than the ones beside it.
-# Masks of a pruned checkpoint are not those of what is made of it.
-_REPLACED = ("config.json", "qmoe.json", "README.md", "masks.qmoe", "prune.json")
+# What pruning wrote beside its checkpoint does not describe what is made of that.
+MASKS, PRUNE_JSON, EXPERTS_JSON = "masks.qmoe", "prune.json", "pruned_experts.json"
+_REPLACED = ("config.json", "qmoe.json", "README.md", MASKS, PRUNE_JSON, EXPERTS_JSON)
 _SAMPLE_BYTES = 4096
 
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}

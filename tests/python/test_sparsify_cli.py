@@ -1,4 +1,4 @@
-"""qmoe prune."""
+"""qmoe prune and qmoe prune-experts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from qmoe_core.cli.app import app
 from qmoe_core.cli.prune import PruneMethod
+from qmoe_core.cli.prune_experts import Score
 from qmoe_core.sparsify import Masks
 from qmoe_core.sparsify.methods import METHODS
+from qmoe_core.sparsify.saliency import SCORES
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "novels-moe"
 
@@ -23,13 +25,14 @@ def text(tmp_path_factory):
     return path
 
 
-def run(*arguments: object) -> tuple[int, dict, str]:
-    result = CliRunner().invoke(app, ["prune", str(MODEL), *map(str, arguments), "--json"])
+def run(*arguments: object, command: str = "prune") -> tuple[int, dict, str]:
+    result = CliRunner().invoke(app, [command, str(MODEL), *map(str, arguments), "--json"])
     return result.exit_code, json.loads(result.stdout), result.stderr
 
 
 def test_the_methods_are_those_of_the_library():
     assert [method.value for method in PruneMethod] == list(METHODS)
+    assert [score.value for score in Score] == list(SCORES)
 
 
 def test_calibrated_2_4_is_the_default_with_text(text, tmp_path):
@@ -74,3 +77,20 @@ def test_refusals(options, exit_code, error, text, tmp_path):
     options = [str(text) if option == "TEXT" else option for option in options]
     code, result, _ = run("-o", tmp_path / "out", *options)
     assert (code, result["error"]["code"]) == (exit_code, error)
+
+
+def test_experts_are_taken_out(text, tmp_path):
+    options = ["--calibration", text, "--calibration-tokens", 512, "--calibration-window", 64]
+    code, result, _ = run("-o", tmp_path / "out", "--keep", 0.5, *options, command="prune-experts")
+    assert code == 0
+    assert result["keep"] * 2 == result["experts"] == len(result["layers"][0]["scores"])
+    assert result["parameters"] < result["original_parameters"]
+    again = ["-o", tmp_path / "out", "--keep", result["keep"], *options]
+    assert run(*again, command="prune-experts")[1]["resumed"]
+    shown = CliRunner().invoke(app, ["prune-experts", str(MODEL), *map(str, again)]).stdout
+    assert f"{result['keep']} of {result['experts']} in each of" in shown
+    assert run(*again, "--score", "frequency", command="prune-experts")[1]["error"]["code"] == "E_CHANGED"
+    few = ["-o", tmp_path / "few", "--keep", 1, *options]
+    assert run(*few, command="prune-experts")[:1] == (3,)
+    none = ["-o", tmp_path / "few", "--keep", "most", *options]
+    assert run(*none, command="prune-experts")[:1] == (2,)

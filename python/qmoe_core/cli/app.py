@@ -21,6 +21,7 @@ from ..errors import QmoeError
 from . import tables
 from .output import EXIT_HELP, ExitCode, Output, UsageError, reporting
 from .prune import command as prune_command
+from .prune_experts import command as prune_experts_command
 from .recover import command as recover_command
 from .recover import run_recovery
 from .scaling import app as scaling_app
@@ -469,4 +470,5 @@ def quickstart(
 
 app.command("recover")(recover_command)
 app.command("prune")(prune_command)
+app.command("prune-experts")(prune_experts_command)
 app.add_typer(scaling_app, name="scaling")

@@ -5,6 +5,7 @@ distribution  how the zeros are spread over tensors
 masks         masks by tensor name: apply, report, save, load
 methods       one-shot pruning of matrices: magnitude, random, Wanda, SparseGPT, ALPS
 pruning, job  the same for models in memory and for checkpoints, layer by layer
+expert_job    whole experts taken out, by what they do on calibration text
 scaling       what loss a sparsity, a size and an amount of data lead to
 
 Names are imported when they are used: scaling laws need no torch.
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..quantize.base import StackStatistics
     from .distribution import distribute
+    from .expert_job import ExpertReport, prune_experts
     from .job import prune_checkpoint
     from .maskfile import MaskFile
     from .masks import MaskEntry, Masks
@@ -33,6 +35,7 @@ _LAZY = {
     "NM": "patterns",
     "Block": "patterns",
     "Channel": "patterns",
+    "ExpertReport": "expert_job",
     "MaskEntry": "masks",
     "MaskFile": "maskfile",
     "Masks": "masks",
@@ -50,6 +53,7 @@ _LAZY = {
     "load_prune_report": "report",
     "prune": "pruning",
     "prune_checkpoint": "job",
+    "prune_experts": "expert_job",
     "prune_stack": "methods",
 }
 
@@ -57,6 +61,7 @@ __all__ = [
     "NM",
     "Block",
     "Channel",
+    "ExpertReport",
     "MaskEntry",
     "MaskFile",
     "Masks",
@@ -74,6 +79,7 @@ __all__ = [
     "load_prune_report",
     "prune",
     "prune_checkpoint",
+    "prune_experts",
     "prune_stack",
 ]
 

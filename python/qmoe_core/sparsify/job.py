@@ -31,12 +31,12 @@ from ..journal import DIRECTORY, Journal, check_same_job
 from ..progress import ProgressEvent
 from ..quantize.base import TensorReport
 from ..report import MemoryMeter
-from ..source import INDEX, CheckedReader, SourceCheckpoint, load_json
+from ..source import INDEX, MASKS, PRUNE_JSON, CheckedReader, SourceCheckpoint, load_json
 from ..store import canonical_json, check_size, crc32c, read_chunks, write_atomic
 from .maskfile import MaskInfo, mask_description, mask_info, write_masks
 from .methods import METHODS
 from .planning import Treatments, largest_layer, treatments_of
-from .report import MASKS, PRUNE_JSON, PrunedEntry, PruneReport, PruneSettings
+from .report import PrunedEntry, PruneReport, PruneSettings
 from .shards import RewrittenShards
 from .treatment import PrunedStack
 

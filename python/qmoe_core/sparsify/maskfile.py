@@ -5,7 +5,8 @@
                      "masks": JSON {name: {"shape": [E, N, K] or [N, K], "pattern": "2:4", "coding": "digits" or "bits",
                               "transposed": whether the parameter itself is (K, N), "crc32c": of the bytes}}
 
-The header is parsed by the core's strict safetensors parser. Files are whole or absent (`store.write_atomic`).
+Beside a model it is called masks.qmoe: engines load every *.safetensors there. The header is parsed by the core's
+strict safetensors parser. Files are whole or absent (`store.write_atomic`).
 """
 
 from __future__ import annotations

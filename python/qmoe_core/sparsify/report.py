@@ -10,13 +10,11 @@ from typing import Any
 
 from ..errors import QmoeError
 from ..roles import COMPRESSIBLE
+from ..source import MASKS
 from .distribution import DISTRIBUTIONS
 from .masks import Masks
 from .methods import METHODS, prune_info
 from .patterns import Pattern, Unstructured, check_sparsity
-
-MASKS = "masks.qmoe"  # a safetensors file by another name: engines load every *.safetensors beside a model
-PRUNE_JSON = "prune.json"
 
 
 @dataclass(frozen=True)
