@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import doctest
 import hashlib
+import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +324,29 @@ def test_a_model_in_memory_becomes_what_its_checkpoint_does(family, sources, tmp
 def test_the_examples_of_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.failed == 0 and result.attempted > 1
+
+
+MEASURE = """
+import json, sys, numpy
+from qmoe_core.calibration import CalibrationSpec
+from qmoe_core.sparsify import PruneSettings, prune_checkpoint
+text = CalibrationSpec(numpy.arange(4096) % 96, window=64, buffer_bytes=0, chunk_bytes=8 << 20)
+for method, calibration in (("magnitude", None), ("sparsegpt", text)):
+    for name in ("short", "long"):
+        source, output = sys.argv[1] + name, f"{sys.argv[1]}{method}-{name}"
+        report = prune_checkpoint(source, output, PruneSettings(method), calibration=calibration)
+    added = report.peak_rss_bytes - report.start_rss_bytes
+    print(json.dumps([added, report.rss_limit_bytes, report.largest_layer_bytes, report.weights]))
+"""
+
+
+def test_memory_stays_under_the_promise_and_does_not_grow_with_the_model(tmp_path):
+    for name, layers in (("short", 1), ("long", 12)):
+        sizes = {"num_hidden_layers": layers, "hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 8}
+        tiny_model("qwen3_moe", **sizes).to(torch.bfloat16).save_pretrained(tmp_path / name)
+    result = subprocess.run([sys.executable, "-c", MEASURE, f"{tmp_path}/"], capture_output=True, text=True, check=True)
+    for line in result.stdout.splitlines():
+        added, limit, layer, weights = json.loads(line)
+        assert added <= limit
+        # The second run has nothing left to import: what it adds is what the work needs, chunks of 8 MiB included.
+        assert 2 * weights > 10 * layer and added <= 6 * layer + (64 << 20), (added, layer)
