@@ -442,7 +442,33 @@ def scaling(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def pruning(result: dict[str, Any]) -> list[str]:
+    """One-shot pruning methods by pattern (bench/compression/pruning.py)."""
+    names = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "ALPS"}
+    original, *rows = result["rows"]
+    cells = {(row["name"].rpartition(" ")[0], row["method"]): row for row in rows}
+    lines = ["| zeros in the experts | " + " | ".join(names.values()) + " |", "|---|" + "---:|" * len(names)]
+    for pattern in dict.fromkeys(pattern for pattern, _ in cells):
+        of = [cells[pattern, method] for method in names]
+        shown = [f"{row['perplexity']:.2f} ± {row['perplexity_se']:.2f}, KL {row['kl']:.3f}" for row in of]
+        lines.append(f"| {pattern} | {' | '.join(shown)} |")
+    calibrated = max(row["calibration_tokens"] for row in rows)
+    minutes = {
+        name: max(row["prune_seconds"] for row in rows if row["method"] == method) / 60
+        for method, name in names.items()
+    }
+    lines += [
+        "",
+        f"Perplexity, and KL divergence from the original, whose perplexity is {original['perplexity']:.2f} ± "
+        f"{original['perplexity_se']:.2f}. {result['model']}, {original['windows']} windows of {original['window']} "
+        f"tokens, {result['dtype']}, ± one standard error clustered by window; calibrated on {calibrated:,} tokens. At "
+        f"most {', '.join(f'{name} {value:.1f}' for name, value in minutes.items())} minutes. {origin(result)}",
+    ]
+    return lines
+
+
 RENDERERS = {
+    "pruning": pruning,
     "scaling": scaling,
     "recovery": recovery,
     "gptq-gpu": gptq_gpu,
