@@ -42,6 +42,11 @@ CANDIDATES = (
 )
 
 
+@pytest.fixture(autouse=True)
+def every_layer_is_kept(monkeypatch):
+    monkeypatch.setattr("qmoe_core.calibration.pipeline.KEEP_SECONDS", 0.0)
+
+
 @pytest.fixture(scope="module")
 def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(3, 96, WINDOW * WINDOWS)

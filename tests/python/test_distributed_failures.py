@@ -29,6 +29,11 @@ __all__ = ["sources"]
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "novels-moe"
 
 
+@pytest.fixture(autouse=True)
+def every_layer_is_kept(monkeypatch):
+    monkeypatch.setattr("qmoe_core.calibration.pipeline.KEEP_SECONDS", 0.0)
+
+
 @contextlib.contextmanager
 def disturbed(call: str, number: int, what: Any):
     """Does `what` at the `number`-th call of os.`call`."""

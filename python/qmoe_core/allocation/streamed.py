@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from ..calibration.distributed import Group
-from ..calibration.job import Calibration, Start, load_calibration, remove_activations, run_layers
+from ..calibration.job import Calibration, Start, load_calibration, remove_activations, resumable, run_layers
 from ..calibration.layer import LayerResult
 from ..calibration.spec import CalibrationSpec
 from ..calibration.treatment import Rounding
@@ -132,7 +132,7 @@ def measure_streamed(
         QmoeError: as calibration does.
     """
     group: Group = calibration.group
-    steps = [step for step in journal.steps if "rows" in step] if journal is not None else []
+    steps = resumable(journal, "rows") if journal is not None else []
     whole = bool(steps) and steps[-1]["layer"] + 1 == steps[-1]["layers"]
     start = group.from_leader(None if whole else Start(len(steps), steps[-1]["states"] if steps else []))
     if start is not None:

@@ -170,11 +170,15 @@ class RowBuffer:
 
 
 class States:
-    """Inputs of the current layer, (windows, *shape) float32: in memory if they fit (as a `RowBuffer` does), and behind
-    the first layer twice on the disk.
+    """Inputs of the current layer, (windows, *shape) float32: in memory if they fit (as a `RowBuffer` does), else on
+    the disk; behind some layers on the disk in any case, for a process that goes on after this one was killed.
 
-    The inputs of layer i are in file i % 2; its outputs go to the other one, which becomes durable (`commit`) before
-    the journal says so: whenever the process dies, one whole set is there. The embeddings a new process makes again.
+    Those of layer i are in file i % 2, if they are in one. Whoever keeps some keeps those of an even layer and of an
+    odd one in turn, and makes them durable (`commit`) before the journal says so: whenever the process dies, the last
+    whole set is there. The embeddings a new process makes again.
+
+    Attributes:
+        in_memory: whether files are only for a later process.
     """
 
     def __init__(
@@ -188,17 +192,18 @@ class States:
         place = _place(device, nbytes, budget)
         self._memory = None if place is None else torch.empty(windows, *shape, device=place)
         self._behind = Behind()
-        self._current = 0
+        self.in_memory = self._memory is not None
+        self._current, self._kept = 0, not self.in_memory
         self._crc = 0
 
-    def begin(self, layer: int) -> None:
-        """Layer `layer` - 1 writes what layer `layer` will read (0: the embeddings)."""
+    def begin(self, layer: int, keep: bool) -> None:
+        """Layer `layer` - 1 writes what layer `layer` will read (0: the embeddings); `keep`: into a file, too."""
         self._behind.wait()
-        self._current, self._crc = layer, 0
+        self._current, self._kept, self._crc = layer, keep or not self.in_memory, 0
 
     def write(self, first: int, values: torch.Tensor) -> None:
         """Windows from `first` on; they must come in order."""
-        if self._current > 0 or self._memory is None:
+        if self._kept:
             file, data = self._files[self._current % 2], _bytes(values)
 
             def keep() -> None:

@@ -235,10 +235,12 @@ class Processes(Group):
         self.sum(torch.zeros(1))
 
     def gather(self, value: T) -> list[T] | None:
-        data, sizes = self._same_size(value)
+        data, sizes = self._same_size(None if self.leads else value)  # the leader's own does not travel
         others = [torch.empty_like(data) for _ in sizes] if self.leads else None
         self._run(lambda group: self._dist.gather(data, others, dst=0, group=group, async_op=True), data)
-        return None if others is None else [unpack(t[:n]) for t, n in zip(others, sizes, strict=True)]
+        if others is None:
+            return None
+        return [value, *(unpack(tensor[:nbytes]) for tensor, nbytes in zip(others[1:], sizes[1:], strict=True))]
 
     def gather_all(self, value: T) -> list[T]:
         data, sizes = self._same_size(value)

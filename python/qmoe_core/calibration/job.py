@@ -5,10 +5,10 @@ record may have to wait for its shard, which is written as far as there are reco
 records as files in the journal, where they stay until the shard that holds them is finished:
 
     record-NNNNN            one packed tensor
-    activations-*           inputs of the next layer (calibration/buffers.py)
+    activations-*           inputs of a layer (calibration/buffers.py)
 
-A journal line per layer, written after all of that is on the disk, says what is there. A killed job goes on with the
-next layer.
+A journal line per layer, written after all of that is on the disk, says what is there. A killed job goes on behind the
+last layer whose line tells of activations: of fast layers not every one does (`Pipeline.keeps`).
 
 Of several processes (`distributed.py`) one leads: it holds the journal and writes records; the others (`follow`) write
 the activations of their windows only, which must be durable as well before the leader writes the line.
@@ -200,7 +200,7 @@ class CalibratedRecords:
             discard: deletes these shards, where what the journal tells of is not on the disk and all starts anew.
             advance: called behind every layer, in the thread that makes it durable: more records are there (`has`).
         """
-        steps = [step for step in self.journal.steps if "layer" in step]
+        steps = resumable(self.journal, "records")
         if not all(
             self._sound(name, entry) for s in steps for name, entry in s["records"].items() if name not in finished
         ):
@@ -268,6 +268,18 @@ class CalibratedRecords:
         discard()
         self._entries.clear()
         self.journal.rewind(0)
+
+
+def resumable(journal: Journal, kind: str) -> list[dict[str, Any]]:
+    """The steps of finished layers, up to the last one behind which a run can go on, or all of them where no layer is
+    left. The journal forgets the others: these layers are run again."""
+    steps = [step for step in journal.steps if "layer" in step and kind in step]
+    if not steps or steps[-1]["layer"] + 1 == steps[-1]["layers"]:
+        return steps
+    last = max((number for number, step in enumerate(steps) if any(step["states"])), default=-1)
+    if steps[last + 1 :]:
+        journal.drop(steps[last + 1 :])
+    return steps[: last + 1]
 
 
 def remove_activations(directory: Path) -> None:

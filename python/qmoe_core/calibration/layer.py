@@ -305,9 +305,9 @@ class Layer:
             return
         self.p.behind.wait()
         self.p.group.barrier()  # what is overwritten here nobody needs once the layer before is in the journal
-        streams = self.p.streams
-        for states in streams.values():
-            states.begin(self.index + 1)
+        keep = self.p.keeps(self.index + 1)
+        for states in self.p.streams.values():
+            states.begin(self.index + 1, keep)
         self._set_taps("replay")
         energy = self._pass(write=True)
         if self.energy > 0:

@@ -10,7 +10,8 @@ A layer goes through stages in the order in which it calls its parts, each one a
     write    the layer, compressed, makes the next layer's inputs
 
 What is to be durable of a layer becomes so behind the computation of the next one, in `behind`, before that one
-overwrites anything. Quantized matrices wait there, too, those of two chunks of experts at most.
+overwrites anything. Quantized matrices wait there, too, those of two chunks of experts at most. Activations are made
+durable every now and then only: those of a fast layer are gigabytes that would take longer to write than to make again.
 
 Several processes (`distributed.py`) have a contiguous part of the windows each, with the activations of these, and
 nothing else is divided up but reading the experts' weights and the quantization. All sums are sums over the processes,
@@ -20,6 +21,7 @@ same in every run with as many processes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +42,7 @@ from .skeleton import Arguments, Skeleton, cast_arguments, same_arguments
 from .spec import CalibrationSpec
 from .treatment import Treatment
 
+KEEP_SECONDS = 10.0  # a kill loses at most so much of finished work, and the layer that it comes in
 AHEAD = 4  # things that wait in `Pipeline.behind`: two for every chunk of experts
 Decisions = Mapping[str, tuple[Target, Treatment]]  # by target name: what is to be compressed, and how
 
@@ -66,6 +69,7 @@ class Pipeline:
         count: how many layers are run: those up to the last one with a calibrated method. What is to be compressed
             behind them (with data-free methods) is left to the caller.
         behind: does things in a thread. aside: `group`, for use by that thread.
+        kept: the layer whose inputs are the last that are to become durable, or that all began with.
     """
 
     def __init__(
@@ -132,6 +136,7 @@ class Pipeline:
         self.arguments: dict[int, list[Arguments]] = {}  # by batch size, then by layer
         self.budget = Budget(spec.buffer_bytes)
         self.streams: dict[str, States] = {}
+        self.kept, self._kept_at = 0, time.monotonic()
         self.behind, self.aside = Behind(ahead=AHEAD), group.aside()
 
     def _layer_bytes(self, layout: ModelLayout) -> list[int]:
@@ -171,8 +176,9 @@ class Pipeline:
         whose CRC32C by stream are `crcs`. False if that is not sound."""
         names = ["compressed", "original"] if self.spec.drift else ["compressed"]
         suffix, self.arguments = self.group.suffix, {}
+        self.kept, self._kept_at = layer, time.monotonic()
         for states in self.streams.values():
-            states.begin(layer)
+            states.begin(layer, False)
         with self.skeleton.surroundings():
             for first, last in self.batches():
                 if layer > 0 and last - first in self.arguments:
@@ -214,9 +220,19 @@ class Pipeline:
         their energy."""
         return index + 1 < self.count or self.measure is not None
 
+    def keeps(self, layer: int) -> bool:
+        """Whether the inputs of `layer` are to become durable: the same for all processes."""
+        due = time.monotonic() - self._kept_at >= KEEP_SECONDS and (layer - self.kept) % 2 == 1
+        spilled = not all(states.in_memory for states in self.streams.values())
+        found = self.group.gather_all((due, spilled))
+        if found[0][0] or any(spilled for _, spilled in found):
+            self.kept, self._kept_at = layer, time.monotonic()
+        return self.kept == layer
+
     def commit(self, index: int) -> dict[str, int]:
-        """Makes what layer `index` has written durable; the CRC32C by stream."""
-        return {name: states.commit() for name, states in self.streams.items()} if self.writes(index) else {}
+        """Makes what layer `index` has written durable, where it `keeps` that; the CRC32C by stream."""
+        kept = self.writes(index) and self.kept == index + 1
+        return {name: states.commit() for name, states in self.streams.items()} if kept else {}
 
     @torch.no_grad()
     def _gains(self, probes: Probes) -> list[float]:

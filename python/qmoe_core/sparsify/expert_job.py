@@ -18,7 +18,7 @@ from typing import Any
 from .. import _C, __version__
 from ..calibration import CalibrationSpec
 from ..calibration.distributed import processes
-from ..calibration.job import Calibration, Start, load_calibration, remove_activations, run_layers
+from ..calibration.job import Calibration, Start, load_calibration, remove_activations, resumable, run_layers
 from ..calibration.layer import LayerResult
 from ..checkpoint import check_output, check_places
 from ..errors import QmoeError
@@ -216,7 +216,7 @@ class _Job:
 
     def _sums(self) -> Sums:
         """What the experts of all layers do; from the journal, as far as it is there."""
-        steps = [step for step in self.journal.steps if "sums" in step]
+        steps = resumable(self.journal, "sums")
         whole = bool(steps) and steps[-1]["layer"] + 1 == steps[-1]["layers"]
         start = None if whole else Start(len(steps), steps[-1]["states"] if steps else [])
         self.calibration.group.from_leader(start)

@@ -22,7 +22,7 @@ import numpy as np
 from .. import _C, __version__
 from ..calibration import CalibrationSpec
 from ..calibration.distributed import processes
-from ..calibration.job import Calibration, Start, load_calibration, remove_activations, run_layers
+from ..calibration.job import Calibration, Start, load_calibration, remove_activations, resumable, run_layers
 from ..calibration.layer import LayerResult
 from ..checkpoint import check_output, check_places
 from ..errors import QmoeError
@@ -195,6 +195,7 @@ class _Job:
         self.entries: dict[str, dict[str, Any]] = {}  # by target name: what the journal says of finished ones
 
     def run(self) -> dict[str, Any]:
+        resumable(self.journal, "states")
         steps = self._sound_steps()
         if self.calibration is None:
             self._tensor_by_tensor()
