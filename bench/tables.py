@@ -399,11 +399,15 @@ def large(result: dict[str, Any]) -> list[str]:
             f"| {read} | {written} |"
         )
     config = result["config"]
+    become = f"become {result['output_bytes'] / 1e9:.1f} GB"
+    if result.get("job") == "prune":
+        report = result["report"]
+        become = f"pruned to {report['settings']['pattern']} by {report['settings']['method']}"
     lines += [
         "",
         f"{config['num_hidden_layers']} layers of {config['num_local_experts']} experts of {config['hidden_size']} x "
-        f"{config['moe_intermediate_size']}, {result['source_bytes'] / 1e9:.1f} GB in bfloat16, become "
-        f"{result['output_bytes'] / 1e9:.1f} GB; {result['tokens']} calibration tokens, {result['threads']} threads. "
+        f"{config['moe_intermediate_size']}, {result['source_bytes'] / 1e9:.1f} GB in bfloat16, {become}; "
+        f"{result['tokens']} calibration tokens, {result['threads']} threads. "
         f"Load average before: {result['load_average_before'][0]:.1f}. {origin(result)}",
     ]
     return lines

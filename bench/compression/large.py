@@ -1,11 +1,12 @@
 """Many gigabytes through calibrated compression on a small machine: memory, kill and resume, throughput.
 
     python bench/compression/large.py --layers 4 --scratch DIR --json bench/results/large.json
+    python bench/compression/large.py --prune --layers 3 --experts 96 --scratch DIR --json bench/results/large-2.json
 
 Makes a checkpoint with random weights and the shapes of Qwen3-235B-A22B (hidden 4096, 128 experts of 1536, top 8), as
-many layers as asked (2 bytes x 2.4 G experts' weights each), runs `qmoe compress --calibration` on it in a process of
-its own, kills that with SIGKILL half-way, in the middle of a layer, and runs the same command again. `--hidden`,
-`--experts` and `--intermediate` make smaller ones for trying it out.
+many layers as asked (2 bytes x 2.4 G experts' weights each), runs `qmoe compress --calibration` on it (with `--prune`
+`qmoe prune`) in a process of its own, kills that with SIGKILL half-way, in the middle of a layer, and runs the same
+command again. `--hidden`, `--experts` and `--intermediate` make smaller ones for trying it out.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ def run(command: list[str], kill_at: float | None, journal: Path, layers: int) -
         used = accounts(process.pid) or used
         if kill_at is not None:
             whole, rest = divmod(kill_at * layers, 1)
-            if len(list(journal.glob("record-*"))) >= 2 * whole:  # gate and up, and down
+            done = [*journal.glob("record-*"), *journal.glob("mask-*")]
+            if len(done) >= 2 * whole:  # gate and up, and down
                 now = time.monotonic()
                 kill_time, kill_at = now + rest * (now - started) / max(whole, 1), None
         if time.monotonic() >= kill_time:
@@ -147,7 +149,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--kill-at", type=float, default=0.5)
-    parser.add_argument("options", nargs="*", help="more options of qmoe compress, after --")
+    parser.add_argument("--prune", action="store_true", help="qmoe prune instead of qmoe compress")
+    parser.add_argument("options", nargs="*", help="more options of the command, after --")
     arguments = parser.parse_args()
     config = Qwen3MoeConfig(
         hidden_size=arguments.hidden, num_hidden_layers=arguments.layers, num_experts=arguments.experts,
@@ -165,8 +168,9 @@ def main() -> None:
     nbytes = size_of(source)
     tokens = np.random.default_rng(0).integers(0, arguments.vocabulary, arguments.tokens)
     np.save(arguments.scratch / "tokens.npy", tokens)
+    job = "prune" if arguments.prune else "compress"
     command = [
-        sys.executable, "-m", "qmoe_core", "compress", str(source), "-o", str(output), "--json",
+        sys.executable, "-m", "qmoe_core", job, str(source), "-o", str(output), "--json",
         "--calibration", str(arguments.scratch / "tokens.npy"), "--calibration-tokens", str(arguments.tokens),
         *arguments.options,
     ]  # fmt: skip
@@ -190,8 +194,8 @@ def main() -> None:
     report = {key: value for key, value in finished["report"].items() if key not in left_out}
     write_results(
         arguments.json, "large", rows, source_bytes=nbytes, output_bytes=size_of(output), config=config.to_dict(),
-        options=arguments.options, tokens=arguments.tokens, threads=torch.get_num_threads(), load_average_before=load,
-        report=report,
+        options=arguments.options, job=job, tokens=arguments.tokens, threads=torch.get_num_threads(),
+        load_average_before=load, report=report,
     )  # fmt: skip
     print(json.dumps(rows, indent=1))
 
