@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from qmoe_core.errors import QmoeError
 from qmoe_core.quantize.base import StackStatistics
 from qmoe_core.sparsify import alps, methods, sparsegpt
+from qmoe_core.sparsify import spec as spec_module
 from qmoe_core.sparsify.methods import METHODS, prune_stack
 from qmoe_core.sparsify.patterns import NM, Pattern
 from qmoe_core.sparsify.spec import PruneSpec
@@ -255,6 +257,7 @@ def test_what_cannot_be_pruned_is_refused() -> None:
     assert code(weight, statistics, pattern=Pattern.parse("unstructured")) == "E_VALUE"
 
 
-def test_the_example_runs() -> None:
-    result = doctest.testmod(methods)
+@pytest.mark.parametrize("module", [methods, spec_module], ids=lambda module: module.__name__)
+def test_the_examples_of_docstrings_run(module: ModuleType) -> None:
+    result = doctest.testmod(module)
     assert result.failed == 0 and result.attempted > 1

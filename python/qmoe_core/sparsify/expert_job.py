@@ -58,6 +58,11 @@ class ExpertReport:
         output: the directory. score: see `saliency.py`. experts, keep: per layer, before and after.
         layers: what was kept where. calibration: its settings and the SHA-256 of its tokens.
         parameters, original_parameters: elements of all tensors.
+
+    Example:
+        >>> from qmoe_core.sparsify import ExpertReport
+        >>> ExpertReport("out", "reap", 8, 4, (), {}, parameters=60, original_parameters=100).to_dict()["keep"]
+        4
     """
 
     output: str

@@ -30,6 +30,13 @@ class MaskEntry:
     Attributes:
         name, shape, pattern: of the mask. weights: how many it is for; zeros: how many of them are not kept.
         bits_per_weight: what the mask itself takes in a file.
+
+    Example:
+        >>> import torch
+        >>> from qmoe_core.sparsify import Masks
+        >>> entry = Masks({"w": torch.eye(4, dtype=torch.bool)}).report()[0]
+        >>> entry.pattern, entry.zeros, entry.sparsity, entry.bits_per_weight
+        ('unstructured', 12, 0.75, 1.0)
     """
 
     name: str

@@ -111,6 +111,16 @@ class PruneReport:
         mask_bytes: size of the file of masks.
         largest_layer_bytes, start_rss_bytes, peak_rss_bytes, calibration_memory_bytes, seconds, resumed: of this run,
             as in `CompressionReport`.
+
+    Example:
+        >>> import tempfile
+        >>> from qmoe_core.quickstart import example_directory
+        >>> from qmoe_core.sparsify import PruneSettings, load_prune_report, prune_checkpoint
+        >>> output = tempfile.mkdtemp()
+        >>> _ = prune_checkpoint(example_directory(), output, PruneSettings("random", "unstructured", 0.25))
+        >>> report = load_prune_report(output)
+        >>> report.tensors[0].name, report.tensors[0].sparsity, report.masks().sparsity()
+        ('model.layers.0.mlp.experts.down_proj', 0.25, 0.25)
     """
 
     output: str

@@ -19,7 +19,13 @@ Option = float | int | str | bool
 @dataclass(frozen=True)
 class PruneSpec:
     """Which method prunes a weight, to which pattern and sparsity (None where the pattern fixes it), with which of the
-    method's options."""
+    method's options.
+
+    Example:
+        >>> from qmoe_core.sparsify import Pattern, PruneSpec
+        >>> PruneSpec("alps", Pattern.parse("unstructured"), 0.75, {"iterations": 100}).sparsity
+        0.75
+    """
 
     method: str
     pattern: Pattern
@@ -34,6 +40,13 @@ class Pruned:
     Attributes:
         weight: (E, N, K) float32, zero where not kept. mask: (E, N, K) bool. notes: per matrix, what was done about
             missing statistics, or "".
+
+    Example:
+        >>> import torch
+        >>> from qmoe_core.sparsify import Pattern, PruneSpec, prune_stack
+        >>> pruned = prune_stack(torch.tensor([[[3.0, -5.0, 1.0, 4.0]]]), PruneSpec("magnitude", Pattern.parse("2:4")))
+        >>> pruned.weight
+        tensor([[[ 0., -5.,  0.,  4.]]])
     """
 
     weight: torch.Tensor
