@@ -471,8 +471,31 @@ def pruning(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def pruning_experts(result: dict[str, Any]) -> list[str]:
+    """Experts taken out by several scores (bench/compression/pruning_experts.py)."""
+    cells = {(row["keep"], row["score"]): row for row in result["rows"]}
+    scores = list(dict.fromkeys(score for _, score in cells))
+    lines = [
+        "| experts per layer | parameters | " + " | ".join(score.replace("_", " ") for score in scores) + " |",
+        "|---|---:|" + "---:|" * len(scores),
+    ]
+    for keep in dict.fromkeys(keep for keep, _ in cells):
+        of = [cells[keep, score] for score in scores]
+        share = of[0]["parameters"] / of[0]["original_parameters"]
+        shown = " | ".join(f"{row['perplexity']:.2f} ± {row['perplexity_se']:.2f}" for row in of)
+        lines.append(f"| {keep} of {of[0]['experts']} | {share:.0%} | {shown} |")
+    first = result["rows"][0]
+    lines += [
+        "",
+        f"Perplexity. {result['model']}, {first['windows']} windows of {first['window']} tokens, {result['dtype']}, ± one "
+        f"standard error clustered by window; watched on {first['calibration_tokens']:,} tokens. {origin(result)}",
+    ]
+    return lines
+
+
 RENDERERS = {
     "pruning": pruning,
+    "pruning-experts": pruning_experts,
     "scaling": scaling,
     "recovery": recovery,
     "gptq-gpu": gptq_gpu,
