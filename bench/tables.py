@@ -487,8 +487,8 @@ def pruning_experts(result: dict[str, Any]) -> list[str]:
     first = result["rows"][0]
     lines += [
         "",
-        f"Perplexity. {result['model']}, {first['windows']} windows of {first['window']} tokens, {result['dtype']}, ± one "
-        f"standard error clustered by window; watched on {first['calibration_tokens']:,} tokens. {origin(result)}",
+        f"Perplexity. {result['model']}, {first['windows']} windows of {first['window']} tokens, {result['dtype']}, ± "
+        f"one standard error clustered by window; watched on {first['calibration_tokens']:,} tokens. {origin(result)}",
     ]
     return lines
 

@@ -46,10 +46,12 @@ class RewrittenShards:
         path = self.path(name)
         with io_errors(path):
             fd = self._fds[name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            if os.fstat(fd).st_size == size:
+            if path.parent == self.output:
                 return
-            os.ftruncate(fd, size)
-            os.posix_fallocate(fd, 0, size)
+            if os.fstat(fd).st_size != size:
+                os.ftruncate(fd, size)
+                os.posix_fallocate(fd, 0, size)
+            # Always: a file of the right size may be one whose header a power cut has lost.
             with io_errors(self.checkpoint.directory / name), open(self.checkpoint.directory / name, "rb") as source:
                 write_all(fd, source.read(begin))
 
