@@ -229,7 +229,7 @@ def test_killed_at_any_moment_the_same_call_continues_to_the_same_bytes(method, 
         points, kills = [1, 2, 3, 4, 5, 8, 12, 18, 25, 35], 0
         for point in points:
             kills += interrupted(run, point, action)
-        assert kills >= 3, action
+        assert kills >= 2, action
         run()
         assert hashes(tmp_path / "out") == expected
         assert not (tmp_path / "out" / ".qmoe-journal").exists()
