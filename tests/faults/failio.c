@@ -1,8 +1,8 @@
 /* Makes the k-th file operation of a process fail: cc -shared -fPIC -O1 -o failio.so failio.c -ldl, then LD_PRELOAD.
  *
- * Counted are write, fsync, rename, mkdir, ftruncate and creating open calls below one directory, from failio_arm() on. The k-th one (and, when
- * `sticky`, every later one, as on a disk that stays full) returns -1 with `error`; with error 0 a write is cut to half its
- * length instead. Nothing is counted before arming, so that imports and the test harness are not disturbed. Single-threaded.
+ * Counted are write, pwrite, fsync, rename, mkdir, ftruncate, posix_fallocate and creating open calls below one directory,
+ * from failio_arm() on. The k-th one (and, when `sticky`, every later one, as on a disk that stays full) fails with `error`;
+ * with error 0 a write is cut to half its length instead. Nothing is counted before arming, so that imports and the test harness are not disturbed. Single-threaded.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -66,6 +66,29 @@ ssize_t write(int fd, const void *data, size_t count) {
     }
     return REAL(write)(fd, data, count);
 }
+
+#define PWRITE(name, type)                                              \
+    ssize_t name(int fd, const void *data, size_t count, type offset) { \
+        if (below_fd(fd) && hit()) {                                    \
+            if (error_number != 0) {                                    \
+                errno = error_number;                                   \
+                return -1;                                              \
+            }                                                           \
+            if (count > 1) count /= 2;                                  \
+        }                                                               \
+        return REAL(name)(fd, data, count, offset);                     \
+    }
+PWRITE(pwrite, off_t)
+PWRITE(pwrite64, off64_t)
+
+/* Returns the error instead of setting errno. */
+#define FALLOCATE(name, type)                                                \
+    int name(int fd, type offset, type size) {                               \
+        if (below_fd(fd) && hit() && error_number != 0) return error_number; \
+        return REAL(name)(fd, offset, size);                                 \
+    }
+FALLOCATE(posix_fallocate, off_t)
+FALLOCATE(posix_fallocate64, off64_t)
 
 int fsync(int fd) { return below_fd(fd) && fails() ? -1 : REAL(fsync)(fd); }
 int ftruncate(int fd, off_t size) { return below_fd(fd) && fails() ? -1 : REAL(ftruncate)(fd, size); }

@@ -6,6 +6,7 @@ starts at the first line of `compress`, so a few hundred jobs take a minute.
 
     python tests/faults/jobs.py kill SOURCE WORK --points 200
     python tests/faults/jobs.py kill SOURCE WORK --points 200 --bits 19     # calibrated, formats chosen for a budget
+    python tests/faults/jobs.py kill SOURCE WORK --points 200 --prune       # pruning instead of compression
     LD_PRELOAD=failio.so python tests/faults/jobs.py io SOURCE WORK --points 0     # 0: every operation
 
 Prints one JSON object: what was done, and `problems`, empty if all is well.
@@ -39,6 +40,7 @@ from qmoe_core.families import analyze
 from qmoe_core.journal import DIRECTORY
 from qmoe_core.recipe import Recipe
 from qmoe_core.source import SourceCheckpoint
+from qmoe_core.sparsify import PruneSettings, prune_checkpoint
 from qmoe_core.store import TEMPORARY_SUFFIX
 
 RECIPE = Recipe.uniform("int4", group=64)
@@ -58,9 +60,9 @@ def hashes(directory: Path) -> dict[str, str]:
 
 
 class Jobs:
-    def __init__(self, source: Path, work: Path, bits: float | None = None) -> None:
-        """`bits`: a calibrated compression within a budget; None for a data-free one."""
-        self.source, self.output = source, work / "out"
+    def __init__(self, source: Path, work: Path, bits: float | None = None, prune: bool = False) -> None:
+        """`bits`: a calibrated compression within a budget; None for a data-free one. `prune`: pruning instead."""
+        self.source, self.output, self.prune = source, work / "out", prune
         self.recipe: Recipe | Fit = RECIPE
         self.calibration, self.shard_bytes = None, SHARD_BYTES
         if bits is not None:
@@ -95,9 +97,13 @@ class Jobs:
             checkpoint.SYNC_SECONDS = sync_seconds
             if prepare is not None:
                 prepare()
-            checkpoint.compress(
-                self.source, self.output, self.recipe, calibration=self.calibration, max_shard_bytes=self.shard_bytes
-            )
+            if self.prune:
+                prune_checkpoint(self.source, self.output, PruneSettings("magnitude", "unstructured", 0.5))
+            else:
+                checkpoint.compress(
+                    self.source, self.output, self.recipe, calibration=self.calibration,
+                    max_shard_bytes=self.shard_bytes,
+                )  # fmt: skip
         except QmoeError as error:
             os.write(writing, error.code.encode())
             code = 3
@@ -269,9 +275,10 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bits", type=float)
+    parser.add_argument("--prune", action="store_true")
     options = parser.parse_args()
     started = time.monotonic()
-    jobs = Jobs(options.source.resolve(), options.work.resolve(), options.bits)
+    jobs = Jobs(options.source.resolve(), options.work.resolve(), options.bits, options.prune)
     (kill_jobs if options.kind == "kill" else io_jobs)(jobs, options.points, random.Random(options.seed))
     jobs.wipe()
     result = {"kind": options.kind, "points": options.points, "seed": options.seed, "counts": dict(jobs.counts)}

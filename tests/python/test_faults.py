@@ -47,6 +47,15 @@ def test_killed_while_measuring_planning_or_calibrating_likewise(tmp_path):
     assert result["counts"]["left to resume"] >= points / 4
 
 
+def test_pruning_killed_at_any_moment_likewise(tmp_path):
+    points = int(os.environ.get("QMOE_KILL_POINTS", "12"))
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    result = run_jobs("kill", tmp_path / "work", points, "--prune", model=tmp_path / "model")
+    assert result["problems"] == []
+    assert result["counts"]["killed"] >= points
+    assert result["counts"]["left to resume"] >= points / 4
+
+
 @pytest.fixture(scope="module")
 def failio(tmp_path_factory):
     """The LD_PRELOAD library that makes file operations fail."""
@@ -65,5 +74,15 @@ def test_failing_file_operations_are_typed_and_leave_everything_intact(failio, t
     assert result["counts"].pop("operations") > 100
     done = sum(result["counts"].values())
     assert done == points or points == 0
+    refusals = {name.split()[-1] for name in result["counts"] if "refused" in name}
+    assert refusals == {"E_NO_SPACE", "E_IO"}
+
+
+def test_failing_file_operations_of_pruning_likewise(failio, tmp_path):
+    points = int(os.environ.get("QMOE_FAULT_POINTS", "12"))
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    result = run_jobs("io", tmp_path / "work", points, "--prune", model=tmp_path / "model", LD_PRELOAD=str(failio))
+    assert result["problems"] == []
+    assert result["counts"].pop("operations") > 50
     refusals = {name.split()[-1] for name in result["counts"] if "refused" in name}
     assert refusals == {"E_NO_SPACE", "E_IO"}
