@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_results
 
 SHARES = (0.75, 0.5)
+TOKENS = 32768  # scores need fewer than weights do
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     for share in SHARES:
         for score in SCORES:
             with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-                spec = CalibrationSpec(arguments.calibration, seed=None)
+                spec = CalibrationSpec(arguments.calibration, max_tokens=TOKENS, seed=None)
                 report = prune_experts(arguments.model, Path(scratch) / "out", share, spec, score=score)
                 model = load_model(Path(report.output), dtype=torch.float32)
                 quality = evaluate(model, tokens, max_tokens=arguments.max_tokens)

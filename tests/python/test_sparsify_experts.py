@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from packed_fixtures import FUSED, inputs_for, tiny_model
+from safetensors.torch import save_file
 
 from qmoe_core.calibration import CalibrationSpec
 from qmoe_core.errors import QmoeError
@@ -138,6 +139,27 @@ def test_a_config_that_says_it_by_another_name_does_not_contradict_itself(source
     assert found["num_experts"] == 3 and found.get("num_local_experts", 3) == 3
     small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert small.model.layers[0].mlp.experts.down_proj.shape[0] == 3
+
+
+def test_draft_heads_with_experts_are_left_out_and_nothing_promises_them(sources, tmp_path):
+    _, directory = sources("deepseek_v3")
+    shutil.copytree(directory, tmp_path / "source")
+    extra = {
+        "model.layers.2.mlp.experts.0.gate_proj.weight": torch.ones(20, 40),
+        "model.layers.2.eh_proj.weight": torch.ones(4, 4),
+    }
+    save_file(extra, tmp_path / "source" / "model-draft.safetensors")
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(extra, "model-draft.safetensors")
+    (tmp_path / "source" / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((directory / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    report = prune_experts(tmp_path / "source", tmp_path / "out", 4, spec_of())
+    assert sorted(report.left_out) == sorted(extra)
+    plain = prune_experts(directory, tmp_path / "plain", 4, spec_of())
+    assert plain.left_out == () and plain.layers == report.layers and plain.parameters == report.parameters
+    assert not (tmp_path / "out" / "model-draft.safetensors").exists()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
 def test_of_groups_equally_many_are_kept(sources, tmp_path):

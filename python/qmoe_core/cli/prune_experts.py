@@ -86,6 +86,7 @@ def _show(out: Output, report: ExpertReport) -> None:
         ("experts", f"{report.keep} of {report.experts} in each of {len(report.layers)} layers, by {report.score}"),
         ("parameters", f"{report.parameters:,} of {report.original_parameters:,}"),
         ("routed to others now", f"{min(lost):.1%} to {max(lost):.1%} of a layer's choices"),
+        *([("left out", f"{len(report.left_out)} tensors of draft heads")] if report.left_out else []),
         ("watched on", f"{report.calibration['tokens']:,} tokens in windows of {report.calibration['window']}"),
         ("time", f"{report.seconds:.1f} s" + (", continuing an interrupted run" if report.resumed else "")),
     ]

@@ -28,7 +28,16 @@ from ..progress import ProgressEvent
 from ..source import EXPERTS_JSON, INDEX, SourceCheckpoint, load_json
 from ..store import DTYPE_BYTES, ShardWriter, TensorPlan, canonical_json, check_size, read_chunks, write_atomic
 from .saliency import SCORES, Collector, Sums, best_experts, merged
-from .smaller import Cut, check_keep, config_bytes, cuts, renamed, smaller_config
+from .smaller import (
+    Cut,
+    check_keep,
+    config_bytes,
+    cuts,
+    draft_layers,
+    renamed,
+    smaller_config,
+    without_draft_layers,
+)
 
 VERSION = 1  # of pruned_experts.json
 Progress = Callable[[ProgressEvent], None]
@@ -56,7 +65,9 @@ class ExpertReport:
 
     Attributes:
         output: the directory. score: see `saliency.py`. experts, keep: per layer, before and after.
-        layers: what was kept where. calibration: its settings and the SHA-256 of its tokens.
+        layers: what was kept where. left_out: tensors of draft heads, which transformers does not load and which have
+            experts that nobody watched; config.json promises none then.
+        calibration: its settings and the SHA-256 of its tokens.
         parameters, original_parameters: elements of all tensors.
 
     Example:
@@ -73,6 +84,7 @@ class ExpertReport:
     calibration: dict[str, Any]
     parameters: int
     original_parameters: int
+    left_out: tuple[str, ...] = ()
     seconds: float = 0.0
     resumed: bool = False
 
@@ -143,6 +155,9 @@ def prune_experts(
         }  # fmt: skip
         check_same_job(group.from_leader(job), job, output, "is not the same for all processes of this run")
         config = smaller_config(checkpoint, experts, count)
+        left_out = draft_layers(checkpoint, layout)
+        if left_out:
+            without_draft_layers(config)
         plain = cuts(checkpoint, layout, config, count)
         group.barrier()
         outcome: tuple[dict[str, Any], bool] | None = None
@@ -154,7 +169,7 @@ def prune_experts(
                     check_output(output)
                     resumed = journal.begin({**job, "modified": checkpoint.modified()})
                     run = _Job(checkpoint, layout, prepared, journal, output, job, progress)
-                    result = run.run(config, plain, groups)
+                    result = run.run(config, plain, left_out, groups)
                 else:
                     group.from_leader(None)
                 journal.remove()
@@ -198,7 +213,7 @@ class _Job:
         self.journal, self.output, self.job, self.progress = journal, output, job, progress
         self.parameters = 0  # of the output
 
-    def run(self, config: dict[str, Any], plain: list[Cut], groups: int) -> dict[str, Any]:
+    def run(self, config: dict[str, Any], plain: list[Cut], left_out: list[str], groups: int) -> dict[str, Any]:
         sums = self._sums()
         kept = {module: best_experts(of, self.job["score"], self.job["keep"], groups) for module, of in sums.items()}
         files = self._write([*plain, *renamed(self.checkpoint, self.layout, kept)], kept)
@@ -208,7 +223,7 @@ class _Job:
         files["config.json"] = len(text)
         result = {
             "version": VERSION, "library": __version__, "job": self.job, "kept": kept, "sums": sums, "files": files,
-            "parameters": self.parameters,
+            "parameters": self.parameters, "left_out": left_out,
             "original_parameters": sum(tensor.elements for tensor in self.checkpoint.tensors.values()),
         }  # fmt: skip
         write_atomic(self.output / EXPERTS_JSON, canonical_json(result, indent=1) + b"\n")
@@ -304,5 +319,5 @@ def _report(output: Path, result: dict[str, Any]) -> ExpertReport:
         layers.append(PrunedLayer(module, tuple(result["kept"][module]), tuple(scores), tokens))
     return ExpertReport(
         str(output), job["score"], len(layers[0].scores), job["keep"], tuple(layers), job["calibration"],
-        result["parameters"], result["original_parameters"],
+        result["parameters"], result["original_parameters"], tuple(result["left_out"]),
     )  # fmt: skip

@@ -21,6 +21,7 @@ import transformers
 
 from ..errors import QmoeError
 from ..families import ModelLayout, build_meta_model
+from ..plan import layer_of
 from ..source import SourceCheckpoint, SourceTensor
 from ..store import canonical_json
 
@@ -29,6 +30,7 @@ _NO_COUNT = re.compile(r"per_tok|top_?k|shared|active|select|capacity|group|laye
 _CHOSEN = re.compile(r"experts_per_tok|^moe_top_?k|^top_?k|router_top_?k|num_selected_experts")
 _GROUPS = ("n_group", "num_expert_group", "num_expert_groups")
 _CHOSEN_GROUPS = ("topk_group", "num_limited_groups")
+_DRAFT_LAYERS = ("num_nextn_predict_layers", "mtp_num_layers", "num_mtp_layers")
 CHUNK = 8 << 20
 
 
@@ -117,8 +119,25 @@ def smaller_config(checkpoint: SourceCheckpoint, experts: int, keep: int) -> dic
     return result
 
 
+def draft_layers(checkpoint: SourceCheckpoint, layout: ModelLayout) -> list[str]:
+    """Tensors of layers that transformers does not load and that have experts of their own: draft heads. Nobody can
+    watch these experts, so a smaller model is made without them."""
+    ignored = [name for name in checkpoint.ordered_names() if name not in layout.runtime_names]
+    layers = {layer_of(name) for name in ignored if re.search(r"\bexperts?\b", name)}
+    return [name for name in ignored if layer_of(name) in layers]
+
+
+def without_draft_layers(config: dict[str, Any]) -> None:
+    """Changes a config.json so that it promises none."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            without_draft_layers(value)
+        elif key in _DRAFT_LAYERS:
+            config[key] = 0
+
+
 def cuts(checkpoint: SourceCheckpoint, layout: ModelLayout, config: dict[str, Any], keep: int) -> list[Cut]:
-    """The tensors of the smaller checkpoint.
+    """The tensors of the smaller checkpoint, but for those of single experts (`renamed`) and draft heads.
 
     Raises:
         QmoeError: `E_LAYOUT` where something differs in the smaller model that cannot be cut.
@@ -149,21 +168,19 @@ def cuts(checkpoint: SourceCheckpoint, layout: ModelLayout, config: dict[str, An
                             tensor=target.name)  # fmt: skip
 
     result = []
-    by_expert: set[str] = set()
+    left = set(draft_layers(checkpoint, layout))
     for target in targets:
         if target.converter is None:
             continue
         if not target.sliceable:
             raise QmoeError("E_LAYOUT", "the checkpoint mixes experts in its tensors", tensor=target.source_names[0])
         for _, names in target.sources:
-            by_expert.update(names)
+            left.update(names)
     for name, tensor in checkpoint.tensors.items():
-        if name in by_expert:
+        if name in left:
             continue
         runtime = layout.runtime_names.get(name)
-        if runtime is None and re.search(r"\bexperts?\b|router|gate\.", name):
-            raise QmoeError("E_LAYOUT", "the checkpoint has experts that transformers does not load", tensor=name)
-        if runtime not in differs:
+        if runtime is None or runtime not in differs:
             result.append(Cut(name, tensor.file, tensor.shape, tensor))
             continue
         dim, module = differs[runtime]
