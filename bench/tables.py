@@ -493,7 +493,35 @@ def pruning_experts(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def jax_overhead(result: dict[str, Any]) -> list[str]:
+    """Training steps with a wrapped optimizer (bench/jax/overhead.py)."""
+    lines = [
+        "| optimizer | step, ms | AdamW alone, ms | slower (quartiles) | step that changes masks, ms | slower in all |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        low, high = (value - 1 for value in row["ratio_quartiles"])
+        plain = row["name"] == "adamw"
+        cells = [
+            "AdamW, against itself" if plain else row["name"],
+            f"{row['step_ms']:.0f}",
+            f"{row['plain_ms']:.0f}",
+            f"{row['ratio'] - 1:+.1%} ({low:+.1%} to {high:+.1%})",
+            "" if plain else f"{row['change_ms']:.0f}",
+            "" if plain else f"{row['overhead']:+.1%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"A transformer of {result['parameters'] / 1e6:.1f} M parameters, {result['tokens']} tokens a step, float32, "
+        f"{result['rounds']} alternate pairs each; masks change every {result['every']} steps. jax {result['jax']}, "
+        f"optax {result['optax']}. {origin(result)}",
+    ]
+    return lines
+
+
 RENDERERS = {
+    "jax-overhead": jax_overhead,
     "pruning": pruning,
     "pruning-experts": pruning_experts,
     "scaling": scaling,
