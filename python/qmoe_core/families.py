@@ -177,7 +177,7 @@ def build_meta_model(directory: Path) -> PreTrainedModel:
     return model
 
 
-def _fused_modules(model: nn.Module) -> dict[str, nn.Module]:
+def fused_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules on the experts interface: its decorator leaves its flags on every instance."""
     return {
         path: module
@@ -189,7 +189,7 @@ def _fused_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _linear_experts(model: nn.Module) -> set[str]:
+def linear_experts(model: nn.Module) -> set[str]:
     """Paths of containers whose entries are the experts, each an MLP of nn.Linear."""
     found = set()
     for path, module in model.named_modules():
@@ -250,7 +250,7 @@ def analyze(directory: Path, shapes: dict[str, tuple[int, ...]]) -> ModelLayout:
             parameter of the model, or single experts, are absent), `E_SHAPE`.
     """
     model = build_meta_model(directory)
-    fused, containers = _fused_modules(model), _linear_experts(model)
+    fused, containers = fused_modules(model), linear_experts(model)
     if not fused and not containers:
         raise _refuse(model)
     roles = Roles(model, set(fused) | containers)
