@@ -26,19 +26,13 @@ __device__ __forceinline__ void wait_for_previous() {
 
 class Ring {
   public:
-    // `bytes` and `barriers` are this warp's own: slots * slot_bytes, 16-byte aligned, and slots * kBarrierBytes. Slot
-    // sizes are multiples of 16.
+    // `bytes` and `barriers` are this warp's own: slots * slot_bytes, 16-byte aligned, and slots * kBarrierBytes.
     __device__ __forceinline__ Ring(uint8_t* bytes, uint64_t* barriers, uint32_t slot_bytes, uint32_t slots)
-        : here_(bytes),
-          begin_(bytes),
-          end_(bytes + slots * slot_bytes),
-          slot_bytes_(slot_bytes),
-          barrier_(static_cast<uint32_t>(__cvta_generic_to_shared(barriers))),
-          first_barrier_(barrier_) {
+        : bytes_(bytes), slot_bytes_(slot_bytes), slots_(slots), barriers_(shared_address(barriers)) {
         if (threadIdx.x % 32 == 0) {
 #pragma unroll 1
             for (uint32_t i = 0; i < slots; ++i)
-                asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier_ + i * kBarrierBytes), "n"(kArrivals));
+                asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers_ + i * kBarrierBytes), "n"(kArrivals));
 #if __CUDA_ARCH__ >= 900
             asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
@@ -46,13 +40,13 @@ class Ring {
         __syncwarp();
     }
 
-    // Slot i is to get slot_bytes from `from`. All lanes call; what was in it must have been read by all of them.
-    __device__ __forceinline__ void fill(uint32_t i, const uint8_t* from) const {
-        fill_at(first_barrier_ + i * kBarrierBytes, begin_ + i * slot_bytes_, from);
+    // Slot i, that has not been filled before, is to get `bytes`, a multiple of 16, from `from`. All lanes call.
+    __device__ __forceinline__ void fill(uint32_t i, const uint8_t* from, uint32_t bytes) const {
+        fill_at(barriers_ + i * kBarrierBytes, shared_address(bytes_ + i * slot_bytes_), from, bytes);
     }
-    // The same for the slot that front() gave.
-    __device__ __forceinline__ void refill(const uint8_t* from) const {
-        fill_at(barrier_, here_, from);
+    // The same for the slot that front() gave, of which all lanes have read what they wanted.
+    __device__ __forceinline__ void refill(const uint8_t* from, uint32_t bytes) const {
+        fill_at(barriers_ + index_ * kBarrierBytes, shared_address(bytes_ + at_), from, bytes);
     }
 
     // The oldest slot's bytes, once they are there.
@@ -67,15 +61,15 @@ class Ring {
             "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
 #endif
             "@!done bra again;\n"
-            "}\n" ::"r"(barrier_),
+            "}\n" ::"r"(barriers_ + index_ * kBarrierBytes),
             "r"(parity_)
             : "memory");
-        return here_;
+        return bytes_ + at_;
     }
     // On to the next slot.
     __device__ __forceinline__ void advance() {
-        here_ += slot_bytes_, barrier_ += kBarrierBytes;
-        if (here_ == end_) here_ = begin_, barrier_ = first_barrier_, parity_ ^= 1;
+        at_ += slot_bytes_;
+        if (++index_ == slots_) index_ = 0, at_ = 0, parity_ ^= 1;
     }
 
   private:
@@ -85,29 +79,29 @@ class Ring {
     static constexpr uint32_t kArrivals = 32;
 #endif
 
-    __device__ __forceinline__ void fill_at(uint32_t barrier, uint8_t* slot, const uint8_t* from) const {
-        const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(slot));
+    static __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+        return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+    }
+
+    static __device__ __forceinline__ void fill_at(uint32_t barrier, uint32_t to, const uint8_t* from, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
         if (threadIdx.x % 32 == 0) {
-            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(slot_bytes_)
-                         : "memory");
+            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
             asm volatile(
                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                "l"(from), "r"(slot_bytes_), "r"(barrier)
+                "l"(from), "r"(bytes), "r"(barrier)
                 : "memory");
         }
 #else
-        for (uint32_t i = threadIdx.x % 32 * 16; i < slot_bytes_; i += 32 * 16)
+        for (uint32_t i = threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(from + i) : "memory");
         asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 #endif
     }
 
-    uint8_t *here_, *const begin_, *const end_;
-    const uint32_t slot_bytes_;
-    uint32_t barrier_;
-    const uint32_t first_barrier_;
-    uint32_t parity_ = 0;
+    uint8_t* const bytes_;
+    uint32_t at_ = 0, index_ = 0, parity_ = 0;
+    const uint32_t slot_bytes_, slots_, barriers_;
 };
 
 }  // namespace qmoe::cuda

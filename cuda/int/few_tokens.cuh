@@ -1,61 +1,100 @@
 // `int` times a few tokens, of one matrix or of a layer's experts: as fast as memory gives the codes.
 //
-// There is one block of threads per multiprocessor, and each has a run of neighbouring tiles, of one matrix or across
-// those of experts. It works through them in rounds of at most as many tiles as it has warps. The blocks of a round are
-// divided among the warps evenly, wherever a tile begins; a warp keeps the sums of its part of a tile in registers and
-// leaves them in shared memory; after a barrier, warp i adds up what there is of tile i, in the order of the parts, and
-// writes it. Results depend on nothing but the shape, the tokens and the number of multiprocessors.
+// Each block of threads has a share of neighbouring tiles, of one matrix or across those of experts. It works through them
+// in batches, as many tiles as there is room for the activations of: most often one. The blocks of a batch are divided
+// among the warps evenly, wherever a tile begins. A warp writes what it has all of; of tiles that are cut, the warp that
+// has the beginning adds up what the others left in shared memory, in their order. Where not even one product's
+// activations have room, a batch is at most a tile a warp, and comes slab by slab of columns: warps divide the tiles, and
+// of each every slab. Results depend on nothing but the shape, the tokens and the number of multiprocessors.
 //
-// Weights come through a ring of a warp's own (ring.cuh), that is filled across rounds and experts, and of a matrix even
-// before the kernel before this one has ended: what keeps memory busy is the bytes on their way, not registers or the
-// number of warps. Activations are in shared memory in the order in which lanes want them, as many columns as there is
-// room for (a slab), beside their sums over groups, which take care of zeros.
+// Weights come through a ring of a warp's own (ring.cuh), that is filled across batches, experts and projections, and of a
+// matrix even before the kernel before this one has ended: what keeps memory busy is the bytes on their way, not registers
+// or the number of warps. What comes before the first copy is kept short for the same reason: no division, and no work
+// that the host can do.
+//
+// Both projections of a layer of experts and the sums over a token's choices are one launch, with a barrier of all blocks
+// of threads between them, while the ring fetches weights of the next projection; where they differ in format, three.
 #pragma once
 
+#include <cooperative_groups.h>
+
+#include <algorithm>
+
 #include "int/operands.cuh"
+#include "int/schedule.cuh"
 #include "ring.cuh"
 
 namespace qmoe::cuda {
 
-// A launch's part of IntLinear or IntExperts.
-struct FewTokens {
+// One product.
+struct Projection {
     const uint8_t* tiles;  // of expert 0
     uint64_t expert_bytes, tile_bytes;
     const void *x, *bias;
     void* y;
-    uint32_t block_bytes, rows, cols, count, blocks;  // rows as stored; count: of tiles of an expert
-    uint32_t slab, slots;                             // blocks of a slab; of a ring
-    uint32_t tokens;                                  // of x; of experts all, of a matrix at most 8 kN
-    uint32_t most;                                    // tokens that one product can have, at most 8 kN
-    uint32_t groups;                                  // of a block; 1 where a row is a group
+    uint32_t block_bytes, rows, cols;  // rows as stored
+    Divisor count, blocks;             // tiles of an expert; blocks of a tile
+    uint32_t fit;                      // rows of x that there is room for; 0 where it comes in slabs
+    uint32_t slab;                     // blocks of a slab, of all columns where there is room
+    Divisor lines;                     // of 512 bytes of a slab's row of x, what a warp loads at once
+    uint32_t groups;                   // of a block; 1 where a row is a group
     float zero;
     bool has_zeros, bf16_scales, row_groups;
-    // Of experts alone. x has a row per token (first projection), or per choice; y one per choice.
-    const int64_t* ids;  // (tokens, top_k)
-    const void* weights;
-    uint32_t experts, top_k;
-    bool is_first;
-    OutputType weights_type;
+    bool is_first;  // of experts: x has a row per token, and a gate follows; else one per choice, and sums over them
     RowOrder order;
-    Gate gate;
 };
+
+// A launch: a linear layer's product, or one or both of a layer of experts.
+struct FewTokens {
+    Projection projections[2];
+    uint32_t count;    // of them
+    uint32_t slots;    // of a ring
+    uint32_t x_bytes;  // of shared memory, for activations
+    uint32_t tokens;   // of x; of experts all, of a matrix at most 8 kN
+    uint32_t most;     // tokens that one product can have, at most 8 kN
+    Divisor grid;
+    // Of experts alone.
+    Choices choices;
+    const void* weights;
+    OutputType weights_type;
+    Gate gate;
+    void* y;  // (tokens, rows of the second projection), where both are here
+};
+
+// Warps of a block of threads, and blocks of a multiprocessor. Two, so that there is one that works where the other waits
+// or begins; one where activations take most of the shared memory.
+template <int kN>
+inline constexpr uint32_t kWarps = kN == 1 ? 8 : 16;
+template <int kN>
+inline constexpr uint32_t kResident = kN == 1 ? 2 : 1;
+
+// Blocks of a slot: about 2 KiB.
+template <int kBits>
+inline constexpr uint32_t kChunk = kBits == 2   ? 4
+                                   : kBits == 8 ? 1
+                                                : 2;
 
 // What is where in shared memory.
-template <int kBits, int kN, uint32_t kWarps>
+template <int kBits, int kN>
 struct Room {
-    uint32_t barriers, partial, x, sums, starts, ids, lists, bytes;
+    uint32_t barriers, cut, x, weights, schedule, bytes;
 
-    QMOE_INLINE Room(const FewTokens& p, bool experts) noexcept {
-        barriers = kWarps * p.slots * p.block_bytes;
-        partial = barriers + kWarps * p.slots * kBarrierBytes;
-        x = partial + kWarps * 2 * kN * kLanes * 16;     // [warp][first tile or second][n][lane]
-        sums = x + p.slab * p.most * kTileColumns * 2;   // x: [step][token][t], 16 bytes
-        starts = sums + p.slab * p.groups * 8 * kN * 4;  // sums: [group][token]
-        lists = starts + (experts ? (p.experts + 1 + 3) / 4 * 16 : 0);
-        ids = lists + (experts ? kWarps * 8 * kN * 4 : 0);
-        bytes = ids + (experts ? p.tokens * p.top_k * 2 : 0);
+    QMOE_INLINE Room(const FewTokens& call, bool experts) noexcept {
+        const uint32_t choices = experts ? call.tokens * call.choices.top_k.by : 0;
+        barriers = kWarps<kN> * call.slots * kChunk<kBits> * call.projections[0].block_bytes;
+        cut = barriers + kWarps<kN> * call.slots * kBarrierBytes;
+        x = cut + kWarps<kN> * kN * kLanes * 16;  // cut: [warp][n][lane]
+        weights = x + call.x_bytes;               // x: [row][16-byte piece], with a gap of 64 bytes behind a row
+        schedule = weights + choices * 4;         // of the rows of x
+        bytes = schedule + (experts ? Schedule::bytes(choices, call.choices.experts) : 0);
     }
 };
+
+// So that neighbouring rows are in different banks.
+inline constexpr uint32_t kRowGap = 64;
+QMOE_INLINE uint32_t row_bytes(uint32_t blocks) noexcept {
+    return blocks * kTileColumns * 2 + kRowGap;
+}
 
 // Eight neighbouring columns of one token as they are, zeros beyond the last column.
 template <typename T>
@@ -93,400 +132,504 @@ __device__ __forceinline__ float gated(float gate, float up, const Gate& how) {
     return (up + 1.0f) * gate / (1.0f + __expf(-how.alpha * gate));
 }
 
-// The schedule of a layer's experts: of each the tiles times the products of at most 8 kN tokens, one expert after the
-// other, so that a unit is one tile and product.
-template <uint32_t kWarps>
-__device__ inline void count_units(const FewTokens& p, uint32_t most, uint32_t* starts, uint16_t* ids) {
-    const uint32_t choices = p.tokens * p.top_k;
-    for (uint32_t e = threadIdx.x; e <= p.experts; e += kWarps * kLanes) starts[e] = 0;
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < choices; i += kWarps * kLanes) {
-        const int64_t id = p.ids[i];
-        const bool here = id >= 0 && id < p.experts;
-        ids[i] = here ? static_cast<uint16_t>(id) : uint16_t{0xffff};
-        if (here) atomicAdd(starts + id, 1);
-    }
-    __syncthreads();
-    if (threadIdx.x >= kLanes) return;
-    uint32_t before = 0;
-    for (uint32_t first = 0; first <= p.experts; first += kLanes) {
-        const uint32_t e = first + threadIdx.x;
-        const uint32_t own = e < p.experts ? (starts[e] + most - 1) / most * p.count : 0;
-        uint32_t sum = own;
-#pragma unroll
-        for (uint32_t d = 1; d < kLanes; d *= 2) {
-            const uint32_t below = __shfl_up_sync(~0u, sum, d);
-            if (threadIdx.x >= d) sum += below;
+// Writes what a lane has of a tile, of rows g and g + 8. `row_of_y` is of the token, or of its choice.
+template <typename T, bool kExperts>
+__device__ __forceinline__ void write(const FewTokens& call, const Projection& p, uint32_t expert, uint32_t tile,
+                                      uint32_t g, uint32_t row_of_y, float weight, float lower, float upper) {
+    const T* const bias = p.bias == nullptr ? nullptr : static_cast<const T*>(p.bias) + uint64_t{expert} * p.rows;
+    if (kExperts && p.order != RowOrder::kPlain) {
+        const uint32_t unit = tile * (kTileRows / 2) + g, half = p.rows / 2;
+        if (unit >= half) return;
+        if (bias != nullptr) {
+            const bool halves = p.order == RowOrder::kHalves;
+            lower += static_cast<float>(bias[halves ? unit : 2 * unit]);
+            upper += static_cast<float>(bias[halves ? half + unit : 2 * unit + 1]);
         }
-        if (e <= p.experts) starts[e] = before + sum - own;
-        before += __shfl_sync(~0u, sum, kLanes - 1);
+        static_cast<T*>(p.y)[uint64_t{row_of_y} * half + unit] = from_float<T>(gated(lower, upper, call.gate));
+        return;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const uint32_t row = tile * kTileRows + g + 8 * r;
+        if (row >= p.rows) continue;
+        const uint64_t at = uint64_t{row_of_y} * p.rows + row;
+        float value = r == 0 ? lower : upper;
+        if (bias != nullptr) value += static_cast<float>(bias[row]);
+        if (kExperts && !p.is_first)
+            static_cast<float*>(p.y)[at] = value * weight;
+        else
+            static_cast<T*>(p.y)[at] = from_float<T>(kExperts ? activated(value, call.gate.activation) : value);
     }
 }
 
-// A warp's list of an expert's choices first .. first + most - 1, and how many there are.
-__device__ inline uint32_t list_choices(const uint16_t* ids, uint32_t choices, uint32_t expert, uint32_t first,
-                                        uint32_t most, uint32_t* list) {
-    const uint32_t lane = threadIdx.x % kLanes;
-    uint32_t found = 0;
-    __syncwarp();
-    for (uint32_t base = 0; base < choices && found < first + most; base += kLanes) {
-        const bool match = base + lane < choices && ids[base + lane] == expert;
-        const uint32_t all = __ballot_sync(~0u, match), at = found + __popc(all & ((1u << lane) - 1)) - first;
-        if (match && at < most) list[at] = base + lane;  // at wraps around below first
-        found += __popc(all);
+// y[token], four columns of it, from what the second projection made of its choices, weights included.
+template <typename T>
+__device__ __forceinline__ void combine(const FewTokens& call, const float* choices, T* y, uint32_t token, uint32_t col,
+                                        uint32_t cols) {
+    constexpr uint32_t kAtOnce = 4;  // loads on their way
+    const uint32_t count = min(cols - col, 4u);
+    float sum[4] = {};
+#pragma unroll 1
+    for (uint32_t first = 0; first < call.choices.top_k.by; first += kAtOnce) {
+        float more[kAtOnce][4];
+#pragma unroll
+        for (uint32_t j = 0; j < kAtOnce; ++j) {
+            const uint64_t choice = uint64_t{token} * call.choices.top_k.by + first + j;
+            const int64_t id = first + j < call.choices.top_k.by ? call.choices.ids[choice] : -1;
+            const float* const from = choices + choice * cols + col;
+            // What belongs to no expert here has not been written: it may be loaded where it is, but not used.
+            if (cols % 4 == 0 && first + j < call.choices.top_k.by)
+                *reinterpret_cast<float4*>(more[j]) = *reinterpret_cast<const float4*>(from);
+            else
+                for (uint32_t i = 0; i < 4; ++i)
+                    more[j][i] = first + j < call.choices.top_k.by && i < count ? from[i] : 0.0f;
+            if (id < 0 || id >= call.choices.experts) more[j][0] = more[j][1] = more[j][2] = more[j][3] = 0.0f;
+        }
+#pragma unroll
+        for (uint32_t j = 0; j < kAtOnce; ++j)
+            for (uint32_t i = 0; i < 4; ++i) sum[i] += more[j][i];
     }
-    __syncwarp();
-    return min(found - first, most);
+    for (uint32_t i = 0; i < count; ++i) y[uint64_t{token} * cols + col + i] = from_float<T>(sum[i]);
 }
 
-// Some tiles of one matrix and one product's tokens.
-struct Round {
-    uint32_t unit = 0, tiles = 0;  // the first one, and how many
-    uint32_t first_tile = 0, expert = 0, product = 0;
+// Brings rows of x, a slab of each, to shared memory: `row_of(i)` is where row i is in x.
+template <typename T, uint32_t kWarpCount, typename Row>
+__device__ __forceinline__ void load_activations(const Projection& p, uint8_t* x, uint32_t rows, uint32_t first_block,
+                                                 const Row& row_of) {
+    constexpr uint32_t kAtOnce = 4;  // loads on their way
+    const bool aligned = p.cols % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+    const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, pieces = p.slab * 16;
+#pragma unroll 1
+    for (uint32_t line = warp; line < rows * p.lines.by; line += kAtOnce * kWarpCount) {
+        uint4 raw[kAtOnce];
+        uint32_t to[kAtOnce];
+#pragma unroll
+        for (uint32_t j = 0; j < kAtOnce; ++j) {
+            const uint32_t at = line + j * kWarpCount, row = p.lines.divide(at);
+            const uint32_t piece = (at - row * p.lines.by) * kLanes + lane;
+            const bool there = row < rows && piece < pieces;
+            to[j] = there ? row * row_bytes(p.slab) + piece * 16 : ~0u;
+            if (there)
+                raw[j] = load_columns(static_cast<const T*>(p.x) + uint64_t{row_of(row)} * p.cols,
+                                      first_block * kTileColumns + 8 * piece, p.cols, aligned);
+        }
+#pragma unroll
+        for (uint32_t j = 0; j < kAtOnce; ++j)
+            if (to[j] != ~0u)
+                *reinterpret_cast<uint4*>(x + to[j]) = {prepared<T>(raw[j].x), prepared<T>(raw[j].y),
+                                                        prepared<T>(raw[j].z), prepared<T>(raw[j].w)};
+    }
+}
+
+// Tiles begin .. end - 1 of all, counted through products.
+struct Range {
+    uint32_t begin, end;
+    // A block of threads' share.
+    static __device__ __forceinline__ Range share(uint32_t all, const Divisor& grid) {
+        const uint32_t each = grid.divide(all), rest = all - each * grid.by;
+        const uint32_t begin = each * blockIdx.x + min(blockIdx.x, rest);
+        return {begin, begin + each + (blockIdx.x < rest ? 1 : 0)};
+    }
 };
 
-// The run of a warp in a round's slab.
-template <uint32_t kWarps>
+// Blocks begin .. end - 1 of a batch's tiles, one after the other.
 struct Run {
-    const uint32_t total;  // blocks
-    __device__ __forceinline__ uint32_t begin(uint32_t warp) const { return warp * total / kWarps; }
-    // The warp that has a block.
-    __device__ __forceinline__ uint32_t owner(uint32_t block) const { return (kWarps * (block + 1) - 1) / total; }
+    uint32_t begin, end;
 };
+
+// What a warp has of a batch of `tiles`; where p comes in slabs, of the one that begins at block `first`.
+template <uint32_t kWarpCount>
+__device__ __forceinline__ Run run_of(const Projection& p, uint32_t warp, uint32_t tiles, uint32_t first) {
+    if (p.fit != 0) {
+        const uint32_t all = tiles * p.blocks.by;
+        return {warp * all / kWarpCount, (warp + 1) * all / kWarpCount};
+    }
+    const uint32_t team = kWarpCount / tiles, tile = warp / team, member = warp % team;
+    if (tile >= tiles) return {0, 0};
+    const uint32_t slab = min(p.slab, p.blocks.by - first), begin = tile * p.blocks.by + first;
+    return {begin + member * slab / team, begin + (member + 1) * slab / team};
+}
 
 // kWhole: a block is one group (or a row is), which spares branches and lets loads of all steps begin together.
-template <typename T, int kBits, int kN, uint32_t kWarps, bool kExperts, bool kWhole>
-__global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_constant__ FewTokens p) {
-    constexpr uint32_t kThreads = kWarps * kLanes;
+template <typename T, int kBits, int kN, bool kExperts, bool kWhole>
+__global__ __launch_bounds__(kWarps<kN>* kLanes,
+                             kResident<kN>) void few_tokens(const __grid_constant__ FewTokens call) {
+    constexpr uint32_t kWarpCount = kWarps<kN>, kNone = ~0u;
+    constexpr uint32_t kAllOnes[4] = {kOne, kUpperOne<kBits>, kOne, kUpperOne<kBits>};
     extern __shared__ __align__(128) uint8_t shared[];
-    const Room<kBits, kN, kWarps> room(p, kExperts);
+    const Room<kBits, kN> room(call, kExperts);
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
-    uint4* const x = reinterpret_cast<uint4*>(shared + room.x);
-    float* const sums = reinterpret_cast<float*>(shared + room.sums);
-    float4* const partial = reinterpret_cast<float4*>(shared + room.partial);
-    uint32_t* const starts = reinterpret_cast<uint32_t*>(shared + room.starts);
-    uint32_t* const list = reinterpret_cast<uint32_t*>(shared + room.lists) + warp * 8 * kN;
-    uint16_t* const ids = reinterpret_cast<uint16_t*>(shared + room.ids);
-    const uint32_t choices = kExperts ? p.tokens * p.top_k : 0;
-
-    // Ids are from before the kernel before this one where this is the second projection, whose kernel waited for them.
-    if (kExperts && p.is_first) wait_for_previous(), let_next_begin();
+    const uint32_t block_bytes = call.projections[0].block_bytes;
+    float4* const cut = reinterpret_cast<float4*>(shared + room.cut);
+    float* const weights = reinterpret_cast<float*>(shared + room.weights);
+    Ring ring(shared + warp * call.slots * kChunk<kBits> * block_bytes,
+              reinterpret_cast<uint64_t*>(shared + room.barriers) + warp * call.slots, kChunk<kBits> * block_bytes,
+              call.slots);
+    Schedule schedule(shared + room.schedule, kExperts ? call.tokens * call.choices.top_k.by : 0, call.choices.experts);
     if constexpr (kExperts) {
-        count_units<kWarps>(p, p.most, starts, ids);
-        __syncthreads();
+        // Ids are from before the kernel before this one where that was the first projection, which waited for them.
+        if (call.projections[0].is_first) wait_for_previous();
+        schedule.make(call.choices, call.most);
     }
-    const uint32_t units = kExperts ? starts[p.experts] : p.count;
-    const auto cut = [&](uint32_t i) { return static_cast<uint32_t>(uint64_t{units} * i / gridDim.x); };
-    const uint32_t begin = cut(blockIdx.x), end = cut(blockIdx.x + 1);
-    const auto round_at = [&](uint32_t unit, uint32_t expert) {
-        Round round{unit, 0, unit, expert, 0};
+
+    const auto share_of = [&](const Projection& p) {
+        return Range::share((kExperts ? schedule.products() : 1) * p.count.by, call.grid);
+    };
+    // As many tiles from `begin` on as one batch has.
+    const auto batch_at = [&](const Projection& p, uint32_t begin, uint32_t end) -> Range {
         if constexpr (kExperts) {
-            while (unit >= starts[round.expert + 1] && round.expert + 1 < p.experts) ++round.expert;
-            round.first_tile = unit - starts[round.expert];
-            if (round.first_tile >= p.count) round.product = round.first_tile / p.count, round.first_tile %= p.count;
+            const uint32_t product = p.count.divide(begin);
+            uint32_t last = product;
+            while (p.fit != 0 && (last + 1) * p.count.by < end &&
+                   schedule.first_row(last + 2) - schedule.first_row(product) <= p.fit)
+                ++last;
+            end = min(end, (last + 1) * p.count.by);
         }
-        const uint32_t left = min(p.count - round.first_tile, end - unit);
-        round.tiles = left <= kWarps ? left : left / ((left + kWarps - 1) / kWarps);
-        return round;
+        return {begin, p.fit != 0 ? end : min(end, begin + kWarpCount)};
+    };
+    const auto tile_at = [&](const Projection& p, uint32_t tile) {
+        if constexpr (!kExperts) return p.tiles + tile * p.tile_bytes;
+        const uint32_t product = p.count.divide(tile);
+        return p.tiles + schedule.expert(product) * p.expert_bytes + (tile - product * p.count.by) * p.tile_bytes;
     };
 
-    // What is copied next.
-    Ring ring(shared + warp * p.slots * p.block_bytes,
-              reinterpret_cast<uint64_t*>(shared + room.barriers) + warp * p.slots, p.block_bytes, p.slots);
+    // What is copied next: blocks of a run, of the tile where it is.
     const uint8_t* next = nullptr;
-    uint32_t next_left = 0, next_in_tile = 0;  // blocks of the run; of them in this tile
-    uint32_t next_slab = 0, next_first = 0;    // blocks of a tile's slab; the first one of the slab behind
-    Round next_round = round_at(begin, 0);
+    uint32_t next_left = 0, next_in_tile = 0, next_tile = 0, next_first = 0, next_projection = 0;
+    Range next_share = share_of(call.projections[0]);
     const auto open_next = [&] {
-        while (next_round.unit < end) {
-            next_slab = min(p.slab, p.blocks - next_first);
-            const Run<kWarps> run{next_round.tiles * next_slab};
-            const uint32_t from = run.begin(warp), tile = from / next_slab, block = from % next_slab;
-            next_left = run.begin(warp + 1) - from;
-            next_in_tile = next_slab - block;
-            next = p.tiles + (kExperts ? next_round.expert * p.expert_bytes : 0) +
-                   (next_round.first_tile + tile) * p.tile_bytes + (next_first + block) * p.block_bytes;
-            next_first += next_slab;
-            if (next_first == p.blocks) {
-                next_first = 0;
-                next_round = round_at(next_round.unit + next_round.tiles, next_round.expert);
+        while (next_projection < call.count) {
+            const Projection& p = call.projections[next_projection];
+            if (next_share.begin == next_share.end) {
+                if (++next_projection < call.count) next_share = share_of(call.projections[next_projection]);
+                continue;
             }
+            const Range batch = batch_at(p, next_share.begin, next_share.end);
+            const Run run = run_of<kWarpCount>(p, warp, batch.end - batch.begin, next_first);
+            const uint32_t tile = p.blocks.divide(run.begin), block = run.begin - tile * p.blocks.by;
+            next_left = run.end - run.begin;
+            next_in_tile = p.blocks.by - block;
+            next_tile = batch.begin + tile;
+            next = tile_at(p, next_tile) + block * block_bytes;
+            next_first += p.slab;
+            if (next_first >= p.blocks.by) next_first = 0, next_share.begin = batch.end;
             if (next_left != 0) return;
         }
     };
-    const auto step_next = [&] {
-        next += p.block_bytes;
-        if (--next_left == 0) return open_next();
-        if (--next_in_tile != 0) return;
-        next_in_tile = next_slab;
-        next += p.tile_bytes - uint64_t{next_slab} * p.block_bytes;
+    // Calls copy(from, bytes) for the next blocks, as many as a slot has or there are of the tile.
+    const auto copy_next = [&](const auto& copy) {
+        const uint32_t count = min(min(kChunk<kBits>, next_in_tile), next_left), bytes = count * block_bytes;
+        copy(next, bytes);
+        next += bytes, next_left -= count, next_in_tile -= count;
+        if (next_left == 0) return open_next();
+        if (next_in_tile != 0) return;
+        const Projection& p = call.projections[next_projection];
+        next_in_tile = p.blocks.by;
+        next = tile_at(p, ++next_tile);
     };
     open_next();
+    // Of the ring one slot comes before the activations, which would else wait behind what all of it has asked for.
+    uint32_t filled = 0;
+    const auto fill_until = [&](uint32_t slots) {
 #pragma unroll 1
-    for (uint32_t i = 0; i < p.slots && next_left != 0; ++i, step_next()) ring.fill(i, next);
-    if (!kExperts || !p.is_first) wait_for_previous(), let_next_begin();
+        for (; filled < slots && next_left != 0; ++filled)
+            copy_next([&](const uint8_t* from, uint32_t bytes) { ring.fill(filled, from, bytes); });
+    };
+    fill_until(1);
+    if (!kExperts || !call.projections[0].is_first) wait_for_previous();
 
-    const bool aligned = p.cols % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
-    const uint32_t groups = kWhole ? 1 : p.groups, group_steps = kTileSteps / groups;
-    uint32_t tokens = p.tokens, product_of_x = ~0u, expert_of_x = 0;
 #pragma unroll 1
-    for (Round round = round_at(begin, 0); round.unit < end; round = round_at(round.unit + round.tiles, round.expert)) {
-        float4 totals[kN] = {};  // of tile number `warp` of the round
+    for (uint32_t projection = 0; projection < call.count; ++projection) {
+        const Projection& p = call.projections[projection];
+        const uint32_t groups = kWhole ? 1 : p.groups, group_steps = kTileSteps / groups;
+        if (projection != 0) cooperative_groups::this_grid().sync();
+        const Range share = share_of(p);
 #pragma unroll 1
-        for (uint32_t first = 0; first < p.blocks; first += p.slab) {
-            const uint32_t slab = min(p.slab, p.blocks - first);
-            if (p.slab < p.blocks || round.product != product_of_x || round.expert != expert_of_x) {
-                if constexpr (kExperts)
-                    tokens = list_choices(ids, choices, round.expert, round.product * p.most, p.most, list);
-                const uint32_t pieces = slab * (kTileColumns / 8), width = 4 * group_steps;
-                for (uint32_t i = threadIdx.x; i < pieces * tokens; i += kThreads) {  // whole halves of warps
-                    const uint32_t token = i / pieces, piece = i % pieces;
-                    uint32_t row = token;
-                    if constexpr (kExperts) row = p.is_first ? list[token] / p.top_k : list[token];
-                    const uint4 raw = load_columns(static_cast<const T*>(p.x) + uint64_t{row} * p.cols,
-                                                   first * kTileColumns + 8 * piece, p.cols, aligned);
-                    x[(piece / 4 * tokens + token) * 4 + piece % 4] = {prepared<T>(raw.x), prepared<T>(raw.y),
-                                                                       prepared<T>(raw.z), prepared<T>(raw.w)};
-                    float sum = 0.0f;
-                    for (const uint32_t two : {raw.x, raw.y, raw.z, raw.w}) {
-                        const float2 v = floats_of(two, std::is_same_v<T, __nv_bfloat16>);
-                        sum += v.x + v.y;
-                    }
-                    const uint32_t mask = i / kLanes * kLanes + kLanes <= pieces * tokens ? ~0u : 0xffffu;
+        for (uint32_t begin = share.begin; begin < share.end;) {
+            const Range batch = batch_at(p, begin, share.end);
+            const uint32_t first_product = kExperts ? p.count.divide(begin) : 0;
+            const uint32_t last_product = kExperts ? p.count.divide(batch.end - 1) : 0;
+            const uint32_t first_row = kExperts ? schedule.first_row(first_product) : 0;
+            const uint32_t rows = kExperts ? schedule.first_row(last_product + 1) - first_row : call.tokens;
+            const uint32_t team = p.fit == 0 ? kWarpCount / (batch.end - batch.begin) : 1;  // warps of a tile, in slabs
+            float sums[kN][4] = {};
+            uint32_t owned = kNone;  // the tile of which this warp has the beginning but not all
+            const auto leave = [&] {
 #pragma unroll
-                    for (uint32_t d = 1; d < 16; d *= 2)
-                        if (d < width) sum += __shfl_xor_sync(mask, sum, d);
-                    if (piece % width == 0) sums[piece / width * 8 * kN + token] = sum;
-                }
-                product_of_x = round.product, expert_of_x = round.expert;
-                __syncthreads();
-            }
-            const uint4* own[kN];  // tokens that are not there may be any: columns of products do not mix
-#pragma unroll
-            for (int n = 0; n < kN; ++n) own[n] = x + min(8 * n + g, tokens - 1) * 4 + t;
-
-            const Run<kWarps> run{round.tiles * slab};
-            const uint32_t run_end = run.begin(warp + 1);
-            uint32_t at = run.begin(warp), tile = at / slab, block = at % slab;
-#pragma unroll 1
-            for (uint32_t part = 0; at < run_end; ++part, ++tile, block = 0) {
-                const uint32_t part_end = min(run_end, (tile + 1) * slab);
-                float part_sums[kN][4] = {};
-                float2 zero{p.zero, p.zero};
-                if (p.row_groups && p.has_zeros)
-                    zero = floats_of(
-                        *reinterpret_cast<const uint32_t*>(p.tiles + (kExperts ? round.expert * p.expert_bytes : 0) +
-                                                           (round.first_tile + tile + 1) * p.tile_bytes - 32 + g * 4),
-                        false);
-                float products[2][kN][4] = {};  // of even and of odd products
-#pragma unroll 1
-                for (; at < part_end; ++at, ++block) {
-                    const uint8_t* const codes = ring.front();
-                    uint32_t words[2 * kBits];
-                    load_words<kBits>(codes, lane, words);
-                    const auto* const scales =
-                        reinterpret_cast<const uint32_t*>(codes + 2 * kBits * 4 * kLanes) + g * groups;
-                    uint32_t group = 0;
-                    const auto step = [&]<int kStep>() {
-                        uint4 columns[kN];
-#pragma unroll
-                        for (int n = 0; n < kN; ++n) columns[n] = own[n][(block * kTileSteps + kStep) * tokens * 4];
-                        uint32_t a[4];
-                        operands<kBits, 2 * kStep>(words, a);
-#pragma unroll
-                        for (int n = 0; n < kN; ++n) mma<T>(products[0][n], a, columns[n].x, columns[n].y);
-                        operands<kBits, 2 * kStep + 1>(words, a);
-#pragma unroll
-                        for (int n = 0; n < kN; ++n) mma<T>(products[1][n], a, columns[n].z, columns[n].w);
-                        if (kStep < kTileSteps - 1 && (kWhole || ((kStep + 1) & (group_steps - 1)) != 0)) return;
-                        float2 scale{1.0f, 1.0f};
-                        if (!p.row_groups) {
-                            scale = floats_of(scales[group], p.bf16_scales);
-                            if (p.has_zeros) zero = floats_of(scales[8 * groups + group], false);
-                        }
-#pragma unroll
-                        for (int n = 0; n < kN; ++n) {
-                            const float2 sum = *reinterpret_cast<const float2*>(
-                                sums + (block * groups + group) * 8 * kN + 8 * n + 2 * t);
-#pragma unroll
-                            for (int i = 0; i < 4; ++i) {
-                                const float off = (i < 2 ? zero.x : zero.y) * (i % 2 == 0 ? sum.x : sum.y);
-                                const float raw = fmaf(products[1][n][i], kSecond<kBits>, products[0][n][i]);
-                                const float value = fmaf(raw, i < 2 ? kBehind<T> : kBehind<T> * kUpper<kBits>, -off);
-                                part_sums[n][i] = fmaf(i < 2 ? scale.x : scale.y, value, part_sums[n][i]);
-                                products[0][n][i] = products[1][n][i] = 0.0f;
-                            }
-                        }
-                        ++group;
-                    };
-                    step.template operator()<0>();
-                    step.template operator()<1>();
-                    step.template operator()<2>();
-                    step.template operator()<3>();
-                    __syncwarp();  // all have read what is overwritten now
-                    if (next_left != 0) ring.refill(next), step_next();
-                    ring.advance();
+                for (int n = 0; n < kN; ++n)
+                    cut[(warp * kN + n) * kLanes + lane] = {sums[n][0], sums[n][1], sums[n][2], sums[n][3]};
+            };
+            const auto write_tile = [&](uint32_t tile) {
+                const uint32_t product = kExperts ? p.count.divide(tile) : 0, own = tile - product * p.count.by;
+                const uint32_t at = kExperts ? schedule.first_row(product) : 0;
+                const uint32_t tokens = kExperts ? schedule.first_row(product + 1) - at : call.tokens;
+                float2 scale{kBehind<T>, kBehind<T> * kUpper<kBits>};
+                if (p.row_groups) {
+                    const uint8_t* const behind = tile_at(p, tile) + p.tile_bytes - (p.has_zeros ? 64 : 32) + g * 4;
+                    const float2 of_row = floats_of(*reinterpret_cast<const uint32_t*>(behind), p.bf16_scales);
+                    scale.x *= of_row.x, scale.y *= of_row.y;
                 }
 #pragma unroll
                 for (int n = 0; n < kN; ++n)
-                    partial[((warp * 2 + part) * kN + n) * kLanes + lane] = {part_sums[n][0], part_sums[n][1],
-                                                                             part_sums[n][2], part_sums[n][3]};
-            }
-            __syncthreads();
-            if (warp < round.tiles) {
-                const uint32_t last = run.owner((warp + 1) * slab - 1);
-#pragma unroll 1
-                for (uint32_t of = run.owner(warp * slab); of <= last; ++of) {
-                    const uint32_t from = run.begin(of);
-                    if (from == run.begin(of + 1)) continue;
-                    const uint32_t part = from < warp * slab ? 1 : 0;  // what it has of this tile is its second
 #pragma unroll
-                    for (int n = 0; n < kN; ++n) {
-                        const float4 more = partial[((of * 2 + part) * kN + n) * kLanes + lane];
-                        totals[n].x += more.x, totals[n].y += more.y, totals[n].z += more.z, totals[n].w += more.w;
+                    for (int i = 0; i < 2; ++i) {
+                        const uint32_t token = 8 * n + 2 * t + i;
+                        if (token >= tokens) continue;
+                        write<T, kExperts>(call, p, kExperts ? schedule.expert(product) : 0, own, g,
+                                           kExperts ? schedule.choice(at + token) : token,
+                                           kExperts ? weights[at - first_row + token] : 1.0f, sums[n][i] * scale.x,
+                                           sums[n][2 + i] * scale.y);
                     }
-                }
-            }
-            if (first + slab < p.blocks || round.unit + round.tiles < end) __syncthreads();
-        }
-        if (warp >= round.tiles) continue;
+            };
+#pragma unroll 1
+            for (uint32_t first = 0; first < p.blocks.by; first += p.slab) {
+                load_activations<T, kWarpCount>(p, shared + room.x, rows, first, [&](uint32_t row) {
+                    if constexpr (!kExperts) return row;
+                    const uint32_t choice = schedule.choice(first_row + row);
+                    return p.is_first ? call.choices.top_k.divide(choice) : choice;
+                });
+                if (kExperts && !p.is_first && first == 0)
+                    for (uint32_t i = threadIdx.x; i < rows; i += blockDim.x)
+                        weights[i] = load_weight(call.weights, schedule.choice(first_row + i), call.weights_type);
+                const bool was_filled = filled == call.slots;
+                fill_until(call.slots);
+                __syncthreads();
+                if (!was_filled) let_next_begin();
 
-        const uint32_t tile = round.first_tile + warp;
-        float2 scale{1.0f, 1.0f};
-        if (p.row_groups)
-            scale = floats_of(
-                *reinterpret_cast<const uint32_t*>(p.tiles + (kExperts ? round.expert * p.expert_bytes : 0) +
-                                                   (tile + 1) * p.tile_bytes - (p.has_zeros ? 64 : 32) + g * 4),
-                p.bf16_scales);
+                const Run run = run_of<kWarpCount>(p, warp, batch.end - batch.begin, first);
+                uint32_t tile = p.blocks.divide(run.begin);
+#pragma unroll 1
+                for (uint32_t at = run.begin; at < run.end; ++tile) {
+                    const uint32_t tile_begin = tile * p.blocks.by, tile_end = tile_begin + p.blocks.by;
+                    const uint32_t piece_begin = at, piece_end = min(run.end, tile_end);
+                    uint32_t row = 0, tokens = rows;
+                    if constexpr (kExperts) {
+                        const uint32_t product = p.count.divide(batch.begin + tile);
+                        row = schedule.first_row(product);
+                        tokens = schedule.first_row(product + 1) - row;
+                        row -= first_row;
+                    }
+                    const uint8_t* own[kN];  // tokens that are not there may be any: columns of products do not mix
 #pragma unroll
-        for (int n = 0; n < kN; ++n)
+                    for (int n = 0; n < kN; ++n)
+                        own[n] = shared + room.x + (row + min(8 * n + g, tokens - 1)) * row_bytes(p.slab) + t * 16 +
+                                 (at - tile_begin - first) * (kTileColumns * 2);
+                    if (p.fit != 0)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const uint32_t token = 8 * n + 2 * t + i;
-                if (token >= tokens) continue;
-                float lower = (i == 0 ? totals[n].x : totals[n].y) * scale.x;
-                float upper = (i == 0 ? totals[n].z : totals[n].w) * scale.y;
-                const auto* const bias = static_cast<const T*>(p.bias);
-                if constexpr (kExperts) {
-                    const uint32_t choice = list[token];
-                    if (p.order != RowOrder::kPlain) {
-                        const uint32_t unit = tile * 8 + g, half = p.rows / 2;
-                        if (unit >= half) continue;
-                        if (bias != nullptr) {
-                            const T* const of = bias + uint64_t{round.expert} * p.rows;
-                            const bool halves = p.order == RowOrder::kHalves;
-                            lower += static_cast<float>(of[halves ? unit : 2 * unit]);
-                            upper += static_cast<float>(of[halves ? half + unit : 2 * unit + 1]);
+                        for (int n = 0; n < kN; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
+                    float2 zero{p.zero, p.zero};
+                    if (p.row_groups && p.has_zeros)
+                        zero = floats_of(*reinterpret_cast<const uint32_t*>(tile_at(p, batch.begin + tile) +
+                                                                            p.tile_bytes - 32 + g * 4),
+                                         false);
+#pragma unroll 1
+                    while (at < piece_end) {
+                        const uint32_t count = min(piece_end - at, kChunk<kBits>);
+                        const uint8_t* codes = ring.front();
+#pragma unroll 1
+                        for (uint32_t i = 0; i < count; ++i, codes += block_bytes) {
+                            uint32_t words[2 * kBits];
+                            load_words<kBits>(codes, lane, words);
+                            const auto* scales =
+                                reinterpret_cast<const uint32_t*>(codes + 2 * kBits * 4 * kLanes) + g * groups;
+                            float products[2][kN][4] = {}, ones[2][kN][4] = {};  // of even and odd products; of ones
+                            const auto step = [&]<int kStep>() {
+                                uint4 columns[kN];
+#pragma unroll
+                                for (int n = 0; n < kN; ++n)
+                                    columns[n] = *reinterpret_cast<const uint4*>(own[n] + kStep * 64);
+                                uint32_t a[4];
+                                operands<kBits, 2 * kStep>(words, a);
+#pragma unroll
+                                for (int n = 0; n < kN; ++n) {
+                                    mma<T>(products[0][n], a, columns[n].x, columns[n].y);
+                                    mma<T>(ones[0][n], kAllOnes, columns[n].x, columns[n].y);
+                                }
+                                operands<kBits, 2 * kStep + 1>(words, a);
+#pragma unroll
+                                for (int n = 0; n < kN; ++n) {
+                                    mma<T>(products[1][n], a, columns[n].z, columns[n].w);
+                                    mma<T>(ones[1][n], kAllOnes, columns[n].z, columns[n].w);
+                                }
+                                if (kStep < kTileSteps - 1 && (kWhole || ((kStep + 1) & (group_steps - 1)) != 0))
+                                    return;
+                                float2 scale{1.0f, 1.0f};
+                                if (!p.row_groups) {
+                                    scale = floats_of(*scales, p.bf16_scales);
+                                    if (p.has_zeros) zero = floats_of(scales[groups * (kTileRows / 2)], false);
+                                    ++scales;
+                                }
+#pragma unroll
+                                for (int n = 0; n < kN; ++n)
+#pragma unroll
+                                    for (int i = 0; i < 4; ++i) {
+                                        const float raw = fmaf(products[1][n][i], kSecond<kBits>, products[0][n][i]);
+                                        const float value =
+                                            fmaf(i < 2 ? -zero.x : -zero.y, ones[0][n][i] + ones[1][n][i], raw);
+                                        sums[n][i] = fmaf(i < 2 ? scale.x : scale.y, value, sums[n][i]);
+                                        products[0][n][i] = products[1][n][i] = ones[0][n][i] = ones[1][n][i] = 0.0f;
+                                    }
+                            };
+                            step.template operator()<0>();
+                            step.template operator()<1>();
+                            step.template operator()<2>();
+                            step.template operator()<3>();
+#pragma unroll
+                            for (int n = 0; n < kN; ++n) own[n] += kTileColumns * 2;
                         }
-                        static_cast<T*>(p.y)[uint64_t{choice} * half + unit] =
-                            from_float<T>(gated(lower, upper, p.gate));
+                        at += count;
+                        __syncwarp();  // all have read what is overwritten now
+                        if (next_left != 0)
+                            copy_next([&](const uint8_t* from, uint32_t bytes) { ring.refill(from, bytes); });
+                        ring.advance();
+                    }
+                    if (p.fit == 0) continue;
+                    if (piece_begin == tile_begin && piece_end == tile_end) {
+                        write_tile(batch.begin + tile);
                         continue;
                     }
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        const uint32_t row = tile * kTileRows + g + 8 * r;
-                        if (row >= p.rows) continue;
-                        float value = r == 0 ? lower : upper;
-                        if (bias != nullptr) value += static_cast<float>(bias[uint64_t{round.expert} * p.rows + row]);
-                        if (p.is_first)
-                            static_cast<T*>(p.y)[uint64_t{choice} * p.rows + row] =
-                                from_float<T>(activated(value, p.gate.activation));
-                        else
-                            static_cast<float*>(p.y)[uint64_t{choice} * p.rows + row] =
-                                value * load_weight(p.weights, choice, p.weights_type);
+                    owned = piece_begin == tile_begin ? tile : kNone;
+                    if (owned == kNone) leave();
+                }
+                if (p.fit == 0 && first + p.slab >= p.blocks.by && warp / team < batch.end - batch.begin) {
+                    owned = warp % team == 0 ? warp / team : kNone;
+                    if (owned == kNone) leave();
+                }
+                __syncthreads();
+            }
+            if (owned != kNone) {
+                const uint32_t end = (owned + 1) * p.blocks.by;
+#pragma unroll 1
+                for (uint32_t other = warp + 1; other < (p.fit == 0 ? warp + team : kWarpCount); ++other) {
+                    if (p.fit != 0) {
+                        const Run run = run_of<kWarpCount>(p, other, batch.end - batch.begin, 0);
+                        if (run.begin == run.end) continue;
+                        if (run.begin >= end) break;
                     }
-                } else {
 #pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        const uint32_t row = tile * kTileRows + g + 8 * r;
-                        if (row >= p.rows) continue;
-                        const float value =
-                            (r == 0 ? lower : upper) + (bias != nullptr ? static_cast<float>(bias[row]) : 0);
-                        static_cast<T*>(p.y)[uint64_t{token} * p.rows + row] = from_float<T>(value);
+                    for (int n = 0; n < kN; ++n) {
+                        const float4 more = cut[(other * kN + n) * kLanes + lane];
+                        sums[n][0] += more.x, sums[n][1] += more.y, sums[n][2] += more.z, sums[n][3] += more.w;
                     }
                 }
+                write_tile(batch.begin + owned);
             }
+            begin = batch.end;
+            if (begin < share.end) __syncthreads();
+        }
     }
+    if (!kExperts || call.count == 1) return;
+    // Sums over the choices of each token.
+    cooperative_groups::this_grid().sync();
+    const uint32_t cols = call.projections[1].rows, pieces = (cols + 3) / 4;
+    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < call.tokens * pieces; i += gridDim.x * blockDim.x)
+        combine(call, static_cast<const float*>(call.projections[1].y), static_cast<T*>(call.y), i / pieces,
+                i % pieces * 4, cols);
 }
 
 struct Device {
-    uint32_t multiprocessors, shared;  // shared: bytes that a block may have
-    bool overlaps;                     // kernels can begin before the one before them has ended
+    uint32_t multiprocessors, shared, half;  // bytes of shared memory that a block may have, alone and beside another
+    bool overlaps;                           // kernels can begin before the one before them has ended
 
     static Status current(Device& out) noexcept {
-        int index = 0, multiprocessors = 0, shared = 0, major = 0;
+        int index = 0, multiprocessors = 0, shared = 0, all = 0, reserved = 0, major = 0;
         cudaError_t error = cudaGetDevice(&index);
         const auto get = [&](int& value, cudaDeviceAttr attribute) {
             if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, index);
         };
         get(multiprocessors, cudaDevAttrMultiProcessorCount);
         get(shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        get(all, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+        get(reserved, cudaDevAttrReservedSharedMemoryPerBlock);
         get(major, cudaDevAttrComputeCapabilityMajor);
-        out = {static_cast<uint32_t>(multiprocessors), static_cast<uint32_t>(shared), major >= 9};
+        out = {static_cast<uint32_t>(multiprocessors), static_cast<uint32_t>(shared),
+               static_cast<uint32_t>(all / 2 - reserved), major >= 9};
         return runtime_status(error);
     }
 };
 
-// Launches `kernel` so that it may begin before the one before it in the stream has ended, where the device can.
+// How a kernel is launched besides its size. kOverlapping: it may begin before the one before it in the stream has ended.
+// kTogether: all of its blocks of threads are there at the same time.
+enum class Launch { kPlain, kOverlapping, kTogether };
+
 template <typename... Arguments>
-Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, bool overlaps,
+Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, Launch how,
               cudaStream_t stream, std::type_identity_t<Arguments>... arguments) noexcept {
     cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    if (how == Launch::kTogether) {
+        attribute.id = cudaLaunchAttributeCooperative;
+        attribute.val.cooperative = 1;
+    } else {
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = threads;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs = overlaps ? 1 : 0;
+    config.numAttrs = how == Launch::kPlain ? 0 : 1;
     return runtime_status(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 inline constexpr uint32_t kMostSlots = 8;
 
-// Divides shared memory between rings and a slab, the rest of which is fixed: all columns where at least two slots are
-// left for every warp, and else slabs of the same size beside three slots. False where there is no room at all.
-template <int kBits, int kN, uint32_t kWarps>
-bool divide(FewTokens& p, bool experts, const Device& device) noexcept {
-    using R = Room<kBits, kN, kWarps>;
-    p.slots = 2, p.slab = p.blocks;
-    if (R(p, experts).bytes > device.shared) {
-        p.slots = 3, p.slab = 1;
-        if (R(p, experts).bytes > device.shared) return false;
-        while (p.slab < p.blocks && (++p.slab, R(p, experts).bytes <= device.shared)) {}
-        const uint32_t slabs = ceil_div(p.blocks, p.slab - 1);
-        p.slab = ceil_div(p.blocks, slabs);
+// Divides shared memory between rings and activations, the rest being fixed. Of a layer of experts there is room for the
+// rows of three products, where it is there, since that is what a share is of. True where none of it has to come in slabs.
+template <int kBits, int kN>
+bool divide(FewTokens& call, bool experts, const Device& device, uint32_t slots) noexcept {
+    const uint32_t shared = kResident<kN> == 2 ? device.half : device.shared;
+    const uint32_t choices = experts ? call.tokens * call.choices.top_k.by : call.tokens;
+    call.slots = slots, call.x_bytes = 0;
+    const uint32_t fixed = Room<kBits, kN>(call, experts).bytes, room = shared > fixed ? shared - fixed : 0;
+    const uint32_t most = std::min(call.most, choices);
+    bool whole = true;
+    for (uint32_t i = 0; i < call.count; ++i) {
+        Projection& p = call.projections[i];
+        p.slab = p.blocks.by;
+        p.fit = std::min(std::min(choices, 3 * most), room / row_bytes(p.slab));
+        if (p.fit < most) {
+            whole = false, p.fit = 0;
+            const uint32_t blocks = room / most > kRowGap ? (room / most - kRowGap) / (kTileColumns * 2) : 0;
+            p.slab = blocks == 0 ? 0 : ceil_div(p.blocks.by, ceil_div(p.blocks.by, blocks));
+        }
+        p.lines = Divisor(ceil_div(p.slab * 16, kLanes));
+        call.x_bytes = std::max(call.x_bytes, (p.fit == 0 ? most : p.fit) * row_bytes(p.slab));
     }
-    while (p.slots < kMostSlots && (++p.slots, R(p, experts).bytes <= device.shared)) {}
-    while (R(p, experts).bytes > device.shared) --p.slots;
-    return true;
+    while (call.slots < kMostSlots && Room<kBits, kN>(call, experts).bytes <= shared) ++call.slots;
+    if (Room<kBits, kN>(call, experts).bytes > shared) --call.slots;
+    return whole;
 }
 
-template <typename T, int kBits, int kN, uint32_t kWarps, bool kExperts>
-Status launch_as(const FewTokens& p, const Device& device, cudaStream_t stream) noexcept {
-    const auto kernel = p.groups == 1 ? few_tokens<T, kBits, kN, kWarps, kExperts, true>
-                                      : few_tokens<T, kBits, kN, kWarps, kExperts, false>;
+template <typename T, int kBits, int kN, bool kExperts>
+Status launch_as(FewTokens& call, const Device& device, cudaStream_t stream) noexcept {
+    for (uint32_t i = 0; i < call.count; ++i)
+        if (call.projections[i].slab == 0)
+            return Status::error(Code::kNoKernel, "cuda: shared memory of a block is too small");
+    const auto kernel = call.projections[0].groups == 1 ? few_tokens<T, kBits, kN, kExperts, true>
+                                                        : few_tokens<T, kBits, kN, kExperts, false>;
     QMOE_TRY(runtime_status(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared))));
-    const uint32_t grid = !kExperts && p.count < device.multiprocessors ? p.count : device.multiprocessors;
-    return launch(kernel, grid, kWarps * kLanes, Room<kBits, kN, kWarps>(p, kExperts).bytes, device.overlaps, stream,
-                  p);
+    const uint32_t most = device.multiprocessors * kResident<kN>, count = call.projections[0].count.by;
+    const uint32_t grid = !kExperts && count < most ? count : most;
+    call.grid = Divisor(grid);
+    const Launch how = call.count == 2 ? Launch::kTogether : device.overlaps ? Launch::kOverlapping : Launch::kPlain;
+    return launch(kernel, grid, kWarps<kN> * kLanes, Room<kBits, kN>(call, kExperts).bytes, how, stream, call);
 }
 
-// Chooses the kernel. p.most is the number of tokens that a product may have, of which the kernel may take fewer where
-// p is of experts.
+// Chooses the kernel, by the tokens that a product has most often and by room: kN = 2 reads weights once for up to 16.
 template <typename T, int kBits, bool kExperts>
-Status launch_few_tokens(FewTokens p, const Device& device, cudaStream_t stream) noexcept {
-    if (p.most <= 8) {
-        if (divide<kBits, 1, 32>(p, kExperts, device)) return launch_as<T, kBits, 1, 32, kExperts>(p, device, stream);
-        if (divide<kBits, 1, 16>(p, kExperts, device)) return launch_as<T, kBits, 1, 16, kExperts>(p, device, stream);
-    } else if (divide<kBits, 2, 16>(p, kExperts, device)) {
-        return launch_as<T, kBits, 2, 16, kExperts>(p, device, stream);
+Status launch_few_tokens(FewTokens call, const Device& device, cudaStream_t stream) noexcept {
+    const uint32_t choices = kExperts ? call.tokens * call.choices.top_k.by : 0;
+    if (call.tokens <= 8 || (kExperts && choices <= 4 * call.choices.experts)) {
+        call.most = std::min(call.tokens, 8u);
+        if (divide<kBits, 1>(call, kExperts, device, 3) || divide<kBits, 1>(call, kExperts, device, 2))
+            return launch_as<T, kBits, 1, kExperts>(call, device, stream);
     }
-    return Status::mismatch(Code::kNoKernel, "cuda: shared memory of a block is too small", 0,
-                            Room<kBits, 1, 16>(p, kExperts).bytes, device.shared);
+    call.most = std::min(call.tokens, 16u);
+    if (!divide<kBits, 2>(call, kExperts, device, 2)) divide<kBits, 2>(call, kExperts, device, 3);
+    return launch_as<T, kBits, 2, kExperts>(call, device, stream);
 }
 
 // What few_tokens_<bits>.cu compile.

@@ -4,7 +4,8 @@
 // which are normal numbers of the same value) and c 2^-133 in bfloat16 (up to 255), which tensor cores take as exactly as
 // any other number. So masking is all that it takes, and it need not even bring a code to the lowest bits: operands of
 // rows 8-15 stay kBits above those of rows 0-7, and sums of these rows are divided by 2^kBits. Activations in bfloat16
-// are multiplied by 2^64 beforehand, so that products are normal float32 numbers.
+// are multiplied by 2^64 beforehand, so that products are normal float32 numbers. Zeros are taken off by what products
+// of a matrix of ones give, in the same scale.
 #pragma once
 
 #include "common.cuh"
@@ -25,30 +26,31 @@ template <int kBits>
 inline constexpr float kUpper = kBits == 8 ? 1.0f : 1.0f / (1 << kBits);
 template <int kBits>
 inline constexpr float kSecond = kBits == 2 ? 1.0f / 16 : 1.0f;
+// Ones of rows 0-7 and of rows 8-15 as first operands.
+inline constexpr uint32_t kOne = 0x00010001;
+template <int kBits>
+inline constexpr uint32_t kUpperOne = kBits == 8 ? kOne : kOne << kBits;
 
 template <typename T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (std::is_same_v<T, __half>)
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     else
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// A lane's words of a block, from shared memory.
+// A lane's words of a block in shared memory.
 template <int kBits>
 __device__ __forceinline__ void load_words(const uint8_t* block, uint32_t lane, uint32_t (&words)[2 * kBits]) {
 #pragma unroll
-    for (uint32_t piece = 0; piece < kBits / 2; ++piece)
-        *reinterpret_cast<uint4*>(words + 4 * piece) =
-            *reinterpret_cast<const uint4*>(block + lane * 16 + piece * 16 * kLanes);
+    for (uint32_t i = 0; i < kBits / 2 * 4; i += 4)
+        *reinterpret_cast<uint4*>(words + i) = *reinterpret_cast<const uint4*>(block + lane * 16 + i * 4 * kLanes);
     if constexpr (kBits == 3)
         *reinterpret_cast<uint2*>(words + 4) = *reinterpret_cast<const uint2*>(block + lane * 8 + 16 * kLanes);
 }

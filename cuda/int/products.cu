@@ -12,7 +12,7 @@ namespace {
 
 constexpr uint32_t kCombineThreads = 256;
 
-Status tiles_of(const IntStack& stack, FewTokens& p, uint32_t& bits) noexcept {
+Status tiles_of(const IntStack& stack, Projection& p, uint32_t& bits) noexcept {
     const IntLayout stored(stack.spec, stack.rows, stack.cols);
     if (!has_tiles(stored)) return Status::error(Code::kNoKernel, "cuda: there are no tiles of this matrix");
     if (reinterpret_cast<uintptr_t>(stack.tiles) % 16 != 0)
@@ -24,8 +24,8 @@ Status tiles_of(const IntStack& stack, FewTokens& p, uint32_t& bits) noexcept {
     p.block_bytes = tiles.block_bytes;
     p.rows = static_cast<uint32_t>(tiles.rows);
     p.cols = static_cast<uint32_t>(tiles.cols);
-    p.count = static_cast<uint32_t>(tiles.tiles);
-    p.blocks = static_cast<uint32_t>(tiles.blocks);
+    p.count = Divisor(tiles.tiles);
+    p.blocks = Divisor(tiles.blocks);
     p.groups = tiles.groups == 0 ? 1 : tiles.groups;
     p.zero = tiles.zero;
     p.has_zeros = tiles.has_zeros;
@@ -37,14 +37,14 @@ Status tiles_of(const IntStack& stack, FewTokens& p, uint32_t& bits) noexcept {
 }
 
 template <bool kExperts>
-Status launch_type(const FewTokens& p, uint32_t bits, OutputType type, const Device& device,
+Status launch_type(const FewTokens& call, uint32_t bits, OutputType type, const Device& device,
                    cudaStream_t stream) noexcept {
     const auto with = [&]<typename T>(T) {
         switch (bits) {
-            case 2: return launch_few_tokens<T, 2, kExperts>(p, device, stream);
-            case 3: return launch_few_tokens<T, 3, kExperts>(p, device, stream);
-            case 4: return launch_few_tokens<T, 4, kExperts>(p, device, stream);
-            default: return launch_few_tokens<T, 8, kExperts>(p, device, stream);
+            case 2: return launch_few_tokens<T, 2, kExperts>(call, device, stream);
+            case 3: return launch_few_tokens<T, 3, kExperts>(call, device, stream);
+            case 4: return launch_few_tokens<T, 4, kExperts>(call, device, stream);
+            default: return launch_few_tokens<T, 8, kExperts>(call, device, stream);
         }
     };
     switch (type) {
@@ -54,30 +54,14 @@ Status launch_type(const FewTokens& p, uint32_t bits, OutputType type, const Dev
     }
 }
 
-// y[t] from what the second projection made of each choice, weights included. A thread per four columns of a token.
+// Sums over the choices of each token, where they are not those of few_tokens.
 template <typename T>
-__global__ __launch_bounds__(kCombineThreads) void combine(const float* __restrict__ choices, const int64_t* ids,
-                                                           T* __restrict__ y, uint32_t tokens, uint32_t top_k,
-                                                           uint32_t experts, uint32_t cols) {
+__global__ __launch_bounds__(kCombineThreads) void combine_choices(const __grid_constant__ FewTokens call) {
     wait_for_previous();
     let_next_begin();
-    const uint32_t col = (blockIdx.x * kCombineThreads + threadIdx.x) * 4, token = blockIdx.y;
-    if (col >= cols) return;
-    const uint32_t count = min(cols - col, 4u);
-    float sum[4] = {};
-    for (uint32_t j = 0; j < top_k; ++j) {
-        const uint64_t choice = uint64_t{token} * top_k + j;
-        const int64_t id = ids[choice];
-        if (id < 0 || id >= experts) continue;
-        const float* const from = choices + choice * cols + col;
-        if (cols % 4 == 0) {
-            const float4 more = *reinterpret_cast<const float4*>(from);
-            sum[0] += more.x, sum[1] += more.y, sum[2] += more.z, sum[3] += more.w;
-        } else {
-            for (uint32_t i = 0; i < count; ++i) sum[i] += from[i];
-        }
-    }
-    for (uint32_t i = 0; i < count; ++i) y[uint64_t{token} * cols + col + i] = from_float<T>(sum[i]);
+    const uint32_t cols = call.projections[0].rows, col = (blockIdx.x * kCombineThreads + threadIdx.x) * 4;
+    if (col < cols)
+        combine(call, static_cast<const float*>(call.projections[0].y), static_cast<T*>(call.y), blockIdx.y, col, cols);
 }
 
 // Where the outputs of both projections, one per choice, are in the workspace.
@@ -110,14 +94,10 @@ Status check_experts(const IntExperts& e) noexcept {
 }
 
 template <typename T>
-Status launch_combine(const IntExperts& e, const Device& device, cudaStream_t stream) noexcept {
-    const auto cols = static_cast<uint32_t>(e.second.rows);
-    const auto* const choices =
-        reinterpret_cast<const float*>(static_cast<uint8_t*>(e.workspace) + Workspace(e).second_at);
-    const dim3 grid(ceil_div(cols, 4 * kCombineThreads), static_cast<uint32_t>(e.tokens));
-    return launch(combine<T>, grid, kCombineThreads, 0, device.overlaps, stream, choices, e.ids, static_cast<T*>(e.y),
-                  static_cast<uint32_t>(e.tokens), static_cast<uint32_t>(e.top_k),
-                  static_cast<uint32_t>(e.first.experts), cols);
+Status launch_combine(const FewTokens& call, const Device& device, cudaStream_t stream) noexcept {
+    const dim3 grid(ceil_div(call.projections[0].rows, 4 * kCombineThreads), call.tokens);
+    return launch(combine_choices<T>, grid, kCombineThreads, 0, device.overlaps ? Launch::kOverlapping : Launch::kPlain,
+                  stream, call);
 }
 
 }  // namespace
@@ -126,19 +106,21 @@ Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept {
     if (linear.weight.experts != 1 || linear.weight.order != RowOrder::kPlain)
         return Status::error(Code::kValue, "cuda: a linear layer has one matrix, without a gate");
     if (linear.tokens == 0) return {};
-    FewTokens p{};
+    FewTokens call{};
+    Projection& p = call.projections[0];
     uint32_t bits = 0;
     QMOE_TRY(tiles_of(linear.weight, p, bits));
     Device device{};
     QMOE_TRY(Device::current(device));
+    call.count = 1;
     p.bias = linear.bias;
     const uint64_t launches = ceil_div(linear.tokens, uint64_t{16});
     for (uint64_t i = 0, first = 0; i < launches; ++i) {
         const uint64_t last = linear.tokens * (i + 1) / launches;
-        p.tokens = p.most = static_cast<uint32_t>(last - first);
+        call.tokens = static_cast<uint32_t>(last - first);
         p.x = static_cast<const uint16_t*>(linear.x) + first * p.cols;
         p.y = static_cast<uint16_t*>(linear.y) + first * p.rows;
-        QMOE_TRY(launch_type<false>(p, bits, linear.type, device, stream));
+        QMOE_TRY(launch_type<false>(call, bits, linear.type, device, stream));
         first = last;
     }
     return {};
@@ -158,18 +140,17 @@ Status experts_int(const IntExperts& e, cudaStream_t stream) noexcept {
     if (e.tokens == 0) return {};
     Device device{};
     QMOE_TRY(Device::current(device));
-    FewTokens first{}, second{};
+    FewTokens call{};
+    Projection &first = call.projections[0], &second = call.projections[1];
     uint32_t first_bits = 0, second_bits = 0;
     QMOE_TRY(tiles_of(e.first, first, first_bits));
     QMOE_TRY(tiles_of(e.second, second, second_bits));
-    first.tokens = second.tokens = static_cast<uint32_t>(e.tokens);
-    first.most = second.most = static_cast<uint32_t>(e.tokens < 16 ? e.tokens : 16);
-    first.ids = second.ids = e.ids;
-    first.weights = second.weights = e.weights;
-    first.weights_type = second.weights_type = e.weights_type;
-    first.experts = second.experts = static_cast<uint32_t>(e.first.experts);
-    first.top_k = second.top_k = static_cast<uint32_t>(e.top_k);
-    first.gate = second.gate = e.gate;
+    call.tokens = static_cast<uint32_t>(e.tokens);
+    call.choices = {e.ids, call.tokens, static_cast<uint32_t>(e.first.experts), Divisor(e.top_k)};
+    call.weights = e.weights;
+    call.weights_type = e.weights_type;
+    call.gate = e.gate;
+    call.y = e.y;
     first.is_first = true;
     first.x = e.x;
     first.bias = e.first_bias;
@@ -177,10 +158,18 @@ Status experts_int(const IntExperts& e, cudaStream_t stream) noexcept {
     second.x = e.workspace;
     second.bias = e.second_bias;
     second.y = static_cast<uint8_t*>(e.workspace) + room.second_at;
-    QMOE_TRY(launch_type<true>(first, first_bits, e.type, device, stream));
-    QMOE_TRY(launch_type<true>(second, second_bits, e.type, device, stream));
-    return e.type == OutputType::kFloat16 ? launch_combine<__half>(e, device, stream)
-                                          : launch_combine<__nv_bfloat16>(e, device, stream);
+    // A ring has slots of one size, and kernels are for one number of bits and groups.
+    if (first_bits == second_bits && first.block_bytes == second.block_bytes && first.groups == second.groups) {
+        call.count = 2;
+        return launch_type<true>(call, first_bits, e.type, device, stream);
+    }
+    call.count = 1;
+    FewTokens behind = call;
+    behind.projections[0] = second;
+    QMOE_TRY(launch_type<true>(call, first_bits, e.type, device, stream));
+    QMOE_TRY(launch_type<true>(behind, second_bits, e.type, device, stream));
+    return e.type == OutputType::kFloat16 ? launch_combine<__half>(behind, device, stream)
+                                          : launch_combine<__nv_bfloat16>(behind, device, stream);
 }
 
 }  // namespace qmoe::cuda

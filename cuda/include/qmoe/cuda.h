@@ -88,7 +88,7 @@ struct IntExperts {
 };
 
 // Choices (tokens * top_k) that a call of int_experts may have.
-inline constexpr uint64_t kMostChoices = 4096;
+inline constexpr uint64_t kMostChoices = 1024;
 
 // The function table that libqmoe_cuda exports as qmoe_cuda_api().
 struct Api {
