@@ -61,12 +61,9 @@ struct FewTokens {
     void* y;  // (tokens, rows of the second projection), where both are here
 };
 
-// Warps of a block of threads, and blocks of a multiprocessor. Two, so that there is one that works where the other waits
-// or begins; one where activations take most of the shared memory.
-template <int kN>
-inline constexpr uint32_t kWarps = kN == 1 ? 8 : 16;
-template <int kN>
-inline constexpr uint32_t kResident = kN == 1 ? 2 : 1;
+// Of a block of threads, the only one of its multiprocessor. 32 with 64 registers each, and two blocks of 8 with half of the
+// shared memory each, were slower.
+inline constexpr uint32_t kWarps = 16;
 
 // Blocks of a slot: about 2 KiB.
 template <int kBits>
@@ -81,11 +78,11 @@ struct Room {
 
     QMOE_INLINE Room(const FewTokens& call, bool experts) noexcept {
         const uint32_t choices = experts ? call.tokens * call.choices.top_k.by : 0;
-        barriers = kWarps<kN> * call.slots * kChunk<kBits> * call.projections[0].block_bytes;
-        cut = barriers + kWarps<kN> * call.slots * kBarrierBytes;
-        x = cut + kWarps<kN> * kN * kLanes * 16;  // cut: [warp][n][lane]
-        weights = x + call.x_bytes;               // x: [row][16-byte piece], with a gap of 64 bytes behind a row
-        schedule = weights + choices * 4;         // of the rows of x
+        barriers = kWarps * call.slots * kChunk<kBits> * call.projections[0].block_bytes;
+        cut = barriers + kWarps * call.slots * kBarrierBytes;
+        x = cut + kWarps * kN * kLanes * 16;  // cut: [warp][n][lane]
+        weights = x + call.x_bytes;           // x: [row][16-byte piece], with a gap of 64 bytes behind a row
+        schedule = weights + choices * 4;     // of the rows of x
         bytes = schedule + (experts ? Schedule::bytes(choices, call.choices.experts) : 0);
     }
 };
@@ -193,19 +190,19 @@ __device__ __forceinline__ void combine(const FewTokens& call, const float* choi
 }
 
 // Brings rows of x, a slab of each, to shared memory: `row_of(i)` is where row i is in x.
-template <typename T, uint32_t kWarpCount, typename Row>
+template <typename T, typename Row>
 __device__ __forceinline__ void load_activations(const Projection& p, uint8_t* x, uint32_t rows, uint32_t first_block,
                                                  const Row& row_of) {
     constexpr uint32_t kAtOnce = 4;  // loads on their way
     const bool aligned = p.cols % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, pieces = p.slab * 16;
 #pragma unroll 1
-    for (uint32_t line = warp; line < rows * p.lines.by; line += kAtOnce * kWarpCount) {
+    for (uint32_t line = warp; line < rows * p.lines.by; line += kAtOnce * kWarps) {
         uint4 raw[kAtOnce];
         uint32_t to[kAtOnce];
 #pragma unroll
         for (uint32_t j = 0; j < kAtOnce; ++j) {
-            const uint32_t at = line + j * kWarpCount, row = p.lines.divide(at);
+            const uint32_t at = line + j * kWarps, row = p.lines.divide(at);
             const uint32_t piece = (at - row * p.lines.by) * kLanes + lane;
             const bool there = row < rows && piece < pieces;
             to[j] = there ? row * row_bytes(p.slab) + piece * 16 : ~0u;
@@ -238,13 +235,12 @@ struct Run {
 };
 
 // What a warp has of a batch of `tiles`; where p comes in slabs, of the one that begins at block `first`.
-template <uint32_t kWarpCount>
 __device__ __forceinline__ Run run_of(const Projection& p, uint32_t warp, uint32_t tiles, uint32_t first) {
     if (p.fit != 0) {
         const uint32_t all = tiles * p.blocks.by;
-        return {warp * all / kWarpCount, (warp + 1) * all / kWarpCount};
+        return {warp * all / kWarps, (warp + 1) * all / kWarps};
     }
-    const uint32_t team = kWarpCount / tiles, tile = warp / team, member = warp % team;
+    const uint32_t team = kWarps / tiles, tile = warp / team, member = warp % team;
     if (tile >= tiles) return {0, 0};
     const uint32_t slab = min(p.slab, p.blocks.by - first), begin = tile * p.blocks.by + first;
     return {begin + member * slab / team, begin + (member + 1) * slab / team};
@@ -252,9 +248,8 @@ __device__ __forceinline__ Run run_of(const Projection& p, uint32_t warp, uint32
 
 // kWhole: a block is one group (or a row is), which spares branches and lets loads of all steps begin together.
 template <typename T, int kBits, int kN, bool kExperts, bool kWhole>
-__global__ __launch_bounds__(kWarps<kN>* kLanes,
-                             kResident<kN>) void few_tokens(const __grid_constant__ FewTokens call) {
-    constexpr uint32_t kWarpCount = kWarps<kN>, kNone = ~0u;
+__global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_constant__ FewTokens call) {
+    constexpr uint32_t kNone = ~0u;
     constexpr uint32_t kAllOnes[4] = {kOne, kUpperOne<kBits>, kOne, kUpperOne<kBits>};
     extern __shared__ __align__(128) uint8_t shared[];
     const Room<kBits, kN> room(call, kExperts);
@@ -285,7 +280,7 @@ __global__ __launch_bounds__(kWarps<kN>* kLanes,
                 ++last;
             end = min(end, (last + 1) * p.count.by);
         }
-        return {begin, p.fit != 0 ? end : min(end, begin + kWarpCount)};
+        return {begin, p.fit != 0 ? end : min(end, begin + kWarps)};
     };
     const auto tile_at = [&](const Projection& p, uint32_t tile) {
         if constexpr (!kExperts) return p.tiles + tile * p.tile_bytes;
@@ -305,7 +300,7 @@ __global__ __launch_bounds__(kWarps<kN>* kLanes,
                 continue;
             }
             const Range batch = batch_at(p, next_share.begin, next_share.end);
-            const Run run = run_of<kWarpCount>(p, warp, batch.end - batch.begin, next_first);
+            const Run run = run_of(p, warp, batch.end - batch.begin, next_first);
             const uint32_t tile = p.blocks.divide(run.begin), block = run.begin - tile * p.blocks.by;
             next_left = run.end - run.begin;
             next_in_tile = p.blocks.by - block;
@@ -351,7 +346,7 @@ __global__ __launch_bounds__(kWarps<kN>* kLanes,
             const uint32_t last_product = kExperts ? p.count.divide(batch.end - 1) : 0;
             const uint32_t first_row = kExperts ? schedule.first_row(first_product) : 0;
             const uint32_t rows = kExperts ? schedule.first_row(last_product + 1) - first_row : call.tokens;
-            const uint32_t team = p.fit == 0 ? kWarpCount / (batch.end - batch.begin) : 1;  // warps of a tile, in slabs
+            const uint32_t team = p.fit == 0 ? kWarps / (batch.end - batch.begin) : 1;  // warps of a tile, in slabs
             float sums[kN][4] = {};
             uint32_t owned = kNone;  // the tile of which this warp has the beginning but not all
             const auto leave = [&] {
@@ -383,7 +378,7 @@ __global__ __launch_bounds__(kWarps<kN>* kLanes,
             };
 #pragma unroll 1
             for (uint32_t first = 0; first < p.blocks.by; first += p.slab) {
-                load_activations<T, kWarpCount>(p, shared + room.x, rows, first, [&](uint32_t row) {
+                load_activations<T>(p, shared + room.x, rows, first, [&](uint32_t row) {
                     if constexpr (!kExperts) return row;
                     const uint32_t choice = schedule.choice(first_row + row);
                     return p.is_first ? call.choices.top_k.divide(choice) : choice;
@@ -396,7 +391,7 @@ __global__ __launch_bounds__(kWarps<kN>* kLanes,
                 __syncthreads();
                 if (!was_filled) let_next_begin();
 
-                const Run run = run_of<kWarpCount>(p, warp, batch.end - batch.begin, first);
+                const Run run = run_of(p, warp, batch.end - batch.begin, first);
                 uint32_t tile = p.blocks.divide(run.begin);
 #pragma unroll 1
                 for (uint32_t at = run.begin; at < run.end; ++tile) {
@@ -500,9 +495,9 @@ __global__ __launch_bounds__(kWarps<kN>* kLanes,
             if (owned != kNone) {
                 const uint32_t end = (owned + 1) * p.blocks.by;
 #pragma unroll 1
-                for (uint32_t other = warp + 1; other < (p.fit == 0 ? warp + team : kWarpCount); ++other) {
+                for (uint32_t other = warp + 1; other < (p.fit == 0 ? warp + team : kWarps); ++other) {
                     if (p.fit != 0) {
-                        const Run run = run_of<kWarpCount>(p, other, batch.end - batch.begin, 0);
+                        const Run run = run_of(p, other, batch.end - batch.begin, 0);
                         if (run.begin == run.end) continue;
                         if (run.begin >= end) break;
                     }
@@ -528,48 +523,43 @@ __global__ __launch_bounds__(kWarps<kN>* kLanes,
 }
 
 struct Device {
-    uint32_t multiprocessors, shared, half;  // bytes of shared memory that a block may have, alone and beside another
-    bool overlaps;                           // kernels can begin before the one before them has ended
+    uint32_t multiprocessors, shared;  // shared: bytes that a block may have
+    bool overlaps;                     // kernels can begin before the one before them has ended
 
     static Status current(Device& out) noexcept {
-        int index = 0, multiprocessors = 0, shared = 0, all = 0, reserved = 0, major = 0;
+        int index = 0, multiprocessors = 0, shared = 0, major = 0;
         cudaError_t error = cudaGetDevice(&index);
         const auto get = [&](int& value, cudaDeviceAttr attribute) {
             if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, index);
         };
         get(multiprocessors, cudaDevAttrMultiProcessorCount);
         get(shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-        get(all, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-        get(reserved, cudaDevAttrReservedSharedMemoryPerBlock);
         get(major, cudaDevAttrComputeCapabilityMajor);
-        out = {static_cast<uint32_t>(multiprocessors), static_cast<uint32_t>(shared),
-               static_cast<uint32_t>(all / 2 - reserved), major >= 9};
+        out = {static_cast<uint32_t>(multiprocessors), static_cast<uint32_t>(shared), major >= 9};
         return runtime_status(error);
     }
 };
 
-// How a kernel is launched besides its size. kOverlapping: it may begin before the one before it in the stream has ended.
-// kTogether: all of its blocks of threads are there at the same time.
-enum class Launch { kPlain, kOverlapping, kTogether };
-
+// Launches `kernel` so that it may begin before the one before it in the stream has ended, where the device can. together:
+// all of its blocks of threads are there at the same time.
 template <typename... Arguments>
-Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, Launch how,
-              cudaStream_t stream, std::type_identity_t<Arguments>... arguments) noexcept {
-    cudaLaunchAttribute attribute{};
-    if (how == Launch::kTogether) {
-        attribute.id = cudaLaunchAttributeCooperative;
-        attribute.val.cooperative = 1;
-    } else {
-        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attribute.val.programmaticStreamSerializationAllowed = 1;
-    }
+Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, bool together,
+              const Device& device, cudaStream_t stream, std::type_identity_t<Arguments>... arguments) noexcept {
+    cudaLaunchAttribute attributes[2]{};
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = threads;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = how == Launch::kPlain ? 0 : 1;
+    config.attrs = attributes;
+    if (together) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+        attributes[config.numAttrs++].val.cooperative = 1;
+    }
+    if (device.overlaps) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
     return runtime_status(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
@@ -579,10 +569,10 @@ inline constexpr uint32_t kMostSlots = 8;
 // rows of three products, where it is there, since that is what a share is of. True where none of it has to come in slabs.
 template <int kBits, int kN>
 bool divide(FewTokens& call, bool experts, const Device& device, uint32_t slots) noexcept {
-    const uint32_t shared = kResident<kN> == 2 ? device.half : device.shared;
     const uint32_t choices = experts ? call.tokens * call.choices.top_k.by : call.tokens;
     call.slots = slots, call.x_bytes = 0;
-    const uint32_t fixed = Room<kBits, kN>(call, experts).bytes, room = shared > fixed ? shared - fixed : 0;
+    const uint32_t fixed = Room<kBits, kN>(call, experts).bytes,
+                   room = device.shared > fixed ? device.shared - fixed : 0;
     const uint32_t most = std::min(call.most, choices);
     bool whole = true;
     for (uint32_t i = 0; i < call.count; ++i) {
@@ -597,8 +587,8 @@ bool divide(FewTokens& call, bool experts, const Device& device, uint32_t slots)
         p.lines = Divisor(ceil_div(p.slab * 16, kLanes));
         call.x_bytes = std::max(call.x_bytes, (p.fit == 0 ? most : p.fit) * row_bytes(p.slab));
     }
-    while (call.slots < kMostSlots && Room<kBits, kN>(call, experts).bytes <= shared) ++call.slots;
-    if (Room<kBits, kN>(call, experts).bytes > shared) --call.slots;
+    while (call.slots < kMostSlots && Room<kBits, kN>(call, experts).bytes <= device.shared) ++call.slots;
+    if (Room<kBits, kN>(call, experts).bytes > device.shared) --call.slots;
     return whole;
 }
 
@@ -611,11 +601,11 @@ Status launch_as(FewTokens& call, const Device& device, cudaStream_t stream) noe
                                                         : few_tokens<T, kBits, kN, kExperts, false>;
     QMOE_TRY(runtime_status(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared))));
-    const uint32_t most = device.multiprocessors * kResident<kN>, count = call.projections[0].count.by;
+    const uint32_t most = device.multiprocessors, count = call.projections[0].count.by;
     const uint32_t grid = !kExperts && count < most ? count : most;
     call.grid = Divisor(grid);
-    const Launch how = call.count == 2 ? Launch::kTogether : device.overlaps ? Launch::kOverlapping : Launch::kPlain;
-    return launch(kernel, grid, kWarps<kN> * kLanes, Room<kBits, kN>(call, kExperts).bytes, how, stream, call);
+    return launch(kernel, grid, kWarps * kLanes, Room<kBits, kN>(call, kExperts).bytes, call.count == 2, device, stream,
+                  call);
 }
 
 // Chooses the kernel, by the tokens that a product has most often and by room: kN = 2 reads weights once for up to 16.

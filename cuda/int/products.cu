@@ -96,8 +96,7 @@ Status check_experts(const IntExperts& e) noexcept {
 template <typename T>
 Status launch_combine(const FewTokens& call, const Device& device, cudaStream_t stream) noexcept {
     const dim3 grid(ceil_div(call.projections[0].rows, 4 * kCombineThreads), call.tokens);
-    return launch(combine_choices<T>, grid, kCombineThreads, 0, device.overlaps ? Launch::kOverlapping : Launch::kPlain,
-                  stream, call);
+    return launch(combine_choices<T>, grid, kCombineThreads, 0, false, device, stream, call);
 }
 
 }  // namespace

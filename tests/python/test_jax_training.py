@@ -83,7 +83,7 @@ def test_grown_weights_begin_without_a_past() -> None:
         state = pruner.wrap_optax(make()).init(params)
         ones = jax.tree.map(lambda leaf: jnp.ones_like(leaf), state.inner_state)
         state = state._replace(inner_state=ones, count=jnp.int32(2))
-        after = jax.jit(pruner.update_state)(state, params, grads)
+        after = pruner.settle(state, jax.jit(pruner.update_state)(state, params, grads), params)
         old, new = (np.asarray(s.masks["dense"]["kernel"]) for s in (state, after))
         grown = (old == 0) & (new == 1)
         assert 20 < grown.sum() < 100
@@ -111,12 +111,17 @@ def test_masks_that_move_keep_their_weights_at_any_scale(algorithm: str) -> None
     assert (old & new).sum() >= np.round(115 * (1 - fraction))
 
 
+@pytest.mark.slow
 def test_masks_of_large_arrays_keep_their_number_of_weights() -> None:
-    """A share in float32 cannot tell 2^24 + 2 weights from 2^24 + 1."""
-    size, kept = (1 << 24) + 2, (1 << 24) - 3
-    mask = jnp.ones(size, jnp.uint8).at[:5].set(0)
-    moved = updater("set")._moved(mask, jnp.ones(size), jnp.arange(size, dtype=jnp.float32), 0.1)  # type: ignore[attr-defined]
-    assert int(moved.sum()) == kept
+    """The share of kept weights in float32, from which JaxPruner counts them again, is off by one here."""
+    size, kept, one = 20_000_000, 2_528_791, np.float32(1)
+    share = np.float32(kept) / np.float32(size)
+    assert int(np.round(np.float32(size) * (one - (one - share)))) == kept + 1
+    mask = (jnp.arange(size) < kept).astype(jnp.uint8)
+    scores = jnp.arange(size, dtype=jnp.float32)
+    pruner = updater("set")
+    assert isinstance(pruner, qjax.SET)
+    assert int(pruner._moved(mask, scores, scores, 0.1).sum()) == kept
 
 
 def test_n_by_m_masks_do_not_move() -> None:
@@ -185,8 +190,8 @@ def test_only_what_changes_passes_through_the_condition() -> None:
 
     assert outputs("magnitude") == [2]  # two masks, and none of Adam's moments
     assert outputs("no_prune") == outputs("static_sparse") == outputs("magnitude_ste") == []
-    moments = 4  # mu and nu of two kernels
-    assert outputs("rigl")[0] == 2 + moments
+    assert outputs("rigl") == [2]
+    assert outputs("acdc")[0] == 2
 
 
 def test_a_subclass_may_change_all_of_the_state() -> None:

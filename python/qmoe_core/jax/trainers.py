@@ -74,13 +74,17 @@ class SET(StaticRandomSparse):
         new = map_leaves(
             lambda mask, d, g: None if mask is None else self._moved(mask, d, g, fraction), masks, drop, grow
         )
-        grown = by_key(map_leaves(lambda old, now: None if old is None else (old == 0) & (now == 1), masks, new))
+        return sparse_state._replace(masks=self._stored(new))
+
+    def settle(self, old: SparseState, new: SparseState, params: Tree) -> SparseState:
+        before, after = (by_key(self.unpacked_masks(state, params)) for state in (old, new))
 
         def restarted(key: Any, leaf: jax.Array) -> jax.Array:
-            return leaf if grown[key] is None else jnp.where(grown[key], jnp.zeros((), leaf.dtype), leaf)
+            if after[key] is None:
+                return leaf
+            return jnp.where((before[key] == 0) & (after[key] == 1), jnp.zeros((), leaf.dtype), leaf)
 
-        inner = map_param_like(restarted, sparse_state.inner_state, params)
-        return sparse_state._replace(masks=self._stored(new), inner_state=inner)
+        return new._replace(inner_state=map_param_like(restarted, new.inner_state, params))
 
     def _moved(self, mask: jax.Array, drop: jax.Array, grow: jax.Array, fraction: Any) -> jax.Array:
         kept = jnp.sum(mask, dtype=jnp.int32)

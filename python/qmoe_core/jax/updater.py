@@ -97,10 +97,16 @@ class BaseUpdater:
         )
 
     def update_state(self, sparse_state: SparseState, params: Tree, grads: Tree, **kwargs: Any) -> SparseState:
-        """The state with masks for this step."""
+        """The state with masks for this step. Called under a condition in steps that change masks."""
         sparsities = self.scheduler.get_sparsity_at_step(sparse_state.target_sparsities, sparse_state.count)
         scores = self.calculate_scores(params, sparse_state=sparse_state, grads=grads, **kwargs)
         return sparse_state._replace(masks=self._stored(self.create_masks(scores, sparsities)))
+
+    def settle(self, old: SparseState, new: SparseState, params: Tree) -> SparseState:
+        """The new state with what follows from its masks for the optimizer's state. Called in every step, with the
+        same masks in both states in most: outside of a condition XLA makes it part of the optimizer's own loop over
+        its moments, where a condition would copy them."""
+        return new
 
     def pre_forward_update(self, params: Tree, opt_state: SparseState) -> Tree:
         """To be called on the parameters before they are used. Nothing, but for straight-through estimators."""
@@ -172,28 +178,25 @@ class BaseUpdater:
             if params is None:
                 raise QmoeError("E_MISSING", "sparse training needs the parameters: update(updates, state, params)")
             due = self.scheduler.is_mask_update_iter(state.count)
-            state = _changed_if(due, partial(self.update_state, **extra), state, params, updates)
+            changed = _changed_if(due, partial(self.update_state, **extra), state, params, updates)
+            state = changed if changed is state else self.settle(state, changed, params)
             if self.is_sparse_gradients:
                 updates = self.apply_masks(updates, state.masks, is_packed=None)
-            step = partial(wrapped.update, **extra)
-            new_updates, inner_state = _unless(due if self.skip_gradients else False, step, updates, state, params)
+            new_updates, inner_state = wrapped.update(updates, state.inner_state, params, **extra)
+            if self.skip_gradients:
+                new_updates = jax.tree.map(lambda leaf: jnp.where(due, jnp.zeros_like(leaf), leaf), new_updates)
+                inner_state = jax.tree.map(partial(jnp.where, due), state.inner_state, inner_state)
             count = jnp.where(state.count < jnp.iinfo(jnp.int32).max, state.count + 1, state.count)
             return new_updates, state._replace(inner_state=inner_state, count=count)
 
         return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _known(due: Any) -> bool | None:
-    """Whether, where that is known now; None while tracing."""
-    return None if isinstance(due, jax.core.Tracer) else bool(due)
-
-
 def _changed_if(due: Any, change: Callable[..., SparseState], state: SparseState, params: Tree, grads: Tree) -> Any:
     """`change(state, params, grads)` if due, else the state. Only what it changes passes through the condition: XLA
     copies whatever does, and an optimizer's moments are twice the parameters."""
-    known = _known(due)
-    if known is not None:
-        return change(state, params, grads) if known else state
+    if not isinstance(due, jax.core.Tracer):
+        return change(state, params, grads) if due else state
     leaves: list[Any]
     structure: Any
     leaves, structure = jax.tree_util.tree_flatten(state)
@@ -214,22 +217,6 @@ def _changed_if(due: Any, change: Callable[..., SparseState], state: SparseState
     for i, leaf in zip(changed, jax.lax.cond(due, new_leaves, lambda: kept), strict=True):
         leaves[i] = leaf
     return jax.tree_util.tree_unflatten(structure, leaves)
-
-
-def _unless(skip: Any, step: Callable[..., Any], updates: Tree, state: SparseState, params: Tree) -> Any:
-    """The optimizer's updates and new state; if skipped, zeros and the state as it is."""
-
-    def nothing() -> Any:
-        shapes = jax.eval_shape(step, updates, state.inner_state, params)[0]
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), state.inner_state
-
-    def something() -> Any:
-        return step(updates, state.inner_state, params)
-
-    known = _known(skip)
-    if known is not None:
-        return nothing() if known else something()
-    return jax.lax.cond(skip, nothing, something)
 
 
 @dataclass
