@@ -336,15 +336,20 @@ def int_linear(result: dict[str, Any]) -> list[str]:
 def two_gpus(result: dict[str, Any]) -> list[str]:
     """Calibrated compression by several processes with a GPU each (bench/gpu/two_gpus.py)."""
     layers, experts, hidden, intermediate = result["shape"]
-    lines = ["| GPUs | seconds | with the start of processes | faster | output error |", "|---:|---:|---:|---:|---:|"]
+    first = result["rows"][0]
+    lines = [
+        "| GPUs | seconds | faster | seconds a layer | faster | with the start of processes | output error |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     lines += [
-        f"| {row['processes']} | {row['seconds']:.1f} | {row['wall_seconds']:.1f} | {row['speedup']:.2f}x "
+        f"| {row['processes']} | {row['seconds']:.1f} | {row['speedup']:.2f}x | {row['layer_seconds']:.2f} "
+        f"| {first['layer_seconds'] / row['layer_seconds']:.2f}x | {row['wall_seconds']:.1f} "
         f"| {row['mean_relative_output_error']:.4f} |"
         for row in result["rows"]
     ]
     lines += [
         "",
-        f"{result['format']}, {result['rows'][0]['tokens']} tokens, {layers} layers of {experts} experts of {hidden} x "
+        f"{result['format']}, {first['tokens']} tokens, {layers} layers of {experts} experts of {hidden} x "
         f"{intermediate}, top 8, {result['source_bytes'] / 1e9:.1f} GB. {origin(result)}",
     ]
     return lines
@@ -520,7 +525,52 @@ def jax_overhead(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def maskllm(result: dict[str, Any]) -> list[str]:
+    """Learned masks against one-shot ones (bench/gpu/maskllm.py)."""
+    original, *rows = result["rows"]
+    best = next(row for row in rows if row["name"] == "sparsegpt")["perplexity"] - original["perplexity"]
+    lines = [
+        "| mask | perplexity | KL divergence | nearer to dense than SparseGPT | minutes |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        nearer = 1 - (row["perplexity"] - original["perplexity"]) / best
+        lines.append(
+            f"| {row['name']} | {row['perplexity']:.2f} ± {row['perplexity_se']:.2f} | {row['kl']:.3f} "
+            f"| {'' if row['name'] == 'sparsegpt' else f'{nearer:+.0%}'} | {row['train_seconds'] / 60:.1f} |"
+        )
+    lines += [
+        "",
+        f"{rows[0]['pattern']} in the experts of {result['model']}; the original has {original['perplexity']:.2f} ± "
+        f"{original['perplexity_se']:.2f}. Learned in {result['steps']} steps of {result['batch']} x "
+        f"{result['window']} tokens, {result['dtype']}; one-shot methods see {result['calibration_tokens']:,} tokens, "
+        f"and SparseGPT updates what stays. Evaluated in float32, {original['windows']} windows. {origin(result)}",
+    ]
+    return lines
+
+
+def squarehead(result: dict[str, Any]) -> list[str]:
+    """Gradual pruning by loss (bench/gpu/squarehead.py)."""
+    original, *rows = result["rows"]
+    lines = ["| loss | zeros | perplexity | KL divergence | minutes |", "|---|---:|---:|---:|---:|"]
+    lines += [
+        f"| {row['name']} | {row['sparsity']:.1%} | {row['perplexity']:.2f} ± {row['perplexity_se']:.2f} "
+        f"| {row['kl']:.3f} | {row['train_seconds'] / 60:.1f} |"
+        for row in rows
+    ]
+    lines += [
+        "",
+        f"Experts of {result['model']}, whose perplexity is {original['perplexity']:.2f} ± "
+        f"{original['perplexity_se']:.2f}, pruned gradually ({result['pattern']}) in {result['steps']} steps of "
+        f"{result['batch']} x {result['window']} tokens, the same for all, {result['dtype']}; learning rate "
+        f"{result['lr']:g}. Evaluated in float32, {original['windows']} windows. {origin(result)}",
+    ]
+    return lines
+
+
 RENDERERS = {
+    "maskllm": maskllm,
+    "squarehead": squarehead,
     "jax-overhead": jax_overhead,
     "pruning": pruning,
     "pruning-experts": pruning_experts,

@@ -108,9 +108,7 @@ def test_priors_move_logits_as_published():
     groups = planted["weight"].unflatten(1, (-1, 4)).float()
     for row, group, c in itertools.product(range(12), range(4), range(6)):
         bump = float(plain.std()) * 3.0 * (float(groups[row, group] @ candidates[c]) - 1.0)
-        assert moved[row][group][c] == pytest.approx(
-            float(plain[row, group, c]) + bump, abs=1e-6
-        )
+        assert moved[row][group][c] == pytest.approx(float(plain[row, group, c]) + bump, abs=1e-6)
     assert agreement(learner.masks, planted) > 0.9  # three widths of the noise
     strong = MaskLearner(copy.deepcopy(layer), prior=planted, alpha=30.0, names=["weight"])
     assert agreement(strong.masks, planted) == 1.0
