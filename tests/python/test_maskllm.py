@@ -201,9 +201,11 @@ def test_a_training_continues_to_the_same_bits(tmp_path):
         MaskLearner(layer, names=["weight"]).train(lambda step: x, 21, state=tmp_path / "state")
 
 
-def test_processes_learn_one_mask_from_their_parts_of_every_batch(tmp_path):
+@pytest.mark.parametrize("joined", [False, True])
+def test_processes_learn_one_mask_from_their_parts_of_every_batch(tmp_path, joined):
     def run(rank: int) -> tuple[torch.Tensor, float, bool]:
-        dist.init_process_group("gloo")
+        if joined:  # else as torchrun leaves it
+            dist.init_process_group("gloo")
         layer, planted, x = regression()
         learner = MaskLearner(layer, names=["weight"], kappa=(10, 50))
         loss, rows = error_against(planted, layer), []
@@ -214,7 +216,7 @@ def test_processes_learn_one_mask_from_their_parts_of_every_batch(tmp_path):
 
         learner.train(lambda step: x[:511], 150, lr=2e-2, loss=noted)
         logits, mask = learner.logits["weight"].detach(), agreement(learner.finish(), planted)
-        dist.destroy_process_group()
+        assert dist.is_initialized() == joined
         return logits, mask, set(rows) == {256 - rank}
 
     outcomes = together(2, tmp_path, run)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +42,9 @@ def train_masks(
 ) -> list[float]:
     """AdamW on the logits, the learning rate along a cosine to a tenth.
 
-    In a process group of torch.distributed every process takes its part of each batch's rows and samples masks of its
-    own; gradients are means over all rows, so all processes have the same logits throughout.
+    In a process group of torch.distributed, or under torchrun, whose processes it then brings together, every process
+    takes its part of each batch's rows and samples masks of its own; gradients are means over all rows, so all
+    processes have the same logits throughout.
 
     Args:
         batches: the whole batch of a step, of token ids (B, L), or whatever `loss` takes with rows in front.
@@ -53,7 +56,7 @@ def train_masks(
         progress: called with the steps done and the last loss.
 
     Returns:
-        The model's loss of every step, of the first process.
+        The model's loss of every step, of this process's rows.
 
     Raises:
         QmoeError: `E_VALUE` (dtype, fewer rows than processes, a loss that is not finite), `E_CHANGED` (a state of
@@ -61,41 +64,57 @@ def train_masks(
     """
     if dtype not in ("float32", "bfloat16"):
         raise QmoeError("E_VALUE", "masks are trained in", expected=("float32", "bfloat16"), actual=dtype)
-    model, of = learner.model, loss or language_loss
-    parameters = list(learner.parameters())
+    of, parameters = loss or language_loss, list(learner.parameters())
     settings = torch.tensor([steps, lr, weight_decay, clip], dtype=torch.float64)
     optimizer = torch.optim.AdamW(parameters, lr, betas=BETAS, eps=EPSILON, weight_decay=weight_decay)
-    losses = _load(learner, optimizer, state, settings)
-    rank, size = _place()
-    for step in range(len(losses), steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (LAST + (1 - LAST) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        learner.step(step, steps)
-        batch = batches(step)
-        if len(batch) < size:
-            raise QmoeError("E_VALUE", "a batch has fewer rows than there are processes", expected=f">= {size}",
-                            actual=len(batch))  # fmt: skip
-        rows = batch[rank::size]
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(rows.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            value = of(model, rows)
-        share = len(rows) * size / len(batch)
-        (value * share + learner.regulariser()).backward()  # type: ignore[no-untyped-call]
-        _average([parameter.grad for parameter in parameters], size)
-        norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-        losses.append(value.item())
-        if not (math.isfinite(losses[-1]) and math.isfinite(norm.item())):
-            raise QmoeError("E_VALUE", f"the masks' training diverged in step {step}", expected="finite",
-                            actual=f"loss {losses[-1]}, gradient {norm.item()}")  # fmt: skip
-        optimizer.step()
-        if state is not None and rank == 0 and ((step + 1) % every == 0 or step + 1 == steps):
-            _save(learner, optimizer, state, settings, losses)
-        if progress is not None:
-            progress(step + 1, losses[-1])
+    with _together(parameters[0].device):
+        losses = _load(learner, optimizer, state, settings)
+        rank, size = place()
+        for step in range(len(losses), steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (LAST + (1 - LAST) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            learner.step(step, steps)
+            batch = batches(step)
+            if len(batch) < size:
+                raise QmoeError("E_VALUE", "a batch has fewer rows than there are processes", expected=f">= {size}",
+                                actual=len(batch))  # fmt: skip
+            rows = batch[rank::size]
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(rows.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+                value = of(learner.model, rows)
+            share = len(rows) * size / len(batch)
+            (value * share + learner.regulariser()).backward()  # type: ignore[no-untyped-call]
+            _average([parameter.grad for parameter in parameters], size)
+            norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+            losses.append(value.item())
+            if not (math.isfinite(losses[-1]) and math.isfinite(norm.item())):
+                raise QmoeError("E_VALUE", f"the masks' training diverged in step {step}", expected="finite",
+                                actual=f"loss {losses[-1]}, gradient {norm.item()}")  # fmt: skip
+            optimizer.step()
+            if state is not None and rank == 0 and ((step + 1) % every == 0 or step + 1 == steps):
+                _save(learner, optimizer, state, settings, losses)
+            if progress is not None:
+                progress(step + 1, losses[-1])
     return losses
 
 
-def _place() -> tuple[int, int]:
+@contextmanager
+def _together(device: torch.device) -> Iterator[None]:
+    """All processes that torchrun has started are one group in the block."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def place() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():

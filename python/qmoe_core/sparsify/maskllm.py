@@ -21,6 +21,7 @@ from torch import nn
 
 from ..errors import QmoeError
 from ..store import crc32c
+from .mask_training import place, train_masks
 from .masks import Masks
 from .patterns import NM, Pattern
 from .selection import Weight, select_weights
@@ -101,7 +102,7 @@ class MaskLearner:
         self._candidates = candidates.float()
         self._range = {"kappa": kappa, "tau": tau, "reg": (reg, 0.0)}
         self.kappa, self.tau, self.reg, self.seed = kappa[0], tau[0], reg, seed
-        self._step, self._rank = 0, _rank()
+        self._step, self._rank = 0, 0
         self.logits = {name: self._logits(weight, prior, alpha, sigma) for name, weight in self.weights.items()}
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
@@ -181,7 +182,7 @@ class MaskLearner:
         part = done / max(steps, 1)
         for name, (first, last) in self._range.items():
             setattr(self, name, first + (last - first) * part)
-        self._step = done
+        self._step, self._rank = done, place()[0]
 
     def regulariser(self) -> torch.Tensor:
         """-reg * sum over all weights of ||W * mask||^2, with the masks of this step."""
@@ -206,8 +207,6 @@ class MaskLearner:
         progress: Callable[[int, float], None] | None = None,
     ) -> list[float]:
         """Trains the logits; see `mask_training.train_masks`, whose arguments these are."""
-        from .mask_training import train_masks
-
         return train_masks(
             self, batches, steps, lr=lr, weight_decay=weight_decay, clip=clip, dtype=dtype, loss=loss, state=state,
             every=every, progress=progress,
@@ -247,9 +246,3 @@ class MaskLearner:
                                 actual=tuple(state[name].shape))  # fmt: skip
         for name, logits in self.logits.items():
             logits.copy_(state[name])
-
-
-def _rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
