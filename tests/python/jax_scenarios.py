@@ -2,15 +2,16 @@
 
     python tests/python/jax_scenarios.py tests/golden/jax/jaxpruner.npz
 
-records the former, where it is installed (github.com/google-research/jaxpruner, with jax 0.4.30, optax 0.2.3 and flax
-0.8.5); tests compare the latter with the recording, and with JaxPruner itself where they find it.
+records the former, from a clone of github.com/google-research/jaxpruner on PYTHONPATH (an installed one lacks the
+extensions), with jax 0.4.30, optax 0.2.3 and flax 0.8.5; tests compare the latter with the recording, and with the
+former itself where they find it.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -45,6 +46,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "magnitude_ste": COMMON,
     "random_ste": COMMON,
     "no_prune": {},
+}
+PHASES = {"init_dense_steps_end": 2, "final_sparse_steps_start": 9, "cycle_sparse_steps": 2, "cycle_dense_steps": 1}
+EXTENSIONS: dict[str, dict[str, Any]] = {
+    "acdc": {"dist_type": "erk", "sparsity": 0.7, **PHASES},
+    "adam-fisher": COMMON,
+    "adam-fisher reset": COMMON | {"reset_adam": True},
 }
 
 
@@ -152,12 +159,23 @@ def parameters() -> tuple[dict[str, Any], list[Any]]:
     return tree(), [tree() for _ in range(STEPS)]
 
 
-def training(lib: Any) -> Iterator[tuple[str, Any]]:
+def extensions(lib: Any) -> Iterator[tuple[str, Any]]:
+    if lib.__name__ == "jaxpruner":
+        from jaxpruner.projects.extensions import acdc, adam_fisher
+
+        acdc.add_to_jaxpruner()
+        adam_fisher.add_to_jaxpruner()
+    yield from training(lib, EXTENSIONS, "adam")
+
+
+def training(
+    lib: Any, configs: Mapping[str, dict[str, Any]] = CONFIGS, always: str = "momentum"
+) -> Iterator[tuple[str, Any]]:
     # A small eps would make the first steps of all grown weights the same size, and their order a matter of rounding.
     optimizers = {"adam": lambda: optax.adam(0.05, eps=0.3), "momentum": lambda: optax.sgd(0.05, momentum=0.9)}
-    for name, config in CONFIGS.items():
+    for name, config in configs.items():
         for kind, make in optimizers.items():
-            if kind == "adam" and name not in ("magnitude", "magnitude skip", "set", "rigl"):
+            if kind != always and name not in ("magnitude", "magnitude skip", "set", "rigl"):
                 continue
             updater = lib.create_updater_from_config(as_config(lib, {"algorithm": name.split()[0], **config}))
             optimizer = updater.wrap_optax(make())
@@ -201,11 +219,11 @@ def instant(lib: Any) -> Iterator[tuple[str, Any]]:
                 yield f"intersection {name} {key}", value
 
 
-def run(lib: Any) -> dict[str, np.ndarray]:
-    """Everything, by name. Random numbers are those of jax's newer generator on every version."""
+def run(lib: Any, *more: Callable[[Any], Iterator[tuple[str, Any]]]) -> dict[str, np.ndarray]:
+    """Everything and `more`, by name. Random numbers are those of jax's newer generator on every version."""
     results: dict[str, np.ndarray] = {}
     with jax.threefry_partitionable(True):
-        for scenario in (masks, schedules, distributions, training, instant):
+        for scenario in (masks, schedules, distributions, training, instant, *more):
             for name, value in scenario(lib):
                 assert name not in results, name
                 results[name] = np.asarray(value)
@@ -241,4 +259,4 @@ def unpack(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 if __name__ == "__main__":
     import jaxpruner
 
-    np.savez_compressed(sys.argv[1], **pack(run(jaxpruner)))  # type: ignore[arg-type]
+    np.savez_compressed(sys.argv[1], **pack(run(jaxpruner, extensions)))  # type: ignore[arg-type]
