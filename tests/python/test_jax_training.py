@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -266,3 +268,22 @@ def test_sharded_parameters_get_the_same_masks() -> None:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     result = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parents[2] / "docs" / "jax.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    names = {"params": {"mlp": {"up": {"kernel": jnp.ones((8, 4))}}}, "batch": jnp.ones((3, 8))}
+    names["loss"] = lambda params, batch: jnp.sum(jnp.square(batch @ params["mlp"]["up"]["kernel"] - 1))  # type: ignore[assignment]
+    exec(first, names)
+    exec("state = state._replace(count=state.count + 5000)\nparams, state = step(params, state, batch)", names)
+    assert int((names["params"]["mlp"]["up"]["kernel"] != 0).sum()) == 7  # of 32; 80 % are 25 whole weights
+    exec(second, names)
+    assert set(np.load("masks.npz").files) == {"model.mlp.up_proj.weight", "__qmoe_masks__"}
+    rows = re.findall(r"^\| (`.*?) \| (`.*?) \|", text, re.MULTILINE)
+    algorithms, classes = (re.findall(r"`([\w-]+)`", " ".join(column)) for column in zip(*rows[:9], strict=True))
+    assert sorted(algorithms) == sorted(qjax.all_algorithm_names()) and len(classes) == len(algorithms)
+    assert all(
+        qjax.ALGORITHM_REGISTRY[name] is getattr(qjax, made) for name, made in zip(algorithms, classes, strict=True)
+    )
