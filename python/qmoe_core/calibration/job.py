@@ -371,14 +371,15 @@ def run_layers(
             first = 0
             pipeline.begin(0, {})
         for result in pipeline.layers(first):
-            pipeline.behind.do(partial(_finish, pipeline, result, found(result), keep))
+            kept = pipeline.writes(result.index) and pipeline.kept == result.index + 1
+            pipeline.behind.do(partial(_finish, pipeline, result, kept, found(result), keep))
         pipeline.behind.wait()
     group.barrier()  # nobody uses files any more
 
 
-def _finish(pipeline: Pipeline, result: LayerResult, part: Any, keep: Keep) -> None:
-    """Makes a layer durable, on all processes: the next one's inputs, and on the leading process the rest."""
-    states = pipeline.commit(result.index)
+def _finish(pipeline: Pipeline, result: LayerResult, kept: bool, part: Any, keep: Keep) -> None:
+    """Makes a layer durable: on all processes the next one's inputs, if they are `kept`, on the leading one the rest."""
+    states = pipeline.commit() if kept else {}
     gathered = pipeline.aside.gather((states, part, [stack.reader.pieces for stack in result.stacks]))
     if gathered is None:
         return

@@ -303,9 +303,12 @@ class Layer:
         """Makes the next layer's inputs."""
         if not self.p.writes(self.index):
             return
-        self.p.behind.wait()
-        self.p.group.barrier()  # what is overwritten here nobody needs once the layer before is in the journal
+        committing = self.p.kept == self.index
         keep = self.p.keeps(self.index + 1)
+        if keep or committing:
+            self.p.behind.wait()
+        if keep:
+            self.p.group.barrier()  # what is overwritten here nobody needs once the layers before are in the journal
         for states in self.p.streams.values():
             states.begin(self.index + 1, keep)
         self._set_taps("replay")

@@ -9,9 +9,10 @@ A layer goes through stages in the order in which it calls its parts, each one a
     experts  the inputs of the experts are recorded; the experts are quantized chunk by chunk (`experts.py`)
     write    the layer, compressed, makes the next layer's inputs
 
-What is to be durable of a layer becomes so behind the computation of the next one, in `behind`, before that one
-overwrites anything. Quantized matrices wait there, too, those of two chunks of experts at most. Activations are made
-durable every now and then only: those of a fast layer are gigabytes that would take longer to write than to make again.
+What is to be durable of a layer becomes so behind the computation of the next ones, in `behind`. Quantized matrices
+wait there, too, those of two chunks of experts at most. Activations are made durable every now and then only: those of
+a fast layer are gigabytes that would take longer to write than to make again. No layer overwrites durable ones before
+all that came before it is durable.
 
 Several processes (`distributed.py`) have a contiguous part of the windows each, with the activations of these, and
 nothing else is divided up but reading the experts' weights and the quantization. All sums are sums over the processes,
@@ -205,8 +206,8 @@ class Pipeline:
         return layer == 0 or all(states.restore(layer, crcs.get(name, -1)) for name, states in self.streams.items())
 
     def layers(self, start: int) -> Iterator[LayerResult]:
-        """Runs the layers from `start`, whose inputs `begin` has made available. Before the next one is
-        asked for, `commit` must be under way in `behind`."""
+        """Runs the layers from `start`, whose inputs `begin` has made available. Before the next one is asked for,
+        `commit` must be under way in `behind`, where the layer `keeps` what it has written."""
         done = sum(self.bytes[:start])
         for index in range(start, self.count):
             result = Layer(self, index, done).run()
@@ -229,10 +230,9 @@ class Pipeline:
             self.kept, self._kept_at = layer, time.monotonic()
         return self.kept == layer
 
-    def commit(self, index: int) -> dict[str, int]:
-        """Makes what layer `index` has written durable, where it `keeps` that; the CRC32C by stream."""
-        kept = self.writes(index) and self.kept == index + 1
-        return {name: states.commit() for name, states in self.streams.items()} if kept else {}
+    def commit(self) -> dict[str, int]:
+        """Makes what the last layer has written durable; the CRC32C by stream."""
+        return {name: states.commit() for name, states in self.streams.items()}
 
     @torch.no_grad()
     def _gains(self, probes: Probes) -> list[float]:
