@@ -378,7 +378,7 @@ def run_layers(
 
 
 def _finish(pipeline: Pipeline, result: LayerResult, kept: bool, part: Any, keep: Keep) -> None:
-    """Makes a layer durable: on all processes the next one's inputs, if they are `kept`, on the leading one the rest."""
+    """Makes a layer durable: on all processes the next one's inputs, if `kept`, and on the leading one the rest."""
     states = pipeline.commit() if kept else {}
     gathered = pipeline.aside.gather((states, part, [stack.reader.pieces for stack in result.stacks]))
     if gathered is None:
