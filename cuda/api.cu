@@ -45,6 +45,10 @@ Status prepack(const DeviceMatrix& matrix, RowOrder order, void* out, uint64_t o
     return prepack_int(matrix, order, out, out_bytes, static_cast<cudaStream_t>(stream));
 }
 
+Status unpack(const IntStack& matrix, void* out, OutputType type, void* stream) noexcept {
+    return is_int(matrix.spec) ? unpack_int(matrix, out, type, static_cast<cudaStream_t>(stream)) : only_int();
+}
+
 Status int_linear(const IntLinear& linear, void* stream) noexcept {
     return is_int(linear.weight.spec) ? linear_int(linear, static_cast<cudaStream_t>(stream)) : only_int();
 }
@@ -66,7 +70,7 @@ Status ternary_sums_on(const TernarySums& sums, void* stream) noexcept {
     return ternary_sums(sums, static_cast<cudaStream_t>(stream));
 }
 
-constexpr Api kApi{kApiVersion, device_count,      device_info, dequantize,     prepacked_bytes, prepack,
+constexpr Api kApi{kApiVersion, device_count,      device_info, dequantize,     prepacked_bytes, prepack,        unpack,
                    int_linear,  experts_workspace, int_experts, round_block_on, choose_grid_on,  ternary_sums_on};
 
 }  // namespace

@@ -82,15 +82,15 @@ def measure(packed: PackedTensor, bandwidth: float) -> dict[str, Any]:
     copies = max(2, -(-CACHE_BYTES // (packed.nbytes + 2 * weights)))
     on_device = [torch.from_numpy(packed.data).cuda() for _ in range(copies)]
     outputs = [torch.empty(weights, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
-    table = None
+    record, table = _C.CudaRecord(packed.data), None
     if packed.info["specs"][0]["format"] == "ternary":
-        table = torch.from_numpy(_C.ternary_table(packed.data, 0).view(np.int32)).cuda()
+        table = torch.from_numpy(record.table(0).view(np.int32)).cuda()
 
     def run() -> None:
         stream = torch.cuda.current_stream().cuda_stream
         for source, out in zip(on_device, outputs, strict=True):
             pointer = 0 if table is None else table.data_ptr()
-            _C.cuda_dequantize(packed.data, 0, source.data_ptr(), pointer, out.data_ptr(), "bfloat16", stream)
+            record.dequantize(0, source.data_ptr(), pointer, out.data_ptr(), "bfloat16", stream)
 
     times = microseconds(run, copies)
     median = times["median_us"] / 1e6

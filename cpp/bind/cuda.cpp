@@ -44,13 +44,6 @@ py::dict cuda_info() {
     return out;
 }
 
-py::array_t<uint32_t> ternary_table(const Bytes& record_bytes, uint64_t expert) {
-    const Record record = open_record_with(record_bytes, true, expert);
-    py::array_t<uint32_t> table(4096);
-    check(cuda::ternary_decoding_table(record.matrix(expert).spec, {table.mutable_data(), 4096}));
-    return table;
-}
-
 cuda::OutputType type_of(const std::string& dtype) {
     return dtype == "float32"    ? cuda::OutputType::kFloat32
            : dtype == "float16"  ? cuda::OutputType::kFloat16
@@ -69,14 +62,48 @@ cuda::DeviceMatrix device_matrix(const Record& record, uint64_t expert, uintptr_
     return matrix;
 }
 
-void cuda_dequantize(const Bytes& record_bytes, uint64_t expert, uintptr_t record_on_device, uintptr_t table,
-                     uintptr_t out, const std::string& dtype, uintptr_t stream) {
-    const Record record = open_record_with(record_bytes, true, expert);
-    cuda::DeviceMatrix matrix = device_matrix(record, expert, record_on_device);
-    matrix.ternary_table = reinterpret_cast<const uint32_t*>(table);
-    check(required_library().dequantize(matrix, reinterpret_cast<void*>(out), type_of(dtype),
-                                        reinterpret_cast<void*>(stream)));
-}
+// A record's matrices as they are stored, to be decoded where their bytes lie in device memory. The record is checked
+// once, here.
+class CudaRecord {
+  public:
+    explicit CudaRecord(const Bytes& record_bytes) {
+        const Record record = open_record(record_bytes, true);
+        for (uint64_t e = 0; e < record.experts(); ++e) {
+            matrices_.push_back(device_matrix(record, e, 0));
+            matrices_.back().data = nullptr;
+            data_at_.push_back(record.entries()[e].offset);
+        }
+    }
+
+    // Empty for matrices that need none.
+    py::array_t<uint32_t> table(uint64_t expert) const {
+        const cuda::DeviceMatrix& matrix = at(expert);
+        if ((matrix.spec[0] | matrix.spec[1] << 8) != 2) return py::array_t<uint32_t>(0);
+        py::array_t<uint32_t> table(4096);
+        check(cuda::ternary_decoding_table(std::span<const uint8_t, kSpecBytes>(matrix.spec),
+                                           {table.mutable_data(), 4096}));
+        return table;
+    }
+
+    void dequantize(uint64_t expert, uintptr_t record_on_device, uintptr_t table, uintptr_t out,
+                    const std::string& dtype, uintptr_t stream) const {
+        cuda::DeviceMatrix matrix = at(expert);
+        matrix.data = reinterpret_cast<const uint8_t*>(record_on_device) + data_at_[expert];
+        matrix.ternary_table = reinterpret_cast<const uint32_t*>(table);
+        check(required_library().dequantize(matrix, reinterpret_cast<void*>(out), type_of(dtype),
+                                            reinterpret_cast<void*>(stream)));
+    }
+
+  private:
+    const cuda::DeviceMatrix& at(uint64_t expert) const {
+        if (expert >= matrices_.size())
+            check(Status::mismatch(Code::kValue, "cuda: experts of a record", 0, matrices_.size(), expert));
+        return matrices_[expert];
+    }
+
+    std::vector<cuda::DeviceMatrix> matrices_;
+    std::vector<uint64_t> data_at_;
+};
 
 // A record's int matrices in the layout of the CUDA products: what is known of them on the host. Their bytes are the
 // caller's.
@@ -117,6 +144,13 @@ class CudaInt {
         cuda::IntStack stack = stack_;
         stack.tiles = reinterpret_cast<const void*>(tiles);
         return stack;
+    }
+
+    void unpack(uintptr_t tiles, uint64_t expert, uintptr_t out, const std::string& dtype, uintptr_t stream) const {
+        if (expert >= stack_.experts)
+            check(Status::mismatch(Code::kValue, "cuda: experts of a stack", 0, stack_.experts, expert));
+        check(required_library().unpack(at(tiles + expert * bytes_), reinterpret_cast<void*>(out), type_of(dtype),
+                                        reinterpret_cast<void*>(stream)));
     }
 
     void linear(uintptr_t tiles, uintptr_t x, uintptr_t bias, uintptr_t y, uint64_t tokens, const std::string& dtype,
@@ -199,17 +233,21 @@ void cuda_ternary_sums(const py::dict& fields, uintptr_t stream) {
 
 void bind_cuda(py::module_& m) {
     m.def("cuda_info", &cuda_info, "Whether libqmoe_cuda could be opened, the devices it sees, and if not why.");
-    m.def("ternary_table", &ternary_table, py::arg("record"), py::arg("expert"),
-          "The decoding table of a ternary matrix, uint32 (4096,), as the CUDA kernels want it in device memory.");
-    m.def("cuda_dequantize", &cuda_dequantize, py::arg("record"), py::arg("expert"), py::arg("record_on_device"),
-          py::arg("table"), py::arg("out"), py::arg("dtype"), py::arg("stream"),
-          "Decode one expert of a record whose bytes also lie on the device into out (N, K). Pointers and the stream "
-          "are raw.");
+    py::class_<CudaRecord>(m, "CudaRecord", "A record to be decoded on the device. Pointers are raw.")
+        .def(py::init<const Bytes&>(), py::arg("record"))
+        .def("table", &CudaRecord::table, py::arg("expert"),
+             "The decoding table of a ternary matrix, uint32 (4096,), that dequantize wants in device memory; else "
+             "empty.")
+        .def("dequantize", &CudaRecord::dequantize, py::arg("expert"), py::arg("record_on_device"), py::arg("table"),
+             py::arg("out"), py::arg("dtype"), py::arg("stream"),
+             "Decode one expert into out (N, K); the record's bytes also lie on the device.");
     py::class_<CudaInt>(m, "CudaInt", "A record of int matrices as the CUDA products read it. Pointers are raw.")
         .def(py::init<const Bytes&, const std::string&>(), py::arg("record"), py::arg("order") = "plain")
         .def_property_readonly("bytes", &CudaInt::bytes, "What the layout takes on the device.")
         .def("prepack", &CudaInt::prepack, py::arg("record_on_device"), py::arg("out"), py::arg("out_bytes"),
              py::arg("stream"), "Fill `out` from the record's bytes on the device.")
+        .def("unpack", &CudaInt::unpack, py::arg("tiles"), py::arg("expert"), py::arg("out"), py::arg("dtype"),
+             py::arg("stream"), "Decode one expert into out (N, K), from its tiles.")
         .def("linear", &CudaInt::linear, py::arg("tiles"), py::arg("x"), py::arg("bias"), py::arg("y"),
              py::arg("tokens"), py::arg("dtype"), py::arg("stream"),
              "y (tokens, N) = x (tokens, K) times the prepacked matrix; see IntLinear in qmoe/cuda.h.");

@@ -50,11 +50,10 @@ def decode_on_gpu(data: np.ndarray, shape: tuple[int, int], expert: int, dtype: 
     size = shape[0] * shape[1]
     out = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device="cuda")
     spec = _C.inspect_record(data)["specs"][_C.inspect_record(data)["entries"][expert]["spec"]]
-    table = None
+    record, table = _C.CudaRecord(data), None
     if spec["format"] == "ternary":
-        table = torch.from_numpy(_C.ternary_table(data, expert).view(np.int32)).cuda()
-    _C.cuda_dequantize(
-        data,
+        table = torch.from_numpy(record.table(expert).view(np.int32)).cuda()
+    record.dequantize(
         expert,
         device.data_ptr(),
         0 if table is None else table.data_ptr(),
@@ -136,11 +135,11 @@ def test_refusals() -> None:
     packed = int_record(4, 128, True, 5, 7)
     out = torch.empty(35, device="cuda")
     with pytest.raises(QmoeError) as error:
-        _C.cuda_dequantize(packed.data, 0, out.data_ptr(), 0, out.data_ptr(), "int8", 0)
+        _C.CudaRecord(packed.data).dequantize(0, out.data_ptr(), 0, out.data_ptr(), "int8", 0)
     assert error.value.code == "E_DTYPE"
     ternary = ternary_record(0.8, 2, 5, 7)
     with pytest.raises(QmoeError) as error:
-        _C.cuda_dequantize(ternary.data, 0, out.data_ptr(), 0, out.data_ptr(), "float32", 0)
+        _C.CudaRecord(ternary.data).dequantize(0, out.data_ptr(), 0, out.data_ptr(), "float32", 0)
     assert error.value.code == "E_MISSING"
 
 

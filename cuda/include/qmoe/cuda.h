@@ -101,6 +101,8 @@ struct Api {
     // and float32 scales; E_SHAPE for an odd number of rows in a gated order.
     Status (*prepacked_bytes)(const DeviceMatrix& matrix, uint64_t* bytes) noexcept;
     Status (*prepack)(const DeviceMatrix& matrix, RowOrder order, void* out, uint64_t out_bytes, void* stream) noexcept;
+    // out (N, K) row-major of `type`, in the record's order of rows, from the tiles of a stack's first matrix.
+    Status (*unpack)(const IntStack& matrix, void* out, OutputType type, void* stream) noexcept;
     Status (*int_linear)(const IntLinear& linear, void* stream) noexcept;
     Status (*experts_workspace)(const IntExperts& experts, uint64_t* bytes) noexcept;
     Status (*int_experts)(const IntExperts& experts, void* stream) noexcept;

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .. import _C
 from ..errors import QmoeError
 from ..runtime.experts import PackedExperts
 from ..runtime.linear import PackedLinear
@@ -60,17 +61,19 @@ class QmoeHfQuantizer(HfQuantizer):
             )
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         for place in places:
-            if place is not None and str(place) not in ("cpu", "auto", "meta"):
-                raise QmoeError(
-                    "E_NO_KERNEL",
-                    "packed layers run on the CPU only in this version",
-                    expected="cpu",
-                    actual=str(place),
-                )
+            kind = "cuda" if isinstance(place, int) else str(place).partition(":")[0]
+            if kind == "cuda":
+                found = _C.cuda_info()
+                if not found["devices"]:
+                    raise QmoeError("E_NO_KERNEL", f"no CUDA device for packed layers: {found['reason']}", actual=place)
+            elif place is not None and kind not in ("cpu", "auto", "meta"):
+                raise QmoeError("E_NO_KERNEL", "packed layers run on CPUs and CUDA devices", actual=str(place))
 
     def update_device_map(self, device_map: Any) -> Any:
-        # "auto" would place layers on an accelerator that has no kernel for them.
-        return {"": "cpu"} if device_map == "auto" else device_map
+        # "auto" would divide layers among devices by the sizes of weights that are not there.
+        if device_map != "auto":
+            return device_map
+        return {"": torch.cuda.current_device() if _C.cuda_info()["devices"] else "cpu"}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         # True keeps transformers from turning a wrong size into its own untyped error: it is checked, by name, after
@@ -113,6 +116,7 @@ class QmoeHfQuantizer(HfQuantizer):
                 if not getattr(buffer, "_is_hf_initialized", False):
                     raise QmoeError("E_MISSING", "packed tensor not in the checkpoint", tensor=f"{name}.{key}{SUFFIX}")
                 shape.check(buffer, f"{name}.{key}{SUFFIX}")
+            module.settle()
         return model
 
     def _cast_renamed(self, model: Any) -> None:

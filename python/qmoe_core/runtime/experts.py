@@ -12,13 +12,13 @@ from ..errors import QmoeError
 from ..formats import PackedTensor
 from .gating import recognize
 from .ops import dequantize, experts, grouped_linear
-from .packed import PackedShape, placeholder
+from .packed import PackedModule, PackedShape, placeholder
 
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
-class PackedExperts(nn.Module):
+class PackedExperts(PackedModule):
     """Stands in for a fused experts module of transformers 5 (anything under `use_experts_implementation`).
 
     Weights are the packed uint8 buffers `gate_up_proj_qmoe` (E, 2I, H) (`up_proj_qmoe` (E, I, H) where there is no
@@ -35,6 +35,7 @@ class PackedExperts(nn.Module):
     """
 
     has_gate: bool
+    down_proj_qmoe: torch.Tensor
     has_bias: bool
     is_transposed: bool
     act_fn: Any
@@ -126,7 +127,9 @@ class PackedExperts(nn.Module):
             (T, H) of `hidden_states`' dtype.
         """
         wants_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
-        fused = self.gating is not None and self.compute != "stored" and hidden_states.device.type == "cpu"
+        if self.down_proj_qmoe.is_cuda and not torch.compiler.is_compiling():
+            self.settle()
+        fused = self.gating is not None and self.compute != "stored"
         if fused and not wants_gradient:
             return self._fused(hidden_states, top_k_index, top_k_weights)
         tokens, top_k = top_k_index.shape
@@ -147,6 +150,9 @@ class PackedExperts(nn.Module):
         back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * top_k, device=order.device))
         total = weighted.index_select(0, back).view(tokens, top_k, weighted.shape[-1]).sum(1)
         return total.to(hidden_states.dtype)
+
+    def row_order(self, tensor: str) -> str:
+        return self.gating.order if self.gating is not None and tensor == self.first else "plain"
 
     def _fused(self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         assert self.gating is not None

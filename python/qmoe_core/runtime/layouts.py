@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -23,9 +25,11 @@ ORDERS = ("plain", "halves", "interleaved")
 #   auto    int8 for bfloat16 and float16 activations, float for float32
 COMPUTE = ("auto", "int8", "float", "stored")
 
+Layout = TypeVar("Layout")
+
 _lock = threading.RLock()
-# Address of a storage -> (offset, bytes, order) -> (version, layout). An entry goes when its storage does.
-_layouts: dict[int, dict[tuple[int, int, str], tuple[int, torch.Tensor]]] = {}
+# Address of a storage -> (offset, bytes, order, device) -> (version, layout). An entry goes when its storage does.
+_layouts: dict[int, dict[tuple[int, int, str, str], tuple[int, object]]] = {}
 
 
 def layout_of(packed: torch.Tensor, order: str) -> torch.Tensor:
@@ -38,20 +42,33 @@ def layout_of(packed: torch.Tensor, order: str) -> torch.Tensor:
     Raises:
         QmoeError: E_SHAPE for an odd number of rows in a gated order; E_NO_KERNEL; what the record's parser refuses.
     """
+    return cached(packed, order, "cpu", lambda: _make(packed, order))
+
+
+def cached(packed: torch.Tensor, order: str, device: str, make: Callable[[], Layout]) -> Layout:
+    """What `make` gives for a packed record on a device: kept, and made once, while the record's memory is there."""
     storage = packed.untyped_storage()
-    place = (int(packed.storage_offset()), packed.numel(), order)
+    place = (int(packed.storage_offset()), packed.numel(), order, device)
     # Tensors made in inference mode count no versions; they cannot be changed in place outside of it either.
     version = 0 if packed.is_inference() else packed._version
     with _lock:
         found = _layouts.get(storage._cdata, {}).get(place)
         if found is not None and found[0] == version:
-            return found[1]
-        layout = _make(packed, order)
+            return found[1]  # type: ignore[return-value]
+        layout = make()
         if storage._cdata not in _layouts:
             _layouts[storage._cdata] = {}
             weakref.finalize(storage, _layouts.pop, storage._cdata, None)
         _layouts[storage._cdata][place] = (version, layout)
         return layout
+
+
+def forget(packed: torch.Tensor, device: str) -> None:
+    """Drop what was kept of a record for a device."""
+    with _lock:
+        kept = _layouts.get(packed.untyped_storage()._cdata, {})
+        for place in [place for place in kept if place[3] == device]:
+            del kept[place]
 
 
 def _make(packed: torch.Tensor, order: str) -> torch.Tensor:

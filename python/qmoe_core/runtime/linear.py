@@ -10,10 +10,10 @@ from torch import nn
 from ..errors import QmoeError
 from ..formats import PackedTensor
 from .ops import dequantize, linear
-from .packed import PackedShape, placeholder
+from .packed import PackedModule, PackedShape, placeholder
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PackedModule):
     """`nn.Linear` with its weight (N, K) as the packed uint8 buffer `weight_qmoe`; the bias stays a plain parameter.
 
     The buffer is uint8, so `.to(dtype)` changes only the bias. Activations may be float32, bfloat16 or float16.
@@ -63,6 +63,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N)."""
+        if self.weight_qmoe.is_cuda and not torch.compiler.is_compiling():
+            self.settle()
         out = linear(x, self.weight_qmoe, self.out_features, self.compute)
         return out if self.bias is None else out + self.bias
 

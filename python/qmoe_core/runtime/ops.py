@@ -20,6 +20,7 @@ import torch
 
 from .. import _C
 from ..errors import QmoeError
+from . import cuda
 from .gating import Gating
 from .layouts import COMPUTE, layout_of, precision
 from .tuning import load as load_tuning
@@ -128,7 +129,8 @@ def _check_activations(x: torch.Tensor, packed: torch.Tensor, min_dim: int = 1) 
         raise QmoeError("E_DTYPE", "no packed kernel for this activation type", expected=list(DTYPES), actual=x.dtype)
     if x.dim() < min_dim:
         raise QmoeError("E_SHAPE", "activations have too few dimensions", expected=min_dim, actual=tuple(x.shape))
-    if x.device != packed.device:
+    # A record in CPU memory serves every device: its layout there is made at first use.
+    if packed.device not in (x.device, torch.device("cpu")):
         raise QmoeError("E_VALUE", "activations and weights differ in device", expected=packed.device, actual=x.device)
 
 
@@ -240,8 +242,41 @@ def _grouped_linear_backward_cpu(
     return result
 
 
-def _no_cuda_kernel(*_args: Any) -> torch.Tensor:
-    raise QmoeError("E_NO_KERNEL", "packed layers have no CUDA kernel yet; keep them on the CPU", actual="cuda")
+def _grouped_linear_cuda(
+    x: torch.Tensor, packed: torch.Tensor, offsets: torch.Tensor, out_features: int, compute: str = "auto"
+) -> torch.Tensor:
+    _check_grouped(x, packed, offsets)
+    return cuda.grouped_linear(x, packed, offsets, out_features, compute)
+
+
+def _grouped_linear_backward_cuda(
+    grad: torch.Tensor, packed: torch.Tensor, offsets: torch.Tensor, in_features: int
+) -> torch.Tensor:
+    _check_grouped(grad, packed, offsets)
+    return cuda.grouped_linear_backward(grad, packed, offsets, in_features)
+
+
+def _linear_cuda(x: torch.Tensor, packed: torch.Tensor, out_features: int, compute: str = "auto") -> torch.Tensor:
+    _check_activations(x, packed)
+    return cuda.linear(x, packed, out_features, compute)
+
+
+def _experts_cuda(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, first: torch.Tensor, second: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    _check_experts(x, ids, weights, first, second, rest[-1] if len(rest) == 8 else "auto")
+    return cuda.experts(x, ids, weights, first, second, *rest)
+
+
+def _dequantize_cuda(packed: torch.Tensor, expert: int, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    _check_packed(packed)
+    stack = cuda.stack_of(packed, "plain", packed.device)
+    if not 0 <= expert < stack.experts:
+        raise QmoeError("E_VALUE", "no such expert", expected=f"0..{stack.experts - 1}", actual=expert)
+    if (stack.rows, stack.cols) != (rows, cols):
+        raise QmoeError("E_SHAPE", "layer and packed record differ", expected=(rows, cols),
+                        actual=(stack.rows, stack.cols))  # fmt: skip
+    return stack.dense(expert, dtype)
 
 
 def _grouped_linear_fake(
@@ -293,15 +328,15 @@ def _linear_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return result.view(*grad.shape[:-1], ctx.in_features), None, None, None
 
 
-for _name, _cpu, _fake in (
-    ("grouped_linear", _grouped_linear_cpu, _grouped_linear_fake),
-    ("grouped_linear_backward", _grouped_linear_backward_cpu, _grouped_linear_fake),
-    ("linear", _linear_cpu, _linear_fake),
-    ("experts", _experts_cpu, _experts_fake),
-    ("dequantize", _dequantize_cpu, _dequantize_fake),
+for _name, _cpu, _cuda, _fake in (
+    ("grouped_linear", _grouped_linear_cpu, _grouped_linear_cuda, _grouped_linear_fake),
+    ("grouped_linear_backward", _grouped_linear_backward_cpu, _grouped_linear_backward_cuda, _grouped_linear_fake),
+    ("linear", _linear_cpu, _linear_cuda, _linear_fake),
+    ("experts", _experts_cpu, _experts_cuda, _experts_fake),
+    ("dequantize", _dequantize_cpu, _dequantize_cuda, _dequantize_fake),
 ):
     torch.library.impl(f"qmoe::{_name}", "CPU", _cpu)
-    torch.library.impl(f"qmoe::{_name}", "CUDA", _no_cuda_kernel)
+    torch.library.impl(f"qmoe::{_name}", "CUDA", _cuda)
     torch.library.register_fake(f"qmoe::{_name}", _fake)
 torch.library.register_autograd("qmoe::grouped_linear", _grouped_gradient, setup_context=_save_grouped)
 torch.library.register_autograd("qmoe::linear", _linear_gradient, setup_context=_save_linear)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import _C
 from ..errors import QmoeError
+from .cuda import Stack, stack_of
+from .layouts import cached, forget
+
+_CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,50 @@ class PackedShape:
         if shape != (self.experts, self.rows, self.cols):
             expected = (self.experts, self.rows, self.cols)
             raise QmoeError("E_SHAPE", "packed shape (E, N, K)", tensor=tensor, expected=expected, actual=shape)
+
+
+class PackedModule(nn.Module):
+    """A module with packed records as buffers `<tensor>_qmoe`, one for each of `shapes`.
+
+    On a CUDA device a record's run-time layout is all that products need. So the records themselves stay in CPU memory
+    (often pages of a file) wherever the module is moved to, and only layouts go to the device: weights are there once.
+    """
+
+    shapes: dict[str, PackedShape]
+    _place = _CPU
+
+    def row_order(self, tensor: str) -> str:
+        """The order of rows that products of `tensor` want, see `layouts.ORDERS`."""
+        return "plain"
+
+    def settle(self) -> None:
+        """Replace records in CUDA memory, where a loader has put them, by layouts there and copies in CPU memory."""
+        for tensor in self.shapes:
+            packed = getattr(self, f"{tensor}_qmoe")
+            if packed.is_cuda:
+                self._place, order, host = packed.device, self.row_order(tensor), packed.cpu()
+                cached(host, order, str(packed.device), lambda p=packed, o=order: Stack(p, o, p.device))  # type: ignore[misc]
+                setattr(self, f"{tensor}_qmoe", host)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedModule:
+        target = fn(torch.empty(0, dtype=torch.uint8, device=self._place)).device
+        names = [f"{tensor}_qmoe" for tensor in self.shapes] if target.type == "cuda" or self._place != _CPU else []
+        kept = {name: self._buffers[name] for name in names if getattr(self, name).device == _CPU}
+        for name in kept:
+            self._buffers[name] = None  # passed by
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(kept)
+        for name, packed in kept.items():
+            assert packed is not None
+            if self._place not in (_CPU, target):
+                forget(packed, str(self._place))
+            if target.type == "cuda":
+                stack_of(packed, self.row_order(name.removesuffix("_qmoe")), target)
+        if kept:
+            self._place = target
+        return self
 
 
 def placeholder(*shape: int) -> torch.Tensor:
