@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 from qmoe_core.generation import load_model  # noqa: E402
 from qmoe_core.runtime import cuda  # noqa: E402
+from qmoe_core.runtime.experts import PackedExperts  # noqa: E402
 
 SOURCE = Path(__file__).parents[2] / "examples" / "novels-moe"
 RECIPES = {
@@ -72,22 +73,30 @@ def test_weights_are_on_the_device_once(compressed: Path) -> None:
 
 def test_few_and_many_tokens_agree(compressed: Path, monkeypatch: Any) -> None:
     model = load_model(compressed, torch.bfloat16, device="cuda")
-    ids = tokens(30).cuda()
+    experts = next(module for module in model.modules() if isinstance(module, PackedExperts))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, experts.shapes["down_proj"].rows, generator=generator).bfloat16().cuda()
+    ids = torch.randint(-1, experts.num_experts + 1, (30, 2), generator=generator).cuda()
+    weights = torch.rand(30, 2, generator=generator).bfloat16().cuda()
     with torch.no_grad():
-        few = model(ids).logits.float()
-        assert torch.equal(few, model(ids).logits.float())
+        few = experts(x, ids, weights)
+        assert torch.equal(few, experts(x, ids, weights))
         monkeypatch.setattr(cuda, "FEW_TOKENS", 0)
-        many = model(ids).logits.float()
-    assert (few - many).square().mean().sqrt() < 0.03 * many.std()
+        many = experts(x, ids, weights)
+    assert (few.float() - many.float()).square().mean().sqrt() < 0.01 * many.float().std()
 
 
 def test_generation_with_a_static_cache_in_a_graph(tmp_path: Path) -> None:
     compress(SOURCE, tmp_path / "m", RECIPES["int4"])
     model = load_model(tmp_path / "m", torch.bfloat16, device="cuda")
     prompt = tokens(12).cuda()
-    plain = model.generate(prompt, max_new_tokens=16, do_sample=False)
-    static = model.generate(prompt, max_new_tokens=16, do_sample=False, cache_implementation="static")
-    assert plain.shape[1] > 12 and torch.equal(plain, static)
+    for options in ({}, {"cache_implementation": "static"}):  # the latter is compiled
+        made = model.generate(prompt, max_new_tokens=16, do_sample=False, **options)
+        with torch.no_grad():
+            logits = model(made[:, :-1]).logits[:, 11:].float()
+        chosen = logits.gather(-1, made[:, 12:, None])[..., 0]
+        # Of the best ones, up to what bfloat16 may change.
+        assert (chosen >= logits.amax(-1) - 0.1 * logits.std()).all()
     # One step of decoding, captured: nothing waits for the host, and nothing is allocated outside of the graph's pool.
     ids = tokens(1).cuda()
     with torch.no_grad():

@@ -35,7 +35,6 @@ class PackedExperts(PackedModule):
     """
 
     has_gate: bool
-    down_proj_qmoe: torch.Tensor
     has_bias: bool
     is_transposed: bool
     act_fn: Any
@@ -127,8 +126,7 @@ class PackedExperts(PackedModule):
             (T, H) of `hidden_states`' dtype.
         """
         wants_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
-        if self.down_proj_qmoe.is_cuda and not torch.compiler.is_compiling():
-            self.settle()
+        self.settle()
         fused = self.gating is not None and self.compute != "stored"
         if fused and not wants_gradient:
             return self._fused(hidden_states, top_k_index, top_k_weights)

@@ -63,8 +63,7 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N)."""
-        if self.weight_qmoe.is_cuda and not torch.compiler.is_compiling():
-            self.settle()
+        self.settle()
         out = linear(x, self.weight_qmoe, self.out_features, self.compute)
         return out if self.bias is None else out + self.bias
 

@@ -88,10 +88,15 @@ class PackedModule(nn.Module):
         return "plain"
 
     def settle(self) -> None:
-        """Replace records in CUDA memory, where a loader has put them, by layouts there and copies in CPU memory."""
+        """Replace records in CUDA memory, where a loader may have put them, by layouts there and copies in CPU memory.
+
+        Not while torch.compile traces: then a record stays where it is, beside its layout.
+        """
+        if torch.compiler.is_compiling():
+            return
         for tensor in self.shapes:
-            packed = getattr(self, f"{tensor}_qmoe")
-            if packed.is_cuda:
+            packed = self._buffers.get(f"{tensor}_qmoe")
+            if packed is not None and packed.is_cuda:
                 self._place, order, host = packed.device, self.row_order(tensor), packed.cpu()
                 cached(host, order, str(packed.device), lambda p=packed, o=order: Stack(p, o, p.device))  # type: ignore[misc]
                 setattr(self, f"{tensor}_qmoe", host)
@@ -99,7 +104,8 @@ class PackedModule(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedModule:
         target = fn(torch.empty(0, dtype=torch.uint8, device=self._place)).device
         names = [f"{tensor}_qmoe" for tensor in self.shapes] if target.type == "cuda" or self._place != _CPU else []
-        kept = {name: self._buffers[name] for name in names if getattr(self, name).device == _CPU}
+        buffers = {name: self._buffers.get(name) for name in names}
+        kept = {name: packed for name, packed in buffers.items() if packed is not None and packed.device == _CPU}
         for name in kept:
             self._buffers[name] = None  # passed by
         try:
@@ -107,7 +113,6 @@ class PackedModule(nn.Module):
         finally:
             self._buffers.update(kept)
         for name, packed in kept.items():
-            assert packed is not None
             if self._place not in (_CPU, target):
                 forget(packed, str(self._place))
             if target.type == "cuda":
