@@ -333,6 +333,28 @@ def int_linear(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def int_experts(result: dict[str, Any]) -> list[str]:
+    """Whole layers of int experts on a GPU (bench/gpu/int_experts.py)."""
+    tokens = sorted({row["tokens"] for row in result["rows"]})
+    cells = {(row["model"], row["format"], row["tokens"]): row for row in result["rows"]}
+    lines = [
+        "| layer of | format | " + " | ".join(f"{n} token{'s' * (n > 1)}" for n in tokens) + " |",
+        "|---|---|" + "---:|" * len(tokens),
+    ]
+    for model, kind in dict.fromkeys(key[:2] for key in cells):
+        of = [cells[model, kind, n] for n in tokens]
+        shown = " | ".join(f"{r['median_us']:.0f} ({r['speedup']:.2f}x), {r['memory_limit_us']:.0f}" for r in of)
+        lines.append(f"| {model} | {kind} | {shown} |")
+    lines += [
+        "",
+        "Microseconds in a CUDA graph, from ids and routing weights to the sums over a token's experts; in brackets "
+        "how many times as fast as bfloat16 grouped products and their gate, routing and sums left out; behind them "
+        f"what the bytes of the experts chosen take at a copy's {result['copy_bytes_per_second'] / 1e12:.2f} TB/s. Routing is "
+        f"skewed and changes from call to call. {origin(result)}",
+    ]
+    return lines
+
+
 def two_gpus(result: dict[str, Any]) -> list[str]:
     """Calibrated compression by several processes with a GPU each (bench/gpu/two_gpus.py)."""
     layers, experts, hidden, intermediate = result["shape"]
@@ -579,6 +601,7 @@ RENDERERS = {
     "gptq-gpu": gptq_gpu,
     "two-gpus": two_gpus,
     "int-linear-gpu": int_linear,
+    "int-experts-gpu": int_experts,
     "cpu-kernels": cpu_kernels,
     "cpu-model": cpu_model,
     "generation": generation,

@@ -51,19 +51,20 @@ def load_model(
     Args:
         path: the directory (config.json and safetensors files).
         dtype: dtype of everything that is not packed; "auto" is what config.json says.
-        device: where to put it.
+        device: where to put it: a CPU or a CUDA device.
         compute: how packed layers multiply on a CPU: "int8" (activations rounded to int8; fastest), "float", "stored"
             (as float, without a second copy of the weights in memory), or "auto": int8 for 16-bit activations, else
-            float.
+            float. A GPU has "auto" and "float", which are the same there.
         options: passed on to `from_pretrained`.
 
     Raises:
         QmoeError: E_MISSING where there is no such directory or no config.json; E_UNSAFE_SOURCE where there are only
-            pickle files; and what checking the packed tensors refuses.
+            pickle files; E_NO_KERNEL where there is no such device; and what checking the packed tensors refuses.
     """
     import transformers
 
     register()
+    _check_device(device)
     directory = Path(path)
     if not (directory / "config.json").is_file():
         raise QmoeError("E_MISSING", "no config.json: not a checkpoint directory", file=directory)
@@ -78,6 +79,18 @@ def load_model(
     set_compute(model, compute)
     # Not device_map: that needs accelerate, which nothing else here does.
     return model.eval().to(device)
+
+
+def _check_device(device: str) -> None:
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise QmoeError("E_NO_KERNEL", "no such device", expected="cpu or cuda", actual=device) from error
+    if place.type not in ("cpu", "cuda", "meta"):
+        raise QmoeError("E_NO_KERNEL", "packed layers run on CPUs and CUDA devices", actual=device)
+    if place.type == "cuda" and not (place.index or 0) < torch.cuda.device_count():
+        raise QmoeError("E_NO_KERNEL", "no such CUDA device", expected=f"{torch.cuda.device_count()} devices",
+                        actual=device)  # fmt: skip
 
 
 def set_compute(model: Any, compute: str) -> None:
@@ -178,7 +191,8 @@ def generate(
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     clock = _Clock(on_token)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.inference_mode():
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=seed is not None), torch.inference_mode():
         if seed is not None:
             torch.manual_seed(seed)
         started = time.perf_counter()

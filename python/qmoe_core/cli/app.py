@@ -358,6 +358,7 @@ def generate(
             "second copy of the weights), or auto: int8 for 16-bit activations, else float."
         ),
     ] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run: cpu, or a CUDA device such as cuda or cuda:1.")] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Continue a text, token by token as it comes."""
@@ -366,7 +367,7 @@ def generate(
         from ..generation import load_model, load_tokenizer
 
         tokenizer = load_tokenizer(model)
-        loaded = load_model(model, compute=compute)
+        loaded = load_model(model, device=device, compute=compute)
         stream = _Stream(out, tokenizer, prompt)
         result = run(
             loaded, tokenizer, prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
