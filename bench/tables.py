@@ -349,8 +349,8 @@ def int_experts(result: dict[str, Any]) -> list[str]:
         "",
         "Microseconds in a CUDA graph, from ids and routing weights to the sums over a token's experts; in brackets "
         "how many times as fast as bfloat16 grouped products and their gate, routing and sums left out; behind them "
-        f"what the bytes of the experts chosen take at a copy's {result['copy_bytes_per_second'] / 1e12:.2f} TB/s. Routing is "
-        f"skewed and changes from call to call. {origin(result)}",
+        f"what the bytes of the experts chosen take at a copy's {result['copy_bytes_per_second'] / 1e12:.2f} TB/s. "
+        f"Routing is skewed and changes from call to call. {origin(result)}",
     ]
     return lines
 
