@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from qmoe_core.errors import QmoeError
-from qmoe_core.sparsify import NM, MaskFile, Masks, Pattern, distribute, distribution, maskfile, patterns
+from qmoe_core.sparsify import NM, MaskFile, Masks, Pattern, coding, distribute, distribution, maskfile, patterns
 from qmoe_core.sparsify import masks as masks_module
 from qmoe_core.sparsify.distribution import kth_largest
+from qmoe_core.sparsify.maskfile import EncodedMask
 
 PATTERNS = ["1:2", "2:4", "1:4", "4:8", "16:32", "block:2x4", "block:2x4:max", "channel:0", "channel:1", "unstructured",
             "unstructured:row"]  # fmt: skip
@@ -358,3 +359,21 @@ def test_masks_are_checked() -> None:
 def test_the_examples_of_docstrings_run(module: ModuleType) -> None:
     result = doctest.testmod(module)
     assert result.failed == 0 and result.attempted > 1
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "unstructured"])
+@pytest.mark.parametrize("piece", [1 << 24, 24])
+def test_masks_are_coded_part_by_part(monkeypatch, pattern, piece):
+    """Parts that end anywhere give the bytes of the whole; memory is bounded by a part, not by a stack of experts."""
+    monkeypatch.setattr(coding, "PIECE", piece)
+    parsed = Pattern.parse(pattern)
+    scores = torch.rand(5, 3, 16, generator=torch.Generator().manual_seed(1))
+    mask = parsed.select(scores, None if ":" in pattern else 0.4)
+    flat = mask.reshape(-1).numpy()
+    digits = coding.digits_of(parsed)
+    whole = np.packbits(flat, bitorder="little") if digits is None else digits.encode(flat)
+    for size in (1, 5, 16, 48, 240):
+        parts = [flat[i : i + size] for i in range(0, flat.size, size)]
+        assert np.array_equal(coding.encode(parts, digits), whole)
+    encoded = EncodedMask.of("w", mask, parsed)
+    assert np.array_equal(encoded.data, whole) and encoded.info.shape == (5, 3, 16)

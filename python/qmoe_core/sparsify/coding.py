@@ -10,6 +10,7 @@ Both go through a tensor's weights in row-major order; what is left of the last 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from math import comb
@@ -73,9 +74,32 @@ class Digits:
         return whole[:count]
 
 
-def encode(mask: np.ndarray, digits: Digits | None) -> np.ndarray:
-    """A flat bool mask as uint8."""
-    return np.packbits(mask, bitorder="little") if digits is None else digits.encode(mask)
+PIECE = 1 << 24  # weights that are coded at a time: indices of groups take eight times as many bytes
+
+
+def encode(parts: Iterable[np.ndarray], digits: Digits | None) -> np.ndarray:
+    """A mask as uint8, from flat bool parts that follow each other; memory holds a part, and little besides."""
+    unit = 8 if digits is None else digits.weights
+    coded: list[np.ndarray] = []
+    left = np.empty(0, dtype=np.bool_)  # behind the last whole byte
+
+    def code(mask: np.ndarray) -> None:
+        coded.append(np.packbits(mask, bitorder="little") if digits is None else digits.encode(mask))
+
+    for part in parts:
+        if left.size:
+            missing = min(unit - left.size, part.size)
+            left, part = np.concatenate([left, part[:missing]]), part[missing:]
+            if left.size < unit:
+                continue
+            code(left)
+        whole = part.size // unit * unit
+        for first in range(0, whole, PIECE // unit * unit):
+            code(part[first : min(first + PIECE // unit * unit, whole)])
+        left = part[whole:]
+    if left.size:
+        code(left)
+    return np.concatenate(coded) if coded else np.empty(0, dtype=np.uint8)
 
 
 def encoded_size(count: int, digits: Digits | None) -> int:

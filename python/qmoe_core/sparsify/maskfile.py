@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -58,12 +58,27 @@ class EncodedMask:
     @classmethod
     def of(cls, name: str, mask: torch.Tensor, pattern: Pattern, transposed: bool = False) -> EncodedMask:
         """By digits where the pattern has them and the mask fits it, else by bits."""
+        whole = mask.detach().cpu().contiguous()
+        matrices = whole.view(-1, *whole.shape[-2:])
+        return cls.of_matrices(name, lambda: iter(matrices), tuple(mask.shape), pattern, transposed)
+
+    @classmethod
+    def of_matrices(
+        cls,
+        name: str,
+        matrices: Callable[[], Iterator[torch.Tensor]],
+        shape: tuple[int, ...],
+        pattern: Pattern,
+        transposed: bool = False,
+    ) -> EncodedMask:
+        """The same of bool matrices (N, K) that follow each other in a mask of `shape`; memory holds one of them at a
+        time. `matrices` is called twice at most."""
         digits = digits_of(pattern)
-        if digits is not None and not pattern.fits(mask):
+        if digits is not None and not all(pattern.fits(matrix) for matrix in matrices()):
             digits = None
-        data = encode(mask.detach().cpu().contiguous().view(-1).numpy(), digits)
+        data = encode((matrix.contiguous().view(-1).numpy() for matrix in matrices()), digits)
         coding = "bits" if digits is None else "digits"
-        return cls(MaskInfo(name, tuple(mask.shape), pattern, coding, transposed, crc32c(data)), data)
+        return cls(MaskInfo(name, shape, pattern, coding, transposed, crc32c(data)), data)
 
 
 def mask_description(info: MaskInfo) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,10 +66,15 @@ class PrunedStack(StackResult):
         """The mask of all matrices, which is then gone: (E, N, K), or (N, K) of a linear layer."""
         shape = self.target.shape if self.target.kind == "experts" else self.target.shape[1:]
         size = self.target.shape[1] * self.target.shape[2]
-        bits = [np.unpackbits(mask, count=size, bitorder="little") for mask in self._masks]
+
+        def matrices() -> Iterator[torch.Tensor]:
+            for packed in self._masks:
+                bits = np.unpackbits(packed, count=size, bitorder="little")
+                yield torch.from_numpy(bits.view(np.bool_)).view(self.target.shape[1:])
+
+        encoded = EncodedMask.of_matrices(self.target.name, matrices, shape, pattern, self.target.transposed)
         self._masks.clear()
-        mask = torch.from_numpy(np.stack(bits).view(np.bool_)).view(shape)
-        return EncodedMask.of(self.target.name, mask, pattern, self.target.transposed)
+        return encoded
 
 
 class Pruning:
