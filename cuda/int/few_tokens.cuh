@@ -20,8 +20,10 @@
 
 #include <algorithm>
 
+#include "int/gates.cuh"
 #include "int/operands.cuh"
 #include "int/schedule.cuh"
+#include "launch.cuh"
 #include "ring.cuh"
 
 namespace qmoe::cuda {
@@ -103,30 +105,6 @@ __device__ __forceinline__ uint4 load_columns(const T* row, uint32_t col, uint32
         if (col + i < cols)
             words[i / 2] |= uint32_t{*reinterpret_cast<const uint16_t*>(row + col + i)} << (16 * (i % 2));
     return {words[0], words[1], words[2], words[3]};
-}
-
-__device__ __forceinline__ float activated(float v, Activation activation) {
-    switch (activation) {
-        case Activation::kSilu: return v / (1.0f + __expf(-v));
-        case Activation::kGelu: return 0.5f * v * (1.0f + erff(v * 0.70710678f));
-        case Activation::kGeluTanh: return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
-        default: return fmaxf(v, 0.0f);
-    }
-}
-
-__device__ __forceinline__ float load_weight(const void* weights, uint32_t i, OutputType type) {
-    switch (type) {
-        case OutputType::kFloat32: return static_cast<const float*>(weights)[i];
-        case OutputType::kFloat16: return __half2float(static_cast<const __half*>(weights)[i]);
-        default: return __bfloat162float(static_cast<const __nv_bfloat16*>(weights)[i]);
-    }
-}
-
-__device__ __forceinline__ float gated(float gate, float up, const Gate& how) {
-    if (!how.clamped) return activated(gate, how.activation) * up;
-    gate = fminf(gate, how.limit);
-    up = fminf(fmaxf(up, -how.limit), how.limit);
-    return (up + 1.0f) * gate / (1.0f + __expf(-how.alpha * gate));
 }
 
 // Writes what a lane has of a tile, of rows g and g + 8. `row_of_y` is of the token, or of its choice.
@@ -520,47 +498,6 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
     for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < call.tokens * pieces; i += gridDim.x * blockDim.x)
         combine(call, static_cast<const float*>(call.projections[1].y), static_cast<T*>(call.y), i / pieces,
                 i % pieces * 4, cols);
-}
-
-struct Device {
-    uint32_t multiprocessors, shared;  // shared: bytes that a block may have
-    bool overlaps;                     // kernels can begin before the one before them has ended
-
-    static Status current(Device& out) noexcept {
-        int index = 0, multiprocessors = 0, shared = 0, major = 0;
-        cudaError_t error = cudaGetDevice(&index);
-        const auto get = [&](int& value, cudaDeviceAttr attribute) {
-            if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, index);
-        };
-        get(multiprocessors, cudaDevAttrMultiProcessorCount);
-        get(shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-        get(major, cudaDevAttrComputeCapabilityMajor);
-        out = {static_cast<uint32_t>(multiprocessors), static_cast<uint32_t>(shared), major >= 9};
-        return runtime_status(error);
-    }
-};
-
-// Launches `kernel` so that it may begin before the one before it in the stream has ended, where the device can. together:
-// all of its blocks of threads are there at the same time.
-template <typename... Arguments>
-Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, bool together,
-              const Device& device, cudaStream_t stream, std::type_identity_t<Arguments>... arguments) noexcept {
-    cudaLaunchAttribute attributes[2]{};
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = threads;
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = attributes;
-    if (together) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
-        attributes[config.numAttrs++].val.cooperative = 1;
-    }
-    if (device.overlaps) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    return runtime_status(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 inline constexpr uint32_t kMostSlots = 8;

@@ -1,0 +1,49 @@
+// What a launch asks of the device, and how it is made.
+#pragma once
+
+#include "common.cuh"
+
+namespace qmoe::cuda {
+
+struct Device {
+    uint32_t multiprocessors, shared;  // shared: bytes that a block may have
+    bool overlaps;                     // kernels can begin before the one before them has ended
+
+    static Status current(Device& out) noexcept {
+        int index = 0, multiprocessors = 0, shared = 0, major = 0;
+        cudaError_t error = cudaGetDevice(&index);
+        const auto get = [&](int& value, cudaDeviceAttr attribute) {
+            if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, index);
+        };
+        get(multiprocessors, cudaDevAttrMultiProcessorCount);
+        get(shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        get(major, cudaDevAttrComputeCapabilityMajor);
+        out = {static_cast<uint32_t>(multiprocessors), static_cast<uint32_t>(shared), major >= 9};
+        return runtime_status(error);
+    }
+};
+
+// Launches `kernel` so that it may begin before the one before it in the stream has ended, where the device can. together:
+// all of its blocks of threads are there at the same time.
+template <typename... Arguments>
+Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, bool together,
+              const Device& device, cudaStream_t stream, std::type_identity_t<Arguments>... arguments) noexcept {
+    cudaLaunchAttribute attributes[2]{};
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = attributes;
+    if (together) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+        attributes[config.numAttrs++].val.cooperative = 1;
+    }
+    if (device.overlaps) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    return runtime_status(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace qmoe::cuda
