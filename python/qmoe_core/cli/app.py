@@ -19,6 +19,7 @@ import typer
 from .. import __version__
 from ..errors import QmoeError
 from . import tables
+from .options import CalibrationTokens, CalibrationWindow, Json
 from .output import EXIT_HELP, ExitCode, Output, UsageError, reporting
 from .prune import command as prune_command
 from .prune_experts import command as prune_experts_command
@@ -41,7 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Model = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint directory.", show_default=False)]
 Compressed = Annotated[Path, typer.Argument(metavar="DIR", help="A compressed checkpoint.", show_default=False)]
 
@@ -139,12 +139,8 @@ def compress(
             show_default=False,
         ),
     ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option(help="How many tokens of it to use.", min=2, show_default="131072")
-    ] = None,
-    calibration_window: Annotated[
-        int | None, typer.Option(help="Tokens per disjoint window.", min=2, show_default="512")
-    ] = None,
+    calibration_tokens: CalibrationTokens = None,
+    calibration_window: CalibrationWindow = None,
     drift: Annotated[
         bool, typer.Option("--drift", help="Also run the original, to correct for what has drifted: twice the time.")
     ] = False,

@@ -11,6 +11,7 @@ import typer
 from rich.filesize import decimal
 
 from ..errors import QmoeError
+from .options import CalibrationTokens, CalibrationWindow, Json
 from .output import Output, UsageError, reporting
 from .tables import grid
 
@@ -55,16 +56,10 @@ def command(
             metavar="TEXT|DATASET|NPY", help="What calibrated methods calibrate on, as in compress.", show_default=False
         ),
     ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option(help="How many tokens of it to use.", min=2, show_default="131072")
-    ] = None,
-    calibration_window: Annotated[
-        int | None, typer.Option(help="Tokens per disjoint window.", min=2, show_default="512")
-    ] = None,
+    calibration_tokens: CalibrationTokens = None,
+    calibration_window: CalibrationWindow = None,
     device: Annotated[str, typer.Option(help="Where calibrated methods compute: cpu or cuda.")] = "cpu",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Set weights of a checkpoint to zero, in a pattern, where it costs least.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import CalibrationTokens, CalibrationWindow, Json
 from .output import Output, UsageError, reporting
 from .tables import grid
 
@@ -40,16 +41,10 @@ def command(
         ),
     ],
     score: Annotated[Score, typer.Option(help="By what the experts that stay are chosen.")] = Score.reap,
-    calibration_tokens: Annotated[
-        int | None, typer.Option(help="How many tokens of it to use.", min=2, show_default="131072")
-    ] = None,
-    calibration_window: Annotated[
-        int | None, typer.Option(help="Tokens per disjoint window.", min=2, show_default="512")
-    ] = None,
+    calibration_tokens: CalibrationTokens = None,
+    calibration_window: CalibrationWindow = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Take out the experts that matter least on a text.
 

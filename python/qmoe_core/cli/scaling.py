@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from ..errors import QmoeError
+from .options import Json
 from .output import reporting
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ app = typer.Typer(help="Scaling laws of sparse models: predict, choose a sparsit
 
 COLUMNS = ("sparsity", "nonzero_parameters", "data", "loss")
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Law = Annotated[str, typer.Option(help="t5 (C4, tokens), vit (JFT-4B, images), or a file of qmoe scaling fit.")]
 Nonzero = Annotated[
     float, typer.Option("--nonzero", "-n", help="Parameters that are not zero, without embeddings.", show_default=False)
