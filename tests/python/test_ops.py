@@ -194,3 +194,14 @@ def test_compiled_ops_equal_eager_ones():
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("elsewhere", ["ids", "weights", "bias"])
+def test_what_is_on_another_device_is_refused_before_its_address_is_used(elsewhere):
+    places = {name: "meta" if name == elsewhere else "cpu" for name in ("ids", "weights", "bias")}
+    x, record = torch.zeros(2, 8), torch.zeros(4, dtype=torch.uint8)
+    ids = torch.zeros(2, 1, dtype=torch.int64, device=places["ids"])
+    weights, bias = torch.zeros(2, 1, device=places["weights"]), torch.zeros(1, 8, device=places["bias"])
+    with pytest.raises(QmoeError) as caught:
+        ops.cuda.experts(x, ids, weights, record, record, None, bias, "halves", "silu", False, 0.0, 0.0)
+    assert caught.value.code == "E_VALUE" and "device" in str(caught.value)

@@ -19,12 +19,10 @@ import torch
 from .. import _C
 from ..errors import QmoeError
 from .gating import Gating
-from .layouts import cached
+from .layouts import DTYPES, cached
 
 # Up to here packed weights are read again and again; beyond, decoding them once is faster.
 FEW_TOKENS, FEW_CHOICES = 64, 1024
-
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class Stack:
@@ -73,11 +71,11 @@ class Stack:
         out = torch.empty(self.rows, self.cols, dtype=dtype, device=self.device)
         with torch.cuda.device(self.device):
             if self.matrix is not None and self.tiles is not None:
-                self.matrix.unpack(self.tiles.data_ptr(), expert, out.data_ptr(), _NAMES[dtype], _stream())
+                self.matrix.unpack(self.tiles.data_ptr(), expert, out.data_ptr(), DTYPES[dtype], _stream())
             else:
                 table = self.tables[expert].data_ptr() if self.tables.numel() else 0
                 pointers = self.record.data_ptr(), table, out.data_ptr()
-                self.decoder.dequantize(expert, *pointers, _NAMES[dtype], _stream())
+                self.decoder.dequantize(expert, *pointers, DTYPES[dtype], _stream())
         return out
 
 
@@ -122,7 +120,7 @@ def linear(x: torch.Tensor, packed: torch.Tensor, out_features: int, compute: st
     out = x.new_empty(len(rows), out_features)
     with torch.cuda.device(x.device):
         pointers = stack.tiles.data_ptr(), rows.data_ptr(), 0, out.data_ptr()
-        stack.matrix.linear(*pointers, len(rows), _NAMES[x.dtype], _stream())
+        stack.matrix.linear(*pointers, len(rows), DTYPES[x.dtype], _stream())
     return out.view(*x.shape[:-1], out_features)
 
 
@@ -131,12 +129,25 @@ def experts(
     first_bias: torch.Tensor | None, second_bias: torch.Tensor | None, order: str, activation: str, clamped: bool,
     alpha: float, limit: float, compute: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    """`ops.experts`: one launch where tokens are few, else expert by expert."""
+    """`ops.experts`: one launch where tokens are few, else expert by expert.
+
+    Raises:
+        QmoeError: E_VALUE for ids, weights or biases on another device than x, where their addresses mean nothing;
+            E_SHAPE for projections or biases that do not fit.
+    """
     _check_compute(compute)
+    for name, tensor in (("ids", ids), ("weights", weights), ("biases", first_bias), ("biases", second_bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise QmoeError("E_VALUE", f"{name} of experts and activations differ in device", expected=x.device,
+                            actual=tensor.device)  # fmt: skip
     stacks = stack_of(first, order, x.device), stack_of(second, "plain", x.device)
     if (stacks[0].cols, stacks[1].rows) != (x.shape[1], x.shape[1]):
         actual = (stacks[0].cols, stacks[1].rows)
         raise QmoeError("E_SHAPE", "experts and hidden size", expected=(x.shape[1],) * 2, actual=actual)
+    for stack, bias in zip(stacks, (first_bias, second_bias), strict=True):
+        if bias is not None and tuple(bias.shape) != (stack.experts, stack.rows):
+            raise QmoeError("E_SHAPE", "biases of experts", expected=(stack.experts, stack.rows),
+                            actual=tuple(bias.shape))  # fmt: skip
     gating = Gating(order, activation, clamped, alpha, limit)
     biases = [None if bias is None else bias.to(x.dtype).contiguous() for bias in (first_bias, second_bias)]
     few = len(x) <= FEW_TOKENS and ids.numel() <= FEW_CHOICES and x.dtype != torch.float32
@@ -156,14 +167,14 @@ def _experts_at_once(
         first.matrix, second.matrix, gating.activation, gating.clamped, gating.alpha, gating.limit
     )
     pointers = [0 if bias is None else bias.data_ptr() for bias in biases]
-    weights = weights.contiguous() if weights.dtype in _NAMES else weights.float()
+    weights = weights.contiguous() if weights.dtype in DTYPES else weights.float()
     tokens, top_k = ids.shape
     out = torch.empty_like(x)
     workspace = torch.empty(layer.workspace(tokens, top_k), dtype=torch.uint8, device=x.device)
     with torch.cuda.device(x.device):
         layer.run(
             first.tiles.data_ptr(), second.tiles.data_ptr(), pointers[0], pointers[1],
-            x.data_ptr(), _NAMES[x.dtype], tokens, ids.data_ptr(), weights.data_ptr(), _NAMES[weights.dtype], top_k,
+            x.data_ptr(), DTYPES[x.dtype], tokens, ids.data_ptr(), weights.data_ptr(), DTYPES[weights.dtype], top_k,
             out.data_ptr(), workspace.data_ptr(), workspace.numel(), _stream(),
         )  # fmt: skip
     return out

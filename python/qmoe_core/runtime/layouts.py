@@ -25,6 +25,13 @@ ORDERS = ("plain", "halves", "interleaved")
 #   auto    int8 for bfloat16 and float16 activations, float for float32
 COMPUTE = ("auto", "int8", "float", "stored")
 
+# What activations may be, by the core's name for it.
+DTYPES: dict[torch.dtype, str] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
 Layout = TypeVar("Layout")
 
 _lock = threading.RLock()

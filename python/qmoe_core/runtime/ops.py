@@ -22,14 +22,8 @@ from .. import _C
 from ..errors import QmoeError
 from . import cuda
 from .gating import Gating
-from .layouts import COMPUTE, layout_of, precision
+from .layouts import COMPUTE, DTYPES, layout_of, precision
 from .tuning import load as load_tuning
-
-DTYPES: dict[torch.dtype, str] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
 
 load_tuning()
 
