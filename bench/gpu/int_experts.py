@@ -47,7 +47,7 @@ class Projection:
         codes = rng.integers(0, 2**bits, (rows, cols), np.uint8)
         scales = (rng.random((rows, cols // GROUP)) / (2**bits * cols**0.5)).astype(np.float16).astype(np.float32)
         packed = PackedTensor.pack([IntMatrix(IntFormat(bits, GROUP, False), codes, scales, None)] * experts)
-        self.matrix, self.bytes = _C.CudaInt(packed.data, order), 0
+        self.matrix = _C.CudaInt(packed.data, order)
         record, stream = torch.from_numpy(packed.data).cuda(), torch.cuda.current_stream().cuda_stream
         first = torch.empty(self.matrix.bytes, dtype=torch.uint8, device="cuda")
         self.matrix.prepack(record.data_ptr(), first.data_ptr(), first.numel(), stream)

@@ -1,5 +1,5 @@
 """What the pipeline does to a weight. It knows no more of it than this: rounding (`Rounding`) is one such treatment,
-pruning (`sparsify/streamed.py`) another."""
+pruning (`sparsify/treatment.py`) another."""
 
 from __future__ import annotations
 
