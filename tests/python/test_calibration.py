@@ -7,12 +7,12 @@ import errno
 import hashlib
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from interruptions import killed
 from packed_fixtures import FUSED, tiny_model
 from safetensors import safe_open
 
@@ -337,31 +337,6 @@ def test_the_result_does_not_depend_on_where_activations_are_kept(sources, token
         assert report.calibration["tokens"] == WINDOW * WINDOWS
         assert report.read_bytes > 0 and report.written_bytes > 0
     assert found[0] == found[1] == found[2]
-
-
-def killed(run, point: int, action: str) -> bool:
-    """Runs `run` in a child that kills itself at its `point`-th call of os.`action`; whether it came to that."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            torch.set_num_threads(1)
-            count, real = 0, getattr(os, action)
-
-            def call(*arguments, **named):
-                nonlocal count
-                count += 1
-                if count == point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*arguments, **named)
-
-            setattr(os, action, call)
-            run()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
 
 
 @pytest.mark.parametrize("changes", [{}, {"buffer_bytes": 0, "drift": True}])

@@ -5,9 +5,7 @@ from __future__ import annotations
 import doctest
 import hashlib
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from interruptions import killed
 from packed_fixtures import FUSED, inputs_for, tiny_model
 from safetensors.torch import save_file
 
@@ -224,31 +223,6 @@ def hashes(directory: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(directory.iterdir()) if p.is_file()}
 
 
-def interrupted(run: Any, point: int, action: str) -> bool:
-    """Runs `run` in a child that kills itself at its `point`-th call of os.`action`; whether it came to that."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            torch.set_num_threads(1)
-            count, real = 0, getattr(os, action)
-
-            def call(*arguments: Any, **named: Any) -> Any:
-                nonlocal count
-                count += 1
-                if count == point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*arguments, **named)
-
-            setattr(os, action, call)
-            run()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
 def test_killed_at_any_moment_the_same_call_continues_to_the_same_bytes(sources, tmp_path):
     _, directory = sources("olmoe")
     torch.set_num_threads(1)
@@ -258,7 +232,7 @@ def test_killed_at_any_moment_the_same_call_continues_to_the_same_bytes(sources,
 
     run(tmp_path / "reference")
     for action in ("fsync", "replace", "write"):
-        kills = sum(interrupted(run, point, action) for point in (1, 2, 3, 5, 8, 12, 18, 25))
+        kills = sum(killed(run, point, action) for point in (1, 2, 3, 5, 8, 12, 18, 25))
         assert kills >= 4, action
         run()
         assert hashes(tmp_path / "out") == hashes(tmp_path / "reference")

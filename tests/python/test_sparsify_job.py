@@ -5,8 +5,6 @@ from __future__ import annotations
 import doctest
 import hashlib
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from interruptions import killed
 from packed_fixtures import FAMILIES, FUSED, inputs_for, tiny_model
 from safetensors.torch import load_file
 
@@ -189,31 +188,6 @@ def test_run_time_weights_go_back_into_their_checkpoint_tensors(family, sources)
                 assert set(found) <= set(target.source_names)
 
 
-def interrupted(run: Any, point: int, action: str) -> bool:
-    """Runs `run` in a child that kills itself at its `point`-th call of os.`action`; whether it came to that."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            torch.set_num_threads(1)
-            count, real = 0, getattr(os, action)
-
-            def call(*arguments: Any, **named: Any) -> Any:
-                nonlocal count
-                count += 1
-                if count == point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*arguments, **named)
-
-            setattr(os, action, call)
-            run()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
 def test_killed_at_any_moment_the_same_call_continues_to_the_same_bytes(method, sources, tmp_path):
     _, directory = sources("mixtral")
@@ -228,7 +202,7 @@ def test_killed_at_any_moment_the_same_call_continues_to_the_same_bytes(method, 
     for action in ("fsync", "pwrite", "replace", "ftruncate", "posix_fallocate"):
         points, kills = [1, 2, 3, 4, 5, 8, 12, 18, 25, 35], 0
         for point in points:
-            kills += interrupted(run, point, action)
+            kills += killed(run, point, action)
         assert kills >= 2, action
         run()
         assert hashes(tmp_path / "out") == expected
@@ -247,7 +221,7 @@ def test_damage_to_what_was_finished_is_found_when_it_continues(sources, tmp_pat
     run(tmp_path / "reference")
     journal = tmp_path / "out" / ".qmoe-journal"
     for damaged in ("model*.part", "mask-00000"):
-        assert interrupted(run, 40, "fsync")
+        assert killed(run, 40, "fsync")
         for part in journal.glob(damaged):
             data = bytearray(part.read_bytes())
             for at in range(len(data) // 2, len(data), 97):
