@@ -1,11 +1,12 @@
-"""Learned 2:4 masks against one-shot ones, on a GPU: perplexity with the same weights, but for SparseGPT's updates.
+"""Learned 2:4 masks against one-shot ones, on a GPU: perplexity with the same weights, but for updates by SparseGPT and
+ALPS.
 
     python bench/gpu/maskllm.py --model novels-moe-28m --train train_tokens.npy.xz --tokens test_tokens.npy \\
         --output bench/results/maskllm-novels-moe-28m.json
 
-Rows: the original; magnitude, Wanda and SparseGPT by `prune` (calibrated on the first training tokens); masks learned
-from SparseGPT's as a prior, and without a prior. Weights are frozen while masks are learned. `--device cpu` and smaller
-numbers try it out.
+Rows: the original; one-shot methods by `prune` (calibrated on the first training tokens); masks learned from some of
+theirs as a prior, and without a prior. Weights are those of the original while masks are learned. `--device cpu` and
+smaller numbers try it out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from qmoe_core.sparsify import MaskLearner, Masks, prune
 
 from common import write_results  # isort: skip  # training.py has made its folder known
 
-ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
+ONE_SHOT = ("magnitude", "wanda", "sparsegpt", "alps")
 
 
 def learned(
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--calibration-tokens", type=int, default=131072)
     parser.add_argument("--max-tokens", type=int, default=65536)
-    parser.add_argument("--only", nargs="*", default=["learned, prior SparseGPT", "learned, no prior"])
+    parser.add_argument("--priors", nargs="*", choices=[*ONE_SHOT, "none"], default=["sparsegpt", "alps", "none"])
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     train, tokens = read_tokens(arguments.train), read_tokens(arguments.tokens)
@@ -103,10 +104,9 @@ def main() -> None:
             model, data, method, pattern=arguments.pattern, device=arguments.device if data else "cpu"
         )
         add(method, model, train_seconds=time.monotonic() - begin)
-    for name in arguments.only:
-        prior = masks["sparsegpt"] if "prior SparseGPT" in name else None
-        model, numbers = learned(original, train, prior, arguments)
-        add(name, model, **numbers)
+    for prior in arguments.priors:
+        model, numbers = learned(original, train, masks.get(prior), arguments)
+        add(f"learned, prior {prior}", model, **numbers)
 
 
 if __name__ == "__main__":
