@@ -590,8 +590,29 @@ def squarehead(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def pruning_throughput(result: dict[str, Any]) -> list[str]:
+    """Weights per second of one-shot pruning on a GPU (bench/gpu/pruning_throughput.py)."""
+    cells = {(tuple(row["shape"]), row["method"], row["pattern"]): row for row in result["rows"]}
+    columns = list(dict.fromkeys((method, pattern) for _, method, pattern in cells))
+    lines = [
+        "| shape | " + " | ".join(f"{method}, {pattern}" for method, pattern in columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for shape in dict.fromkeys(shape for shape, _, _ in cells):
+        of = [cells.get((shape, *column)) for column in columns]
+        shown = [f"{row['weights_per_second'] / 1e6:,.0f}" if row else "" for row in of]
+        lines.append(f"| {shape[0]}x{shape[1]} | {' | '.join(shown)} |")
+    lines += [
+        "",
+        f"Millions of weights per second, from {result['rows'][0]['tokens']:,} tokens' activations of every expert to "
+        f"masks and updated weights, medians; unstructured: half of the weights. {origin(result)}",
+    ]
+    return lines
+
+
 RENDERERS = {
     "maskllm": maskllm,
+    "pruning-throughput": pruning_throughput,
     "squarehead": squarehead,
     "jax-overhead": jax_overhead,
     "pruning": pruning,

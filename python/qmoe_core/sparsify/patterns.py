@@ -11,7 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, groupby
 
 import torch
 
@@ -20,6 +20,7 @@ from ..errors import QmoeError
 # The share of weights that become zero: one number, or one for each matrix of a stack.
 Sparsity = float | Sequence[float]
 
+_AT_ONCE = 1 << 24  # scores that are ranked together, of several matrices: memory is a few times theirs
 _SMALL_GROUP = 8  # up to here comparing all pairs of a group is faster than sorting it (3 times at 4)
 
 
@@ -171,11 +172,16 @@ class Unstructured(Pattern):
         return "unstructured" if self.per == "matrix" else "unstructured:row"
 
     def _select(self, scores: torch.Tensor, sparsities: list[float]) -> torch.Tensor:
-        masks = []
-        for matrix, sparsity in zip(scores, sparsities, strict=True):
-            rows = matrix if self.per == "row" else matrix.reshape(1, -1)
-            masks.append(largest(rows, kept_count(rows.shape[1], sparsity)).view(matrix.shape))
-        return torch.stack(masks)
+        masks, first = torch.empty_like(scores, dtype=torch.bool), 0
+        most = max(1, _AT_ONCE // max(1, scores[0].numel())) if len(scores) else 1
+        for sparsity, group in groupby(sparsities):
+            last = first + len(list(group))
+            for begin in range(first, last, most):  # on a GPU one matrix alone would leave most of it idle
+                part = scores[begin : min(begin + most, last)]
+                rows = part.flatten(0, 1) if self.per == "row" else part.flatten(1)
+                masks[begin : begin + len(part)] = largest(rows, kept_count(rows.shape[1], sparsity)).view(part.shape)
+            first = last
+        return masks
 
 
 @dataclass(frozen=True)
