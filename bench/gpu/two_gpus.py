@@ -2,11 +2,11 @@
 
     python bench/gpu/two_gpus.py [--processes 1 2] [--output FILE]
 
-Makes a checkpoint with random weights and the expert shapes of Qwen3-30B-A3B in a temporary folder and compresses it
+Makes a checkpoint with random weights and layers like those of Qwen3-30B-A3B in a temporary folder and compresses it
 with as many calibration tokens as `qmoe compress` takes, alone and under torchrun, each time in processes of their own.
 Activations are kept in memory, whatever their size. Seconds are those of the compression itself, in processes that have
-met and whose CUDA is up, NCCL's start included; `wall_seconds` are all, from the start of Python on. `layer_seconds`:
-the mean time from one layer to the next. `--device cpu` and smaller numbers try it out.
+met and whose CUDA is up, NCCL's start included; `wall_seconds` are all, from the start of Python on. `ends`: when every
+layer was done; `layer_seconds`: the median time from one to the next. `--device cpu` and smaller numbers try it out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def work(source: Path, output: Path, arguments: argparse.Namespace) -> None:
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
         dist.barrier()
-    profile = cProfile.Profile()
+    profile, begin = cProfile.Profile(), time.monotonic()
     if arguments.profile:
         profile.enable()
     report = compress(source, output, recipe, calibration=spec, device=arguments.device, progress=progress)
@@ -69,7 +69,8 @@ def work(source: Path, output: Path, arguments: argparse.Namespace) -> None:
         errors = [entry.relative_output_error for entry in report.tensors]
         result = {
             "seconds": report.seconds,
-            "layer_seconds": mean(b - a for a, b in itertools.pairwise(ends.values())) if len(ends) > 1 else None,
+            "layer_seconds": median(b - a for a, b in itertools.pairwise(ends.values())) if len(ends) > 1 else None,
+            "ends": [round(end - begin, 3) for end in ends.values()],
             "bits_per_parameter": report.bits_per_parameter,
             "mean_relative_output_error": mean(error for error in errors if error is not None),
         }
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=768)
-    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--profile", type=Path, help="a folder for profiles of every process")
     parser.add_argument("--work", type=Path, nargs=2, help=argparse.SUPPRESS)  # one of the processes
@@ -127,9 +128,9 @@ def main() -> None:
         make(scratch / "source", config)
         np.save(scratch / "tokens.npy", np.random.default_rng(0).integers(0, config.vocab_size, arguments.tokens))
         nbytes = size_of(scratch / "source")
-        os.sync()  # what is written now would be written during the first run
         rows: list[dict[str, Any]] = []
         for processes in arguments.processes:
+            os.sync()  # what is still to be written would be written during the run
             row = run(processes, scratch / "source", scratch / f"of-{processes}", arguments)
             rows.append(row | {"speedup": (rows[0] if rows else row)["seconds"] / row["seconds"]})
             print(json.dumps(rows[-1]), flush=True)
