@@ -1,10 +1,10 @@
 """The routed experts of one layer: their inputs, their statistics, their quantization, their outputs.
 
 The experts module itself never runs. While its layer runs, its forward only notes what it was called with
-(`ExpertsTap`); experts are then taken a chunk at a time: original weights, Hessians of the inputs, quantization of
-gate and up, Hessians of what the quantized gate and up make of the inputs, quantization of down, and the outputs, which
-the tap hands back when the layer runs again. So memory holds one chunk of experts, and no matter which implementation
-of experts transformers would have chosen, nothing passes by unseen.
+(`ExpertsTap`); experts are then taken a chunk at a time: original weights, Hessians of the inputs, quantization of gate
+and up, Hessians of what the quantized gate and up make of the inputs, quantization of down, and the outputs, which the
+tap hands back when the layer runs again. So memory holds one chunk of experts (a GPU's what comes next as well), and no
+matter which implementation of experts transformers would have chosen, nothing passes by unseen.
 
 Gating and biases are the module's own, as in `runtime.experts`.
 
@@ -31,6 +31,7 @@ from .distributed import Group, Round, rounds
 from .sums import ROWS, add_products, add_squares, complete
 from .tap import ExpertsTap
 from .treatment import Made, StackResult
+from .weights_ahead import WeightsAhead
 
 SAMPLE = 1024  # tokens of an expert that tell how much its rows matter
 # Bytes of what goes into down that are kept from its statistics for its outputs, on the host and on a GPU.
@@ -61,7 +62,6 @@ class ExpertsStage:
         device: str,
         chunk_bytes: int,
         gate_weighted: bool,
-        energy: float,
         tell: Callable[[int, int], None],
         group: Group,
         behind: Behind,
@@ -73,7 +73,6 @@ class ExpertsStage:
             module: the experts module, on meta but for biases and children, which are on `device`.
             first, down: its stacks. results: by target name, for those that are to be quantized.
             read: reads source tensors.
-            energy: mean squared norm of the layer's output per token, without these experts.
             tell: called with experts done and in total.
             group: the processes that share the tokens.
             behind: the thread that uses `group.aside()`.
@@ -82,8 +81,8 @@ class ExpertsStage:
         """
         self.measure, self.observe = measure, observe
         self.module, self.first, self.down, self.results, self.read = module, first, down, results, read
-        self.device, self.gate_weighted, self.energy, self.tell = device, gate_weighted, max(energy, 1e-30), tell
-        self.group, self.behind, self.rows = group, behind, 0  # rows: tokens of all processes
+        self.device, self.gate_weighted, self.tell = device, gate_weighted, tell
+        self.group, self.behind, self.rows, self.energy = group, behind, 0, 0.0  # rows: tokens of all processes
         self.gates = torch.empty(0)  # (experts,): mean squared routing weight, 1 where tokens carry it already
         self.counts = torch.empty(0, 0, dtype=torch.int64)  # (processes, experts): whose tokens each expert saw
         (experts, n1, k1), (_, n2, k2) = first.shape, down.shape
@@ -91,9 +90,21 @@ class ExpertsStage:
         self.chunk = max(1, min(experts, chunk_bytes // each))
         if not (first.sliceable and down.sliceable):
             self.chunk = experts  # reading some of them means reading all of them
+        self.rounds = rounds(experts, self.chunk, group.size)
+        self.weights = WeightsAhead(self._read, [(t, work) for work in self.rounds for t in (first, down)], device)
 
-    def run(self, tap: ExpertsTap, original: ExpertsTap | None) -> None:
-        """Fills `tap.outputs`, and those of `original`, the same module in the uncompressed model, if given."""
+    def __enter__(self) -> ExpertsStage:
+        """From here on weights may be read."""
+        self.weights.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.weights.close()
+
+    def run(self, tap: ExpertsTap, original: ExpertsTap | None, energy: float) -> None:
+        """Fills `tap.outputs`, and those of `original`, the same module in the uncompressed model, if given. `energy`:
+        mean squared norm of the layer's output per token, without these experts."""
+        self.energy = max(energy, 1e-30)
         if tap.inputs is None:  # never called with these tokens: only data-free methods and pooled zeros remain
             tap.make_inputs(self.first.shape[2], 1)
         tap.make_outputs()
@@ -105,7 +116,7 @@ class ExpertsStage:
         pooled = self._pooled(tap) if self._calibrated(self.first) else None
         if self.measure is not None:
             self.gates = self._gates(tap)
-        for work in rounds(experts, self.chunk, self.group.size):
+        for work in self.rounds:
             self._round(work, tap, original, pooled)
             # What stays of every round lies between what was freed, which the allocator would keep: gigabytes a layer.
             _C.release_memory()
@@ -121,6 +132,14 @@ class ExpertsStage:
     def _weights(self, target: Target, work: Round) -> torch.Tensor:
         """Original weights (experts, N, K) float32 on the device. Every process reads those of its own experts, and the
         others get them from it, unless none can be read without all others."""
+        weights = self.weights.next(target, work)
+        for owner, part in enumerate(work.shares if target.sliceable else []):
+            if len(part):
+                self.group.copy_from(weights[work.places(part)], owner)
+        return weights
+
+    def _read(self, target: Target, work: Round) -> torch.Tensor:
+        """The same, but only those filled in that this process reads."""
         result, shared = self.results.get(target.name), target.sliceable
         checked = result is not None and (shared or self.group.leads)
         read = result.reader.read if checked and result is not None else self.read
@@ -133,9 +152,6 @@ class ExpertsStage:
         matrices = target.matrices(there, mine.start, mine.stop)
         for place, matrix in zip(weights[work.places(mine)], matrices, strict=True):
             place.copy_(matrix)
-        for owner, part in enumerate(work.shares if shared else []):
-            if len(part):
-                self.group.copy_from(weights[work.places(part)], owner)
         return weights
 
     def _round(self, work: Round, tap: ExpertsTap, original: ExpertsTap | None, pooled: torch.Tensor | None) -> None:

@@ -348,8 +348,8 @@ def run_layers(
 ) -> None:
     """Runs the layers from `start`, or all of them (after `start_anew`) where the activations of any process are not
     sound. `keep` takes each layer's results on the leading process, once all processes have made theirs durable, in a
-    thread behind the computation: the layer, how many there are, the CRC32Cs of all processes' activations, and what
-    `found` says on each of them. `measure`, `observe`: see `Pipeline`."""
+    thread behind the computation (`Pipeline.keeping`): the layer, how many there are, the CRC32Cs of all processes'
+    activations, and what `found` says on each of them. `measure`, `observe`: see `Pipeline`."""
     group, spec = calibration.group, calibration.spec
     with Pipeline(
         checkpoint,
@@ -373,7 +373,7 @@ def run_layers(
         for result in pipeline.layers(first):
             kept = pipeline.writes(result.index) and pipeline.kept == result.index + 1
             pipeline.behind.do(partial(_finish, pipeline, result, kept, found(result), keep))
-        pipeline.behind.wait()
+        pipeline.settle()
     group.barrier()  # nobody uses files any more
 
 
@@ -386,7 +386,8 @@ def _finish(pipeline: Pipeline, result: LayerResult, kept: bool, part: Any, keep
     for _, _, read in gathered[1:]:
         for stack, pieces in zip(result.stacks, read, strict=True):
             stack.reader.add(pieces)
-    keep(result, pipeline.count, [states for states, _, _ in gathered], [part for _, part, _ in gathered])
+    states_of, parts = [states for states, _, _ in gathered], [part for _, part, _ in gathered]
+    pipeline.keeping.do(partial(keep, result, pipeline.count, states_of, parts))
 
 
 def packed_entry(

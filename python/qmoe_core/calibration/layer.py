@@ -272,7 +272,6 @@ class Layer:
         taps = self.taps[module]
         for tap in taps:
             tap.mode = "record"
-        energy = self.energy = self._pass()
         by_parameter = {target.parameter: target for target in self.targets if target.module == module}
         first = by_parameter.get("gate_up_proj") or by_parameter["up_proj"]
         experts_bytes = sum(
@@ -281,7 +280,7 @@ class Layer:
             for name in target.source_names
         )
         share = experts_bytes / max(1, self.p.bytes[self.index])
-        stage = ExpertsStage(
+        with ExpertsStage(
             self.module.get_submodule(self._relative(module)),
             first,
             by_parameter["down_proj"],
@@ -292,12 +291,12 @@ class Layer:
             gate_weighted=self.p.spec.gate_weighted,
             group=self.p.group,
             behind=self.p.behind,
-            energy=energy,
             measure=self.p.measure,
             observe=self.p.observe,
             tell=lambda done, total: self._tell(share * done / total, f"{module} ({done} of {total} experts)"),
-        )
-        stage.run(taps[0], taps[1] if len(taps) > 1 else None)
+        ) as stage:
+            self.energy = self._pass()
+            stage.run(taps[0], taps[1] if len(taps) > 1 else None, self.energy)
 
     def _write(self) -> None:
         """Makes the next layer's inputs."""
@@ -306,7 +305,7 @@ class Layer:
         committing = self.p.kept == self.index
         keep = self.p.keeps(self.index + 1)
         if keep or committing:
-            self.p.behind.wait()
+            self.p.settle()
         if keep:
             self.p.group.barrier()  # what is overwritten here nobody needs once the layers before are in the journal
         for states in self.p.streams.values():

@@ -9,10 +9,11 @@ A layer goes through stages in the order in which it calls its parts, each one a
     experts  the inputs of the experts are recorded; the experts are quantized chunk by chunk (`experts.py`)
     write    the layer, compressed, makes the next layer's inputs
 
-What is to be durable of a layer becomes so behind the computation of the next ones, in `behind`. Quantized matrices
-wait there, too, those of two chunks of experts at most. Activations are made durable every now and then only: those of
-a fast layer are gigabytes that would take longer to write than to make again. No layer overwrites durable ones before
-all that came before it is durable.
+What is to be durable of a layer becomes so behind the computation of the next ones: `behind` collects what the
+processes have made of it, then `keeping` packs and writes that, while the next layer's is collected. Quantized matrices
+wait in `behind`, too, those of two chunks of experts at most. Activations are made durable every now and then only:
+those of a fast layer are gigabytes that would take longer to write than to make again. No layer overwrites durable ones
+before all that came before it is durable.
 
 Several processes (`distributed.py`) have a contiguous part of the windows each, with the activations of these, and
 nothing else is divided up but reading the experts' weights and the quantization. All sums are sums over the processes,
@@ -69,7 +70,7 @@ class Pipeline:
     Attributes:
         count: how many layers are run: those up to the last one with a calibrated method. What is to be compressed
             behind them (with data-free methods) is left to the caller.
-        behind: does things in a thread. aside: `group`, for use by that thread.
+        behind: does things in a thread. aside: `group`, for use by that thread. keeping: what that thread passes on.
         kept: the layer whose inputs are the last that are to become durable, or that all began with.
     """
 
@@ -138,7 +139,7 @@ class Pipeline:
         self.budget = Budget(spec.buffer_bytes)
         self.streams: dict[str, States] = {}
         self.kept, self._kept_at = 0, time.monotonic()
-        self.behind, self.aside = Behind(ahead=AHEAD), group.aside()
+        self.behind, self.keeping, self.aside = Behind(ahead=AHEAD), Behind(ahead=1), group.aside()
 
     def _layer_bytes(self, layout: ModelLayout) -> list[int]:
         result = [0] * self.count
@@ -155,9 +156,15 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        self.behind.close(drop=self.group.size > 1)  # a finished layer is worth keeping, but others may have failed
+        for behind in (self.behind, self.keeping):
+            behind.close(drop=self.group.size > 1)  # a finished layer is worth keeping, but others may have failed
         for states in self.streams.values():
             states.close()
+
+    def settle(self) -> None:
+        """Waits until all that is under way behind the computation is done."""
+        self.behind.wait()
+        self.keeping.wait()  # only `behind` adds to it
 
     # Activations.
 
