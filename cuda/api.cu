@@ -70,8 +70,35 @@ Status ternary_sums_on(const TernarySums& sums, void* stream) noexcept {
     return ternary_sums(sums, static_cast<cudaStream_t>(stream));
 }
 
-constexpr Api kApi{kApiVersion, device_count,      device_info, dequantize,     prepacked_bytes, prepack,        unpack,
-                   int_linear,  experts_workspace, int_experts, round_block_on, choose_grid_on,  ternary_sums_on};
+Status ternary_unpack(const TernaryStack& stack, uint64_t expert, void* out, OutputType type, void* stream) noexcept {
+    return unpack_ternary(stack, expert, out, type, static_cast<cudaStream_t>(stream));
+}
+
+Status ternary_linear(const TernaryLinear& linear, void* stream) noexcept {
+    return linear_ternary(linear, static_cast<cudaStream_t>(stream));
+}
+
+Status ternary_experts(const TernaryExperts& experts, void* stream) noexcept {
+    return experts_ternary(experts, static_cast<cudaStream_t>(stream));
+}
+
+constexpr Api kApi{.version = kApiVersion,
+                   .device_count = device_count,
+                   .device_info = device_info,
+                   .dequantize = dequantize,
+                   .prepacked_bytes = prepacked_bytes,
+                   .prepack = prepack,
+                   .unpack = unpack,
+                   .int_linear = int_linear,
+                   .int_workspace = workspace_int,
+                   .int_experts = int_experts,
+                   .ternary_unpack = ternary_unpack,
+                   .ternary_linear = ternary_linear,
+                   .ternary_workspace = workspace_ternary,
+                   .ternary_experts = ternary_experts,
+                   .round_block = round_block_on,
+                   .choose_grid = choose_grid_on,
+                   .ternary_sums = ternary_sums_on};
 
 }  // namespace
 }  // namespace qmoe::cuda

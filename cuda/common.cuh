@@ -55,8 +55,13 @@ Status prepack_int(const DeviceMatrix& matrix, RowOrder order, void* out, uint64
                    cudaStream_t stream) noexcept;
 Status unpack_int(const IntStack& matrix, void* out, OutputType type, cudaStream_t stream) noexcept;
 Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept;
-Status experts_workspace(const IntExperts& experts, uint64_t* bytes) noexcept;
+Status workspace_int(const IntExperts& experts, uint64_t* bytes) noexcept;
 Status experts_int(const IntExperts& experts, cudaStream_t stream) noexcept;
+Status unpack_ternary(const TernaryStack& stack, uint64_t expert, void* out, OutputType type,
+                      cudaStream_t stream) noexcept;
+Status linear_ternary(const TernaryLinear& linear, cudaStream_t stream) noexcept;
+Status workspace_ternary(const TernaryExperts& experts, uint64_t* bytes) noexcept;
+Status experts_ternary(const TernaryExperts& experts, cudaStream_t stream) noexcept;
 Status round_block(const RoundBlock& block, cudaStream_t stream) noexcept;
 Status choose_grid(const ChooseGrid& grid, cudaStream_t stream) noexcept;
 Status ternary_sums(const TernarySums& sums, cudaStream_t stream) noexcept;

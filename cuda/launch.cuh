@@ -5,6 +5,20 @@
 
 namespace qmoe::cuda {
 
+// Lets kernels that a stream has behind this one begin where there is room, before this one has ended. They must not
+// touch what it writes, nor write what it reads, before wait_for_previous().
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// Returns when all that came before in the stream is done and can be seen.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 struct Device {
     uint32_t multiprocessors, shared;  // shared: bytes that a block may have
     bool overlaps;                     // kernels can begin before the one before them has ended

@@ -1,6 +1,8 @@
 // The CUDA library as Python sees it. Device pointers come from torch; nothing here needs a GPU to be present.
 #include "qmoe/cuda.h"
 
+#include <utility>
+
 #include "bind.h"
 #include "gptq_fields.h"
 #include "qmoe/cuda_library.h"
@@ -127,7 +129,6 @@ class CudaInt {
     }
 
     uint64_t bytes() const { return bytes_ * stack_.experts; }
-    const cuda::IntStack& stack() const { return stack_; }
 
     void prepack(uintptr_t record_on_device, uintptr_t out, uint64_t out_bytes, uintptr_t stream) const {
         if (out_bytes != bytes())
@@ -153,17 +154,9 @@ class CudaInt {
                                         reinterpret_cast<void*>(stream)));
     }
 
-    void linear(uintptr_t tiles, uintptr_t x, uintptr_t bias, uintptr_t y, uint64_t tokens, const std::string& dtype,
-                uintptr_t stream) const {
-        cuda::IntLinear call{};
-        call.weight = at(tiles);
-        call.x = reinterpret_cast<const void*>(x);
-        call.bias = reinterpret_cast<const void*>(bias);
-        call.y = reinterpret_cast<void*>(y);
-        call.tokens = tokens;
-        call.type = type_of(dtype);
-        check(required_library().int_linear(call, reinterpret_cast<void*>(stream)));
-    }
+    static constexpr auto kLinear = &cuda::Api::int_linear;
+    static constexpr auto kWorkspace = &cuda::Api::int_workspace;
+    static constexpr auto kExperts = &cuda::Api::int_experts;
 
   private:
     cuda::DeviceMatrix first_{};
@@ -172,32 +165,98 @@ class CudaInt {
     std::vector<uint64_t> data_at_;
 };
 
-// Two stacks and a gate: a layer's experts.
-class CudaIntExperts {
+// A record's ternary matrices in the layout of the CUDA products, made here. The bytes go to the device by the caller.
+class CudaTernary {
   public:
-    CudaIntExperts(const CudaInt& first, const CudaInt& second, const std::string& activation, bool clamped,
-                   float alpha, float limit) {
-        call_.first = first.stack();
-        call_.second = second.stack();
+    CudaTernary(const Bytes& record_bytes, const std::string& order, int threads) {
+        const Record record = open_record(record_bytes, true);
+        stack_.order = row_order_of(order);
+        if (stack_.order != RowOrder::kPlain && record.rows() % 2 != 0)
+            raise(Code::kShape, "cuda: an odd number of rows has no gates");
+        check([&] {
+            const py::gil_scoped_release release;
+            const Status status = cuda::ternary_streams_shape(record, stack_.shape);
+            return status.ok() ? cuda::ternary_streams(record, stack_.shape, streams_, threads) : status;
+        }());
+        stack_.experts = record.experts();
+        bytes_ = streams_.size();
+    }
+
+    uint64_t bytes() const { return bytes_; }
+    py::dict shape() const {
+        py::dict out;
+        out["gap_bits"] = stack_.shape.gap_bits;
+        out["segments"] = stack_.shape.segments;
+        return out;
+    }
+
+    // Once: they are many, and the caller's from then on.
+    Bytes take() {
+        if (streams_.size() != bytes_) raise(Code::kValue, "cuda: the streams have been taken");
+        return to_array(std::exchange(streams_, {}));
+    }
+
+    cuda::TernaryStack at(uintptr_t streams) const {
+        cuda::TernaryStack stack = stack_;
+        stack.streams = reinterpret_cast<const void*>(streams);
+        return stack;
+    }
+
+    void unpack(uintptr_t streams, uint64_t expert, uintptr_t out, const std::string& dtype, uintptr_t stream) const {
+        check(required_library().ternary_unpack(at(streams), expert, reinterpret_cast<void*>(out), type_of(dtype),
+                                                reinterpret_cast<void*>(stream)));
+    }
+
+    static constexpr auto kLinear = &cuda::Api::ternary_linear;
+    static constexpr auto kWorkspace = &cuda::Api::ternary_workspace;
+    static constexpr auto kExperts = &cuda::Api::ternary_experts;
+
+  private:
+    cuda::TernaryStack stack_{};
+    std::vector<uint8_t> streams_;
+    uint64_t bytes_ = 0;
+};
+
+template <typename Matrices>
+void linear(const Matrices& matrix, uintptr_t weights, uintptr_t x, uintptr_t bias, uintptr_t y, uint64_t tokens,
+            const std::string& dtype, uintptr_t stream) {
+    cuda::Linear<decltype(matrix.at(0))> call{};
+    call.weight = matrix.at(weights);
+    call.x = reinterpret_cast<const void*>(x);
+    call.bias = reinterpret_cast<const void*>(bias);
+    call.y = reinterpret_cast<void*>(y);
+    call.tokens = tokens;
+    call.type = type_of(dtype);
+    check((required_library().*Matrices::kLinear)(call, reinterpret_cast<void*>(stream)));
+}
+
+// Two stacks and a gate: a layer's experts.
+template <typename Matrices>
+class CudaExperts {
+  public:
+    CudaExperts(const Matrices& first, const Matrices& second, const std::string& activation, bool clamped, float alpha,
+                float limit) {
+        call_.first = first.at(0);
+        call_.second = second.at(0);
         call_.gate = {activation_of(activation), clamped, alpha, limit};
     }
 
     uint64_t workspace(uint64_t tokens, uint64_t top_k) const {
-        cuda::IntExperts call = call_;
+        auto call = call_;
         call.tokens = tokens;
         call.top_k = top_k;
         uint64_t bytes = 0;
-        check(required_library().experts_workspace(call, &bytes));
+        check((required_library().*Matrices::kWorkspace)(call, &bytes));
         return bytes;
     }
 
-    void run(uintptr_t first_tiles, uintptr_t second_tiles, uintptr_t first_bias, uintptr_t second_bias, uintptr_t x,
-             const std::string& dtype, uint64_t tokens, uintptr_t ids, uintptr_t weights,
+    void run(uintptr_t first_weights, uintptr_t second_weights, uintptr_t first_bias, uintptr_t second_bias,
+             uintptr_t x, const std::string& dtype, uint64_t tokens, uintptr_t ids, uintptr_t weights,
              const std::string& weights_dtype, uint64_t top_k, uintptr_t y, uintptr_t workspace,
              uint64_t workspace_bytes, uintptr_t stream) const {
-        cuda::IntExperts call = call_;
-        call.first.tiles = reinterpret_cast<const void*>(first_tiles);
-        call.second.tiles = reinterpret_cast<const void*>(second_tiles);
+        auto call = call_;
+        weights_of(call.first) = reinterpret_cast<const void*>(first_weights);
+        weights_of(call.second) = reinterpret_cast<const void*>(second_weights);
         call.first_bias = reinterpret_cast<const void*>(first_bias);
         call.second_bias = reinterpret_cast<const void*>(second_bias);
         call.x = reinterpret_cast<const void*>(x);
@@ -210,12 +269,30 @@ class CudaIntExperts {
         call.y = reinterpret_cast<void*>(y);
         call.workspace = reinterpret_cast<void*>(workspace);
         call.workspace_bytes = workspace_bytes;
-        check(required_library().int_experts(call, reinterpret_cast<void*>(stream)));
+        check((required_library().*Matrices::kExperts)(call, reinterpret_cast<void*>(stream)));
     }
 
   private:
-    cuda::IntExperts call_{};
+    static const void*& weights_of(cuda::IntStack& stack) { return stack.tiles; }
+    static const void*& weights_of(cuda::TernaryStack& stack) { return stack.streams; }
+
+    cuda::Experts<decltype(std::declval<const Matrices&>().at(0))> call_{};
 };
+
+template <typename Matrices>
+void bind_experts(py::module_& m, const char* name) {
+    using Experts = CudaExperts<Matrices>;
+    py::class_<Experts>(m, name, "A layer's experts on the device; see Experts in qmoe/cuda.h.")
+        .def(py::init<const Matrices&, const Matrices&, const std::string&, bool, float, float>(), py::arg("first"),
+             py::arg("second"), py::arg("activation"), py::arg("clamped") = false, py::arg("alpha") = 0.0f,
+             py::arg("limit") = 0.0f)
+        .def("workspace", &Experts::workspace, py::arg("tokens"), py::arg("top_k"),
+             "Bytes of workspace that run() wants.")
+        .def("run", &Experts::run, py::arg("first_weights"), py::arg("second_weights"), py::arg("first_bias"),
+             py::arg("second_bias"), py::arg("x"), py::arg("dtype"), py::arg("tokens"), py::arg("ids"),
+             py::arg("weights"), py::arg("weights_dtype"), py::arg("top_k"), py::arg("y"), py::arg("workspace"),
+             py::arg("workspace_bytes"), py::arg("stream"));
+}
 
 void cuda_round_block(const py::dict& block, const py::dict& grid, uintptr_t stream) {
     check(required_library().round_block(round_block_of(block, grid), reinterpret_cast<void*>(stream)));
@@ -248,19 +325,23 @@ void bind_cuda(py::module_& m) {
              py::arg("stream"), "Fill `out` from the record's bytes on the device.")
         .def("unpack", &CudaInt::unpack, py::arg("tiles"), py::arg("expert"), py::arg("out"), py::arg("dtype"),
              py::arg("stream"), "Decode one expert into out (N, K), from its tiles.")
-        .def("linear", &CudaInt::linear, py::arg("tiles"), py::arg("x"), py::arg("bias"), py::arg("y"),
+        .def("linear", &linear<CudaInt>, py::arg("tiles"), py::arg("x"), py::arg("bias"), py::arg("y"),
              py::arg("tokens"), py::arg("dtype"), py::arg("stream"),
-             "y (tokens, N) = x (tokens, K) times the prepacked matrix; see IntLinear in qmoe/cuda.h.");
-    py::class_<CudaIntExperts>(m, "CudaIntExperts", "A layer's experts on the device; see IntExperts in qmoe/cuda.h.")
-        .def(py::init<const CudaInt&, const CudaInt&, const std::string&, bool, float, float>(), py::arg("first"),
-             py::arg("second"), py::arg("activation"), py::arg("clamped") = false, py::arg("alpha") = 0.0f,
-             py::arg("limit") = 0.0f)
-        .def("workspace", &CudaIntExperts::workspace, py::arg("tokens"), py::arg("top_k"),
-             "Bytes of workspace that run() wants.")
-        .def("run", &CudaIntExperts::run, py::arg("first_tiles"), py::arg("second_tiles"), py::arg("first_bias"),
-             py::arg("second_bias"), py::arg("x"), py::arg("dtype"), py::arg("tokens"), py::arg("ids"),
-             py::arg("weights"), py::arg("weights_dtype"), py::arg("top_k"), py::arg("y"), py::arg("workspace"),
-             py::arg("workspace_bytes"), py::arg("stream"));
+             "y (tokens, N) = x (tokens, K) times the prepacked matrix; see Linear in qmoe/cuda.h.");
+    py::class_<CudaTernary>(m, "CudaTernary",
+                            "A record of ternary matrices as the CUDA products read it: pointers are raw.")
+        .def(py::init<const Bytes&, const std::string&, int>(), py::arg("record"), py::arg("order") = "plain",
+             py::arg("threads") = 1)
+        .def_property_readonly("bytes", &CudaTernary::bytes, "What the layout takes on the device.")
+        .def_property_readonly("shape", &CudaTernary::shape, "Bits of a gap, and lanes of a row.")
+        .def("take", &CudaTernary::take, "The layout, uint8 (bytes,), to be brought to the device; once.")
+        .def("unpack", &CudaTernary::unpack, py::arg("streams"), py::arg("expert"), py::arg("out"), py::arg("dtype"),
+             py::arg("stream"), "Decode one expert into out (N, K), from its streams.")
+        .def("linear", &linear<CudaTernary>, py::arg("streams"), py::arg("x"), py::arg("bias"), py::arg("y"),
+             py::arg("tokens"), py::arg("dtype"), py::arg("stream"),
+             "y (tokens, N) = x (tokens, K) times the matrix; see Linear in qmoe/cuda.h.");
+    bind_experts<CudaInt>(m, "CudaIntExperts");
+    bind_experts<CudaTernary>(m, "CudaTernaryExperts");
     m.def("cuda_round_block", &cuda_round_block, py::arg("block"), py::arg("grid"), py::arg("stream"),
           "Round one block of columns with feedback on the device; fields and raw pointers as in qmoe/cuda.h.");
     m.def("cuda_ternary_sums", &cuda_ternary_sums, py::arg("fields"), py::arg("stream"),

@@ -23,6 +23,17 @@ struct Divisor {
     }
 };
 
+// Units of work begin .. end - 1 of all, counted through products.
+struct Range {
+    uint32_t begin, end;
+    // A block of threads' share.
+    static __device__ __forceinline__ Range share(uint32_t all, const Divisor& grid) {
+        const uint32_t each = grid.divide(all), rest = all - each * grid.by;
+        const uint32_t begin = each * blockIdx.x + min(blockIdx.x, rest);
+        return {begin, begin + each + (blockIdx.x < rest ? 1 : 0)};
+    }
+};
+
 struct Choices {
     const int64_t* ids;  // (tokens, top_k)
     uint32_t tokens, experts;

@@ -20,9 +20,10 @@
 
 #include <algorithm>
 
-#include "int/gates.cuh"
+#include "experts/combine.cuh"
+#include "experts/gates.cuh"
+#include "experts/schedule.cuh"
 #include "int/operands.cuh"
-#include "int/schedule.cuh"
 #include "launch.cuh"
 #include "ring.cuh"
 
@@ -137,36 +138,6 @@ __device__ __forceinline__ void write(const FewTokens& call, const Projection& p
     }
 }
 
-// y[token], four columns of it, from what the second projection made of its choices, weights included.
-template <typename T>
-__device__ __forceinline__ void combine(const FewTokens& call, const float* choices, T* y, uint32_t token, uint32_t col,
-                                        uint32_t cols) {
-    constexpr uint32_t kAtOnce = 4;  // loads on their way
-    const uint32_t count = min(cols - col, 4u);
-    float sum[4] = {};
-#pragma unroll 1
-    for (uint32_t first = 0; first < call.choices.top_k.by; first += kAtOnce) {
-        float more[kAtOnce][4];
-#pragma unroll
-        for (uint32_t j = 0; j < kAtOnce; ++j) {
-            const uint64_t choice = uint64_t{token} * call.choices.top_k.by + first + j;
-            const int64_t id = first + j < call.choices.top_k.by ? call.choices.ids[choice] : -1;
-            const float* const from = choices + choice * cols + col;
-            // What belongs to no expert here has not been written: it may be loaded where it is, but not used.
-            if (cols % 4 == 0 && first + j < call.choices.top_k.by)
-                *reinterpret_cast<float4*>(more[j]) = *reinterpret_cast<const float4*>(from);
-            else
-                for (uint32_t i = 0; i < 4; ++i)
-                    more[j][i] = first + j < call.choices.top_k.by && i < count ? from[i] : 0.0f;
-            if (id < 0 || id >= call.choices.experts) more[j][0] = more[j][1] = more[j][2] = more[j][3] = 0.0f;
-        }
-#pragma unroll
-        for (uint32_t j = 0; j < kAtOnce; ++j)
-            for (uint32_t i = 0; i < 4; ++i) sum[i] += more[j][i];
-    }
-    for (uint32_t i = 0; i < count; ++i) y[uint64_t{token} * cols + col + i] = from_float<T>(sum[i]);
-}
-
 // Brings rows of x, a slab of each, to shared memory: `row_of(i)` is where row i is in x.
 template <typename T, typename Row>
 __device__ __forceinline__ void load_activations(const Projection& p, uint8_t* x, uint32_t rows, uint32_t first_block,
@@ -195,17 +166,6 @@ __device__ __forceinline__ void load_activations(const Projection& p, uint8_t* x
                                                         prepared<T>(raw[j].z), prepared<T>(raw[j].w)};
     }
 }
-
-// Tiles begin .. end - 1 of all, counted through products.
-struct Range {
-    uint32_t begin, end;
-    // A block of threads' share.
-    static __device__ __forceinline__ Range share(uint32_t all, const Divisor& grid) {
-        const uint32_t each = grid.divide(all), rest = all - each * grid.by;
-        const uint32_t begin = each * blockIdx.x + min(blockIdx.x, rest);
-        return {begin, begin + each + (blockIdx.x < rest ? 1 : 0)};
-    }
-};
 
 // Blocks begin .. end - 1 of a batch's tiles, one after the other.
 struct Run {
@@ -496,7 +456,7 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
     cooperative_groups::this_grid().sync();
     const uint32_t cols = call.projections[1].rows, pieces = (cols + 3) / 4;
     for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < call.tokens * pieces; i += gridDim.x * blockDim.x)
-        combine(call, static_cast<const float*>(call.projections[1].y), static_cast<T*>(call.y), i / pieces,
+        combine(call.choices, static_cast<const float*>(call.projections[1].y), static_cast<T*>(call.y), i / pieces,
                 i % pieces * 4, cols);
 }
 

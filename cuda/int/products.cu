@@ -1,4 +1,5 @@
 // Products of `int` stacks: a linear layer, and a layer's experts.
+#include "experts/check.cuh"
 #include "int/few_tokens.cuh"
 
 namespace qmoe::cuda {
@@ -9,8 +10,6 @@ QMOE_FEW_TOKENS(extern, 4)
 QMOE_FEW_TOKENS(extern, 8)
 
 namespace {
-
-constexpr uint32_t kCombineThreads = 256;
 
 Status tiles_of(const IntStack& stack, Projection& p, uint32_t& bits) noexcept {
     const IntLayout stored(stack.spec, stack.rows, stack.cols);
@@ -54,56 +53,20 @@ Status launch_type(const FewTokens& call, uint32_t bits, OutputType type, const 
     }
 }
 
-// Sums over the choices of each token, where they are not those of few_tokens.
-template <typename T>
-__global__ __launch_bounds__(kCombineThreads) void combine_choices(const __grid_constant__ FewTokens call) {
-    wait_for_previous();
-    let_next_begin();
-    const uint32_t cols = call.projections[0].rows, col = (blockIdx.x * kCombineThreads + threadIdx.x) * 4;
-    if (col < cols)
-        combine(call, static_cast<const float*>(call.projections[0].y), static_cast<T*>(call.y), blockIdx.y, col, cols);
-}
-
 // Where the outputs of both projections, one per choice, are in the workspace.
 struct Workspace {
     uint64_t width, choices, second_at, bytes;
 
-    explicit Workspace(const IntExperts& e) noexcept
-        : width(e.first.order == RowOrder::kPlain ? e.first.rows : e.first.rows / 2), choices(e.tokens * e.top_k) {
+    explicit Workspace(const IntExperts& e) noexcept : width(width_of(e)), choices(e.tokens * e.top_k) {
         second_at = ceil_div(choices * width * 2, 16) * 16;
         bytes = second_at + choices * e.second.rows * sizeof(float);
     }
 };
 
-Status check_experts(const IntExperts& e) noexcept {
-    const Workspace room(e);
-    if (e.second.order != RowOrder::kPlain)
-        return Status::error(Code::kValue, "cuda: the second projection has no gate");
-    if (e.first.experts != e.second.experts || e.first.experts == 0)
-        return Status::mismatch(Code::kShape, "cuda: experts of both projections", 0, e.first.experts,
-                                e.second.experts);
-    if (e.first.experts >= 0xffff)
-        return Status::mismatch(Code::kNoKernel, "cuda: experts of a layer", 0, 0xfffe, e.first.experts);
-    if (e.second.cols != room.width)
-        return Status::mismatch(Code::kShape, "cuda: columns of the second projection", 0, room.width, e.second.cols);
-    if (e.second.rows != e.first.cols)
-        return Status::mismatch(Code::kShape, "cuda: rows of the second projection", 0, e.first.cols, e.second.rows);
-    if (room.choices > kMostChoices)
-        return Status::mismatch(Code::kNoKernel, "cuda: choices of one call", 0, kMostChoices, room.choices);
-    return {};
-}
-
-template <typename T>
-Status launch_combine(const FewTokens& call, const Device& device, cudaStream_t stream) noexcept {
-    const dim3 grid(ceil_div(call.projections[0].rows, 4 * kCombineThreads), call.tokens);
-    return launch(combine_choices<T>, grid, kCombineThreads, 0, false, device, stream, call);
-}
-
 }  // namespace
 
 Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept {
-    if (linear.weight.experts != 1 || linear.weight.order != RowOrder::kPlain)
-        return Status::error(Code::kValue, "cuda: a linear layer has one matrix, without a gate");
+    QMOE_TRY(check_linear(linear));
     if (linear.tokens == 0) return {};
     FewTokens call{};
     Projection& p = call.projections[0];
@@ -125,7 +88,7 @@ Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept {
     return {};
 }
 
-Status experts_workspace(const IntExperts& experts, uint64_t* bytes) noexcept {
+Status workspace_int(const IntExperts& experts, uint64_t* bytes) noexcept {
     QMOE_TRY(check_experts(experts));
     *bytes = Workspace(experts).bytes;
     return {};
@@ -134,8 +97,7 @@ Status experts_workspace(const IntExperts& experts, uint64_t* bytes) noexcept {
 Status experts_int(const IntExperts& e, cudaStream_t stream) noexcept {
     QMOE_TRY(check_experts(e));
     const Workspace room(e);
-    if (e.workspace_bytes < room.bytes)
-        return Status::mismatch(Code::kShape, "cuda: bytes of the workspace", 0, room.bytes, e.workspace_bytes);
+    QMOE_TRY(check_workspace(room.bytes, e.workspace_bytes));
     if (e.tokens == 0) return {};
     Device device{};
     QMOE_TRY(Device::current(device));
@@ -167,8 +129,7 @@ Status experts_int(const IntExperts& e, cudaStream_t stream) noexcept {
     behind.projections[0] = second;
     QMOE_TRY(launch_type<true>(call, first_bits, e.type, device, stream));
     QMOE_TRY(launch_type<true>(behind, second_bits, e.type, device, stream));
-    return e.type == OutputType::kFloat16 ? launch_combine<__half>(behind, device, stream)
-                                          : launch_combine<__nv_bfloat16>(behind, device, stream);
+    return launch_combine(call.choices, second.y, e.y, e.type, second.rows, device, stream);
 }
 
 }  // namespace qmoe::cuda

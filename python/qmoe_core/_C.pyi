@@ -104,6 +104,16 @@ class CudaInt:
     def unpack(self, tiles: int, expert: int, out: int, dtype: str, stream: int) -> None: ...
     def linear(self, tiles: int, x: int, bias: int, y: int, tokens: int, dtype: str, stream: int) -> None: ...
 
+class CudaTernary:
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def shape(self) -> dict[str, int]: ...
+    def __init__(self, record: NDArray[np.uint8], order: str = "plain", threads: int = 1) -> None: ...
+    def take(self) -> NDArray[np.uint8]: ...
+    def unpack(self, streams: int, expert: int, out: int, dtype: str, stream: int) -> None: ...
+    def linear(self, streams: int, x: int, bias: int, y: int, tokens: int, dtype: str, stream: int) -> None: ...
+
 class CudaIntExperts:
     def __init__(
         self,
@@ -117,8 +127,38 @@ class CudaIntExperts:
     def workspace(self, tokens: int, top_k: int) -> int: ...
     def run(
         self,
-        first_tiles: int,
-        second_tiles: int,
+        first_weights: int,
+        second_weights: int,
+        first_bias: int,
+        second_bias: int,
+        x: int,
+        dtype: str,
+        tokens: int,
+        ids: int,
+        weights: int,
+        weights_dtype: str,
+        top_k: int,
+        y: int,
+        workspace: int,
+        workspace_bytes: int,
+        stream: int,
+    ) -> None: ...
+
+class CudaTernaryExperts:
+    def __init__(
+        self,
+        first: CudaTernary,
+        second: CudaTernary,
+        activation: str,
+        clamped: bool = False,
+        alpha: float = 0.0,
+        limit: float = 0.0,
+    ) -> None: ...
+    def workspace(self, tokens: int, top_k: int) -> int: ...
+    def run(
+        self,
+        first_weights: int,
+        second_weights: int,
         first_bias: int,
         second_bias: int,
         x: int,

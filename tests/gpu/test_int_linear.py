@@ -5,59 +5,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_cuda_library import GUARD, int_record
+from test_cuda_library import int_record
 
 from qmoe_core import _C, IntFormat, IntMatrix, PackedTensor, QmoeError
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+from products import Linear, check_linear as check  # noqa: E402, I001
+
 SHAPES = [(1, 1), (5, 7), (33, 129), (64, 256), (136, 768), (17, 4096), (300, 2080)]
-ERROR = {"bfloat16": 4e-3, "float16": 6e-4}  # of the output's rounding, most of it
-
-
-class Linear:
-    """A record's one matrix on the device."""
-
-    def __init__(self, packed: PackedTensor) -> None:
-        record = torch.from_numpy(np.ascontiguousarray(packed.data)).cuda()
-        self.matrix, self.shape = _C.CudaInt(packed.data), (packed.rows, packed.cols)
-        stream = torch.cuda.current_stream().cuda_stream
-        self.tiles = torch.full((self.matrix.bytes + 2 * GUARD,), 0xA5, dtype=torch.uint8, device="cuda")
-        self.matrix.prepack(record.data_ptr(), self.tiles.data_ptr() + GUARD, self.matrix.bytes, stream)
-        guards = torch.cat([self.tiles[:GUARD], self.tiles[-GUARD:]])
-        assert (guards == 0xA5).all(), "wrote outside of the tiles"
-
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        size = len(x) * self.shape[0]
-        out = torch.full((size + 2 * GUARD,), float("nan"), dtype=x.dtype, device="cuda")
-        self.matrix.linear(
-            self.tiles.data_ptr() + GUARD,
-            x.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            out.data_ptr() + GUARD * out.element_size(),
-            len(x),
-            str(x.dtype).removeprefix("torch."),
-            torch.cuda.current_stream().cuda_stream,
-        )
-        torch.cuda.synchronize()
-        assert out[:GUARD].isnan().all() and out[-GUARD:].isnan().all(), "wrote outside the output"
-        return out[GUARD : GUARD + size].view(len(x), self.shape[0])
-
-
-def check(packed: PackedTensor, tokens: int, dtype: str, seed: int, biased: bool = False) -> None:
-    linear = Linear(packed)
-    n, k = linear.shape
-    generator = torch.Generator().manual_seed(seed)
-    x = (torch.randn(tokens, k, generator=generator) + 0.5).to(getattr(torch, dtype))
-    bias = torch.randn(n, generator=generator).to(x.dtype) if biased else None
-    weight = torch.from_numpy(packed.decode(0)).double()
-    expected = x.double() @ weight.T + (0 if bias is None else bias.double())
-    scale = x.double().abs() @ weight.abs().T + 1e-3  # errors are relative to the sum of magnitudes' square root and up
-    found = linear(x.cuda(), None if bias is None else bias.cuda())
-    assert torch.equal(found, linear(x.cuda(), None if bias is None else bias.cuda()))
-    error = (found.cpu().double() - expected).abs()
-    assert (error <= ERROR[dtype] * expected.abs() + 1e-4 * scale).all(), float((error / scale).max())
 
 
 @pytest.mark.parametrize("shape", SHAPES)

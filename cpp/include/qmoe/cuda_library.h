@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "qmoe/format.h"
 #include "qmoe/record.h"
@@ -19,5 +20,20 @@ const Api* library(std::string& reason);
 // The 4096-entry decoding table that the ternary kernels want in device memory (see FORMAT.md). E_UNKNOWN: not a
 // ternary spec.
 Status ternary_decoding_table(std::span<const uint8_t, kSpecBytes> spec, std::span<uint32_t> out) noexcept;
+
+// How the ternary matrices of a stack are laid out on a device (src/formats/ternary_streams.h).
+struct StreamsShape {
+    uint64_t rows, cols;  // N, K
+    uint32_t gap_bits;    // of a symbol, 3 to 7
+    uint32_t segments;    // lanes that share a row: 1, 2, 4, 8, 16 or 32
+};
+
+// A shape that suits a record's matrices, from what its first one is like. E_NO_KERNEL where one is not ternary or has
+// more columns or rows than the layout can count.
+Status ternary_streams_shape(const Record& record, StreamsShape& out);
+
+// The layout of a whole record: u64 offsets of its matrices from the start, up to a multiple of 16 bytes, and behind them
+// the matrices, each at a multiple of 16. The bytes are the same for any number of threads.
+Status ternary_streams(const Record& record, const StreamsShape& shape, std::vector<uint8_t>& out, int threads = 1);
 
 }  // namespace qmoe::cuda

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "qmoe/cuda_library.h"
 #include "qmoe/format.h"
 #include "qmoe/gptq.h"
 #include "qmoe/prepacked.h"
@@ -15,7 +16,7 @@
 
 namespace qmoe::cuda {
 
-inline constexpr uint32_t kApiVersion = 4;
+inline constexpr uint32_t kApiVersion = 5;
 
 enum class OutputType : uint8_t { kFloat32, kFloat16, kBfloat16 };
 
@@ -45,14 +46,23 @@ struct IntStack {
     RowOrder order;       // that it was prepacked with
 };
 
-// Tiles must have been written before the kernel before this one began (as those of a model are): on devices that can,
-// kernels begin to read them before that one has ended.
+// The `ternary` matrices of one projection, or of a linear layer, as ternary_streams() of qmoe/cuda_library.h made them.
+struct TernaryStack {
+    const void* streams;  // device, 16-byte aligned
+    uint64_t experts;
+    StreamsShape shape;
+    RowOrder order;  // of the matrices' rows
+};
+
+// Tiles and streams must have been written before the kernel before this one began (as those of a model are): on devices
+// that can, kernels begin to read them before that one has ended.
 
 // y (tokens, rows) = x (tokens, cols) times the transpose of a stack's one matrix, plus bias (rows) where it is not null;
 // all row-major, of `type` (float16 or bfloat16), 2-byte aligned at least, on the device. Sums are float32 in a fixed
-// order. For few tokens: they are taken 16 at a time.
-struct IntLinear {
-    IntStack weight;  // kPlain
+// order. For few tokens: they are taken 16 at a time, of ternary matrices at most 8.
+template <typename Stack>
+struct Linear {
+    Stack weight;  // kPlain
     const void *x, *bias;
     void* y;
     uint64_t tokens;
@@ -74,11 +84,13 @@ struct Gate {
 //   ids      (tokens, top_k) int64; ids outside [0, E) add nothing (other ranks' experts)
 //   weights  (tokens, top_k) of weights_type
 //   biases   (E, 2 I or I) and (E, H) of `type`, or null
-//   workspace  experts_workspace() bytes, 16-byte aligned
+//   workspace  int_workspace() or ternary_workspace() bytes, 16-byte aligned
 //
-// Each token's experts are added in the order of its choices, in float32. Three launches.
-struct IntExperts {
-    IntStack first, second;
+// Each token's experts are added in the order of its choices, in float32. One launch; three where the two projections
+// differ in bits or groups.
+template <typename Stack>
+struct Experts {
+    Stack first, second;
     const void *x, *weights, *first_bias, *second_bias;
     const int64_t* ids;
     void *y, *workspace;
@@ -87,7 +99,12 @@ struct IntExperts {
     Gate gate;
 };
 
-// Choices (tokens * top_k) that a call of int_experts may have.
+using IntLinear = Linear<IntStack>;
+using IntExperts = Experts<IntStack>;
+using TernaryLinear = Linear<TernaryStack>;
+using TernaryExperts = Experts<TernaryStack>;
+
+// Choices (tokens * top_k) that a call for experts may have.
 inline constexpr uint64_t kMostChoices = 1024;
 
 // The function table that libqmoe_cuda exports as qmoe_cuda_api().
@@ -104,8 +121,14 @@ struct Api {
     // out (N, K) row-major of `type`, in the record's order of rows, from the tiles of a stack's first matrix.
     Status (*unpack)(const IntStack& matrix, void* out, OutputType type, void* stream) noexcept;
     Status (*int_linear)(const IntLinear& linear, void* stream) noexcept;
-    Status (*experts_workspace)(const IntExperts& experts, uint64_t* bytes) noexcept;
+    Status (*int_workspace)(const IntExperts& experts, uint64_t* bytes) noexcept;
     Status (*int_experts)(const IntExperts& experts, void* stream) noexcept;
+    // The same for ternary matrices. E_NO_KERNEL for more columns than a block's shared memory holds activations of.
+    Status (*ternary_unpack)(const TernaryStack& stack, uint64_t expert, void* out, OutputType type,
+                             void* stream) noexcept;
+    Status (*ternary_linear)(const TernaryLinear& linear, void* stream) noexcept;
+    Status (*ternary_workspace)(const TernaryExperts& experts, uint64_t* bytes) noexcept;
+    Status (*ternary_experts)(const TernaryExperts& experts, void* stream) noexcept;
     // The inner loops of qmoe/gptq.h, with pointers to device memory; groups have at most kMaxBlockColumns columns.
     Status (*round_block)(const RoundBlock& block, void* stream) noexcept;
     Status (*choose_grid)(const ChooseGrid& grid, void* stream) noexcept;

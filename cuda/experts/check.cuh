@@ -1,0 +1,58 @@
+// What a call for a layer of experts must fulfil, whatever the format.
+#pragma once
+
+#include "common.cuh"
+
+namespace qmoe::cuda {
+
+inline uint64_t rows_of(const IntStack& stack) noexcept {
+    return stack.rows;
+}
+inline uint64_t rows_of(const TernaryStack& stack) noexcept {
+    return stack.shape.rows;
+}
+inline uint64_t cols_of(const IntStack& stack) noexcept {
+    return stack.cols;
+}
+inline uint64_t cols_of(const TernaryStack& stack) noexcept {
+    return stack.shape.cols;
+}
+
+// Columns of the second projection: what a gate leaves of the first one's rows.
+template <typename Stack>
+uint64_t width_of(const Experts<Stack>& e) noexcept {
+    return e.first.order == RowOrder::kPlain ? rows_of(e.first) : rows_of(e.first) / 2;
+}
+
+template <typename Stack>
+Status check_experts(const Experts<Stack>& e) noexcept {
+    if (e.second.order != RowOrder::kPlain)
+        return Status::error(Code::kValue, "cuda: the second projection has no gate");
+    if (e.first.experts != e.second.experts || e.first.experts == 0)
+        return Status::mismatch(Code::kShape, "cuda: experts of both projections", 0, e.first.experts,
+                                e.second.experts);
+    if (e.first.experts >= 0xffff)
+        return Status::mismatch(Code::kNoKernel, "cuda: experts of a layer", 0, 0xfffe, e.first.experts);
+    if (cols_of(e.second) != width_of(e))
+        return Status::mismatch(Code::kShape, "cuda: columns of the second projection", 0, width_of(e),
+                                cols_of(e.second));
+    if (rows_of(e.second) != cols_of(e.first))
+        return Status::mismatch(Code::kShape, "cuda: rows of the second projection", 0, cols_of(e.first),
+                                rows_of(e.second));
+    if (e.tokens * e.top_k > kMostChoices)
+        return Status::mismatch(Code::kNoKernel, "cuda: choices of one call", 0, kMostChoices, e.tokens * e.top_k);
+    return {};
+}
+
+template <typename Stack>
+Status check_linear(const Linear<Stack>& linear) noexcept {
+    if (linear.weight.experts == 1 && linear.weight.order == RowOrder::kPlain) return {};
+    return Status::error(Code::kValue, "cuda: a linear layer has one matrix, without a gate");
+}
+
+inline Status check_workspace(uint64_t needed, uint64_t given) noexcept {
+    return given >= needed ? Status{}
+                           : Status::mismatch(Code::kShape, "cuda: bytes of the workspace", 0, needed, given);
+}
+
+}  // namespace qmoe::cuda

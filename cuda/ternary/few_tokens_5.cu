@@ -1,0 +1,8 @@
+// The kernels of few_tokens.cuh for symbols with gaps of 5 bits.
+#include "ternary/few_tokens.cuh"
+
+namespace qmoe::cuda {
+
+QMOE_TERNARY_FEW_TOKENS(, 5)
+
+}  // namespace qmoe::cuda

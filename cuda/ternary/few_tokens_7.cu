@@ -1,0 +1,8 @@
+// The kernels of few_tokens.cuh for symbols with gaps of 7 bits.
+#include "ternary/few_tokens.cuh"
+
+namespace qmoe::cuda {
+
+QMOE_TERNARY_FEW_TOKENS(, 7)
+
+}  // namespace qmoe::cuda
