@@ -1,7 +1,7 @@
 """Masks from scores: 1 for what is kept, uint8, in the shape of the scores. Everything works under `jax.jit`.
 
 Masks equal JaxPruner's, ties included, but for what docs/jax.md lists. The k-th largest score is not sorted for but
-searched bit by bit, which on a CPU is ten times as fast (25 million float32: 0.65 s against 7.5 s).
+searched two bits at a time, which on a CPU is thirty times as fast (25 million float32: 0.27 s against 9.8 s).
 """
 
 from __future__ import annotations
@@ -38,20 +38,37 @@ def _ordered(scores: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(scores), jnp.zeros_like(bits), jnp.where(bits >= sign, ~bits, bits | sign))
 
 
+def _reached(keys: jax.Array, thresholds: Sequence[jax.Array]) -> jax.Array:
+    """How many keys reach each threshold, int32. One reduction of several numbers, which XLA makes one loop that goes
+    through the keys once, and on CPUs a faster one than of a sum."""
+    zeros = (jnp.int32(0),) * len(thresholds)
+    flags = tuple((keys >= threshold).astype(jnp.int32) for threshold in thresholds)
+    add = lambda sums, more: tuple(a + b for a, b in zip(sums, more, strict=True))  # noqa: E731
+    return jnp.stack(jax.lax.reduce(flags, zeros, add, (0,)))
+
+
 def _largest(keys: jax.Array, count: jax.Array) -> jax.Array:
-    """Which of the keys (size,) are the `count` largest; of equal ones the first. bool (size,)."""
+    """Which of the keys (size,) are the `count` largest, at least one; of equal ones the first. bool (size,)."""
     width = 8 * keys.dtype.itemsize
 
-    def narrow(step: jax.Array, found: jax.Array) -> jax.Array:
-        # The largest number that at least `count` keys reach, from its highest bit down.
-        bit = jnp.array(1, keys.dtype) << (width - 1 - step).astype(keys.dtype)
-        reached = jnp.sum(keys >= (found | bit), dtype=jnp.int32)
-        return jnp.where(reached >= count, found | bit, found)
+    def narrow(step: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        # The largest number that at least `count` keys reach, from its highest bits down, two at a time.
+        found, reaching = state
+        shift = (width - 2 - 2 * step).astype(keys.dtype)
+        digits = [found | (jnp.array(digit, keys.dtype) << shift) for digit in range(4)]
+        reached = jnp.concatenate([reaching[None], _reached(keys, digits[1:])])
+        digit = jnp.sum(reached[1:] >= count)
+        return jnp.stack(digits)[digit], reached[digit]
 
-    threshold = jax.lax.fori_loop(0, width, narrow, jnp.zeros((), keys.dtype))
-    above, level = keys > threshold, keys == threshold
-    left = count - jnp.sum(above, dtype=jnp.int32)
-    return above | (level & (jnp.cumsum(level, dtype=jnp.int32) <= left))
+    begin = jnp.zeros((), keys.dtype), jnp.int32(keys.size)
+    threshold, reaching = jax.lax.fori_loop(0, width // 2, narrow, begin)
+
+    def first_of_equals() -> jax.Array:
+        above, level = keys > threshold, keys == threshold
+        left = count - jnp.sum(above, dtype=jnp.int32)
+        return above | (level & (jnp.cumsum(level, dtype=jnp.int32) <= left))
+
+    return jax.lax.cond(reaching == count, lambda: keys >= threshold, first_of_equals)
 
 
 def kept_count(size: int, sparsity: Any) -> jax.Array:
