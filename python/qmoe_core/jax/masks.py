@@ -1,15 +1,15 @@
 """Masks from scores: 1 for what is kept, uint8, in the shape of the scores. Everything works under `jax.jit`.
 
 Masks equal JaxPruner's, ties included, but for what docs/jax.md lists. The k-th largest score is not sorted for but
-searched two bits at a time, which on a CPU is thirty times as fast (25 million float32: 0.27 s against 9.8 s).
+searched between counts, which on a CPU is sixty times as fast (25 million float32: 0.15 s against 9.8 s).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
-from typing import Any
+from math import gcd, prod
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from .types import Block, Channel, NByM, SparsityType, Unstructured, positive_ax
 
 MASK_DTYPE = jnp.uint8
 TopKFn = Callable[[Any, Any], jax.Array]
+_SAMPLE = 1024  # keys that tell about where the k-th largest is
+_ROWS = 64  # that are counted by themselves
 _SMALL_GROUP = 8  # n:m up to this m compares all pairs, which needs no sort
 
 
@@ -40,28 +42,59 @@ def _ordered(scores: jax.Array) -> jax.Array:
 
 def _reached(keys: jax.Array, thresholds: Sequence[jax.Array]) -> jax.Array:
     """How many keys reach each threshold, int32. One reduction of several numbers, which XLA makes one loop that goes
-    through the keys once, and on CPUs a faster one than of a sum."""
+    through the keys once; by rows, which its threads share."""
     zeros = (jnp.int32(0),) * len(thresholds)
-    flags = tuple((keys >= threshold).astype(jnp.int32) for threshold in thresholds)
+    rows = keys.reshape(gcd(keys.size, _ROWS), -1)
+    flags = tuple((rows >= threshold).astype(jnp.int32) for threshold in thresholds)
     add = lambda sums, more: tuple(a + b for a, b in zip(sums, more, strict=True))  # noqa: E731
-    return jnp.stack(jax.lax.reduce(flags, zeros, add, (0,)))
+    return jnp.stack(jax.lax.reduce(flags, zeros, add, (1,))).sum(1)
+
+
+class _Bracket(NamedTuple):
+    """Where the k-th largest key is: in [low, high], and how many keys reach low, and a number above high. At least k
+    reach low; where they are k, low is as good as the key itself."""
+
+    low: jax.Array
+    high: jax.Array
+    reaching: jax.Array
+    above: jax.Array
+    step: jax.Array
 
 
 def _largest(keys: jax.Array, count: jax.Array) -> jax.Array:
     """Which of the keys (size,) are the `count` largest, at least one; of equal ones the first. bool (size,)."""
-    width = 8 * keys.dtype.itemsize
+    one = jnp.ones((), keys.dtype)
 
-    def narrow(step: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        # The largest number that at least `count` keys reach, from its highest bits down, two at a time.
-        found, reaching = state
-        shift = (width - 2 - 2 * step).astype(keys.dtype)
-        digits = [found | (jnp.array(digit, keys.dtype) << shift) for digit in range(4)]
-        reached = jnp.concatenate([reaching[None], _reached(keys, digits[1:])])
-        digit = jnp.sum(reached[1:] >= count)
-        return jnp.stack(digits)[digit], reached[digit]
+    def narrow(state: _Bracket, probes: list[jax.Array]) -> _Bracket:
+        """What lies between two of some ascending probes."""
+        reached = _reached(keys, probes)
+        place = jnp.sum(reached >= count)  # so many of the probes may be low
+        lows, highs = jnp.stack([state.low, *probes]), jnp.stack([*(probe - one for probe in probes), state.high])
+        counts = jnp.concatenate([state.reaching[None], reached, state.above[None]])
+        return _Bracket(lows[place], highs[place], counts[place], counts[place + 1], state.step + 1)
 
-    begin = jnp.zeros((), keys.dtype), jnp.int32(keys.size)
-    threshold, reaching = jax.lax.fori_loop(0, width // 2, narrow, begin)
+    def closer(state: _Bracket) -> _Bracket:
+        # In turn where it would be were keys spread evenly, give or take what chance does to that, and, whatever they
+        # are like, to a quarter.
+        width = state.high - state.low
+        between = (state.reaching - state.above).astype(jnp.float32)
+        middle, give = (state.reaching - count + 0.5) / between, jax.lax.rsqrt(between)
+        even = state.step % 2 == 0
+        parts = [jnp.where(even, 0.25 * i, middle + (i - 2) * give) for i in (1, 2, 3)]
+        ways = [(jnp.clip(part, 0, 1) * width.astype(jnp.float32)).astype(keys.dtype) for part in parts]
+        return narrow(state, [state.low + jnp.clip(way, one, width) for way in ways])
+
+    def undecided(state: _Bracket) -> jax.Array:
+        return (state.low < state.high) & (state.reaching != count)
+
+    # Some of the keys tell about where: a first look at what is left and right of there saves most of the others.
+    sample = jnp.sort(keys[:: max(1, keys.size // _SAMPLE)])
+    place = (1 - count / keys.size) * (sample.size - 1)
+    around = [jnp.round(place + spread * sample.size**0.5).astype(jnp.int32) for spread in (-1.0, 0.0, 1.0)]
+    probes = [jnp.maximum(sample[jnp.clip(at, 0, sample.size - 1)], one) for at in around]
+    most = jnp.array(jnp.iinfo(keys.dtype).max, keys.dtype)
+    everything = _Bracket(jnp.zeros((), keys.dtype), most, jnp.int32(keys.size), jnp.int32(0), jnp.int32(0))
+    threshold, _, reaching, *_ = jax.lax.while_loop(undecided, closer, narrow(everything, probes))
 
     def first_of_equals() -> jax.Array:
         above, level = keys > threshold, keys == threshold
