@@ -1,0 +1,122 @@
+"""Kernels and calibrated compression on GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .origin import origin
+
+
+def gptq_gpu(result: dict[str, Any]) -> list[str]:
+    """Calibrated quantization on a GPU, from activations to packed records (bench/gpu/gptq_throughput.py)."""
+    groups = {
+        "statistics": ("statistics",),
+        "factors": ("check, lean", "factorize"),
+        "grids, levels": ("grids of rows", "levels"),
+        "feedback, descent": ("feedback", "coordinate descent"),
+        "errors": ("errors",),
+        "to host": ("to host",),
+    }
+    lines = [
+        f"| N x K | format | M weights/s (range) | {' | '.join(groups)} | pack | of the limit |",
+        "|---|---|---:|" + "---:|" * (len(groups) + 2),
+    ]
+    for row in result["rows"]:
+        stages = row["stages"]
+
+        def total(names: tuple[str, ...], key: str, stages: dict[str, Any] = stages) -> float:
+            return sum(stages[name][key] * stages[name]["times"] for name in names if name in stages)
+
+        listed = tuple(name for names in groups.values() for name in names)
+        per_weight = 1e9 / (row["chunk"] * row["shape"][0] * row["shape"][1])
+        cells = [f"{total(names, 'seconds') * per_weight:.2f}" for names in (*groups.values(), ("pack",))]
+        share = total(listed, "limit_seconds") / total(listed, "seconds")
+        lines.append(
+            f"| {row['shape'][0]} x {row['shape'][1]} | {row['format']} | {row['weights_per_second'] / 1e6:.0f} "
+            f"({row['least'] / 1e6:.0f} to {row['most'] / 1e6:.0f}) | {' | '.join(cells)} | {share:.0%} |"
+        )
+    first = result["rows"][0]
+    rates = [result[f"{name}_flops_per_second"] / 1e12 for name in ("float32", "bfloat16")]
+    lines += [
+        "",
+        f"Stages in ns per weight; {result['sweeps']} sweeps, {first['tokens']} tokens an expert, 64 experts or more. "
+        "Packing, on the CPU, overlaps with the next chunk. The limit: operations at "
+        f"{rates[0]:.0f} (float32) and {rates[1]:.0f} TFLOP/s (bfloat16), or bytes at "
+        f"{result['copy_bytes_per_second'] / 1e12:.1f} TB/s and to the host at "
+        f"{result['to_host_bytes_per_second'] / 1e9:.0f} GB/s, as measured here, what takes longest in each stage. "
+        f"{origin(result)}",
+    ]
+    return lines
+
+
+def two_gpus(result: dict[str, Any]) -> list[str]:
+    """Calibrated compression by several processes with a GPU each (bench/gpu/two_gpus.py)."""
+    layers, experts, hidden, intermediate = result["shape"]
+    first = result["rows"][0]
+    lines = [
+        "| GPUs | seconds | faster | seconds a layer | faster | with the start of processes | output error |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['processes']} | {row['seconds']:.1f} | {row['speedup']:.2f}x | {row['layer_seconds']:.2f} "
+        f"| {first['layer_seconds'] / row['layer_seconds']:.2f}x | {row['wall_seconds']:.1f} "
+        f"| {row['mean_relative_output_error']:.4f} |"
+        for row in result["rows"]
+    ]
+    lines += [
+        "",
+        f"{result['format']}, {first['tokens']} tokens, {layers} layers of {experts} experts of {hidden} x "
+        f"{intermediate}, top 8, {result['source_bytes'] / 1e9:.1f} GB. {origin(result)}",
+    ]
+    return lines
+
+
+def int_linear(result: dict[str, Any]) -> list[str]:
+    """Products of int matrices and few tokens on a GPU (bench/gpu/int_linear.py)."""
+    tokens = sorted({row["tokens"] for row in result["rows"]})
+    cells = {(*row["shape"], row["format"], row["tokens"]): row for row in result["rows"]}
+    lines = [
+        "| N x K | format | " + " | ".join(f"{n} token{'s' * (n > 1)}" for n in tokens) + " | of a copy's bytes/s |",
+        "|---|---|" + "---:|" * (len(tokens) + 1),
+    ]
+    for rows, cols, kind in dict.fromkeys(key[:3] for key in cells):
+        of = [cells[rows, cols, kind, n] for n in tokens]
+        shown = " | ".join(f"{row['median_us']:.1f} ({row['speedup']:.2f}x)" for row in of)
+        lines.append(f"| {rows} x {cols} | {kind} | {shown} | {of[0]['share_of_copy_bandwidth']:.0%} |")
+    lines += [
+        "",
+        "Microseconds in a CUDA graph, weights rotating past the cache, and how many times as fast as cuBLAS in "
+        "bfloat16. The last column is of one token's codes and scales, a copy's being "
+        f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s read and written. {origin(result)}",
+    ]
+    return lines
+
+
+def int_experts(result: dict[str, Any]) -> list[str]:
+    """Whole layers of int experts on a GPU (bench/gpu/int_experts.py)."""
+    tokens = sorted({row["tokens"] for row in result["rows"]})
+    cells = {(row["model"], row["format"], row["tokens"]): row for row in result["rows"]}
+    lines = [
+        "| layer of | format | " + " | ".join(f"{n} token{'s' * (n > 1)}" for n in tokens) + " |",
+        "|---|---|" + "---:|" * len(tokens),
+    ]
+    for model, kind in dict.fromkeys(key[:2] for key in cells):
+        of = [cells[model, kind, n] for n in tokens]
+        shown = " | ".join(f"{r['median_us']:.0f} ({r['speedup']:.2f}x), {r['memory_limit_us']:.0f}" for r in of)
+        lines.append(f"| {model} | {kind} | {shown} |")
+    lines += [
+        "",
+        "Microseconds in a CUDA graph, from ids and routing weights to the sums over a token's experts; in brackets "
+        "how many times as fast as bfloat16 grouped products and their gate, routing and sums left out; behind them "
+        f"what the bytes of the experts chosen take at a copy's {result['copy_bytes_per_second'] / 1e12:.2f} TB/s. "
+        f"Routing is skewed and changes from call to call. {origin(result)}",
+    ]
+    return lines
+
+
+RENDERERS = {
+    "gptq-gpu": gptq_gpu,
+    "two-gpus": two_gpus,
+    "int-linear-gpu": int_linear,
+    "int-experts-gpu": int_experts,
+}
