@@ -9,6 +9,13 @@
 
 namespace qmoe::cuda {
 
+// A kernel's dynamic shared memory. tests/emulation has its own.
+#ifndef QMOE_SHARED_MEMORY
+#define QMOE_SHARED_MEMORY(name, alignment) \
+    extern __shared__ __align__(alignment)  \
+    uint8_t name[]
+#endif
+
 template <class T>
 __device__ inline T from_float(float x);
 template <>

@@ -189,7 +189,7 @@ template <typename T, int kBits, int kN, bool kExperts, bool kWhole>
 __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_constant__ FewTokens call) {
     constexpr uint32_t kNone = ~0u;
     constexpr uint32_t kAllOnes[4] = {kOne, kUpperOne<kBits>, kOne, kUpperOne<kBits>};
-    extern __shared__ __align__(128) uint8_t shared[];
+    QMOE_SHARED_MEMORY(shared, 128);
     const Room<kBits, kN> room(call, kExperts);
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
     const uint32_t block_bytes = call.projections[0].block_bytes;

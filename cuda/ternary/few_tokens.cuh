@@ -189,7 +189,7 @@ __global__ __launch_bounds__(kTernaryWarps<kM>* kLanes,
                              1) void ternary_few_tokens(const __grid_constant__ TernaryFewTokens call,
                                                         uint32_t x_bytes) {
     constexpr uint32_t kWarps = kTernaryWarps<kM>;
-    extern __shared__ __align__(16) uint8_t shared[];
+    QMOE_SHARED_MEMORY(shared, 16);
     const TernaryRoom<T, kM> room(call, kExperts, x_bytes);
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     uint64_t* const matrices = reinterpret_cast<uint64_t*>(shared + room.matrices);

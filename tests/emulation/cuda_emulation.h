@@ -1,0 +1,223 @@
+// Runs CUDA kernels on the host, thread by thread: what they compute and where they read and write can be tested without a
+// GPU. Every thread is a fiber that runs to its next barrier or exchange between lanes; one that never comes is reported as
+// a deadlock. Included before everything else in CUDA sources that are compiled as C++.
+//
+// Not emulated: time, memory that others see late, asynchronous copies, tensor cores. Reads before a launch's predecessor
+// has ended and races between barriers stay unseen: those are for compute-sanitizer.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <vector>
+
+#undef __align__
+#undef __device__
+#undef __forceinline__
+#undef __global__
+#undef __grid_constant__
+#undef __host__
+#undef __launch_bounds__
+#define __align__(n)
+#define __device__
+#define __forceinline__ inline
+#define __global__
+#define __grid_constant__
+#define __host__
+#define __launch_bounds__(...)
+#define QMOE_SHARED_MEMORY(name, alignment) uint8_t* const name = emulation::shared_memory()
+#define cudaFuncSetAttribute(...) cudaSuccess
+#define cudaGetErrorString(...) "emulated"
+#define cudaMemsetAsync(to, value, bytes, stream) (std::memset(to, value, bytes), cudaSuccess)
+
+namespace emulation {
+
+enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kAtGridBarrier, kDone };
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    uint3 thread, block;
+    State state = State::kReady;
+};
+
+class Grid {
+  public:
+    static constexpr size_t kLanes = 32, kStackBytes = 96 << 10;
+    static constexpr uint8_t kPoison = 0xEE;
+
+    // Runs body() as `blocks` blocks of `threads` threads, with bytes of shared memory that hold a pattern at first. Throws
+    // std::logic_error for a deadlock and for writes behind the shared memory.
+    static void run(dim3 blocks, uint32_t threads, uint32_t shared_bytes, std::function<void()> body);
+
+    static Grid& current() { return *current_; }
+    Fiber& fiber() { return *running_; }
+    uint32_t threads() const { return threads_; }
+    uint32_t blocks() const { return blocks_; }
+    uint8_t* shared() { return shared_[running_->block.x].data(); }
+    void wait(State state) {
+        running_->state = state;
+        swapcontext(&running_->context, &main_);
+    }
+    // What all lanes of the warp give, by lane.
+    std::vector<uint64_t> exchange(uint64_t value) {
+        const size_t own = running_ - fibers_.data(), first = own / kLanes * kLanes;
+        given_[own] = value;
+        wait(State::kAtWarpBarrier);
+        std::vector<uint64_t> all(given_.begin() + first, given_.begin() + first + kLanes);
+        wait(State::kAtWarpBarrier);
+        return all;
+    }
+
+  private:
+    static void begin() {
+        Grid& grid = current();
+        grid.body_();
+        grid.wait(State::kDone);
+    }
+    bool release(size_t first, size_t count, State state) {
+        size_t waiting = 0, done = 0;
+        for (size_t i = first; i < first + count; ++i) {
+            waiting += fibers_[i].state == state ? 1 : 0;
+            done += fibers_[i].state == State::kDone ? 1 : 0;
+        }
+        if (waiting == 0 || waiting + done < count) return false;
+        for (size_t i = first; i < first + count; ++i)
+            if (fibers_[i].state == state) fibers_[i].state = State::kReady;
+        return true;
+    }
+
+    static inline Grid* current_ = nullptr;
+    std::function<void()> body_;
+    uint32_t threads_ = 0, blocks_ = 0;
+    std::vector<Fiber> fibers_;
+    std::vector<std::vector<uint8_t>> shared_;
+    std::vector<uint64_t> given_;
+    Fiber* running_ = nullptr;
+    ucontext_t main_;
+};
+
+inline void Grid::run(dim3 blocks, uint32_t threads, uint32_t shared_bytes, std::function<void()> body) {
+    constexpr size_t kGuard = 64;
+    for (uint32_t y = 0; y < blocks.y; ++y) {
+        Grid grid;
+        current_ = &grid;
+        grid.body_ = body, grid.threads_ = threads, grid.blocks_ = blocks.x;
+        grid.shared_.assign(blocks.x, std::vector<uint8_t>(shared_bytes + kGuard, kPoison));
+        grid.fibers_ = std::vector<Fiber>(blocks.x * threads);
+        grid.given_.resize(grid.fibers_.size());
+        for (size_t i = 0; i < grid.fibers_.size(); ++i) {
+            Fiber& fiber = grid.fibers_[i];
+            fiber.stack.resize(kStackBytes);
+            fiber.thread = {static_cast<uint32_t>(i % threads), 0, 0};
+            fiber.block = {static_cast<uint32_t>(i / threads), y, 0};
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = fiber.stack.data();
+            fiber.context.uc_stack.ss_size = kStackBytes;
+            fiber.context.uc_link = nullptr;
+            makecontext(&fiber.context, &Grid::begin, 0);
+        }
+        for (bool done = false; !done;) {
+            bool progress = false;
+            done = true;
+            for (Fiber& fiber : grid.fibers_) {
+                if (fiber.state == State::kReady) {
+                    grid.running_ = &fiber;
+                    swapcontext(&grid.main_, &fiber.context);
+                    progress = true;
+                }
+                done = done && fiber.state == State::kDone;
+            }
+            for (size_t first = 0; first < grid.fibers_.size(); first += kLanes)
+                progress |= grid.release(first, kLanes, State::kAtWarpBarrier);
+            for (size_t first = 0; first < grid.fibers_.size(); first += threads)
+                progress |= grid.release(first, threads, State::kAtBlockBarrier);
+            progress |= grid.release(0, grid.fibers_.size(), State::kAtGridBarrier);
+            if (!progress && !done) throw std::logic_error("emulation: deadlock");
+        }
+        for (const std::vector<uint8_t>& shared : grid.shared_)
+            for (size_t i = shared_bytes; i < shared.size(); ++i)
+                if (shared[i] != kPoison) throw std::logic_error("emulation: wrote behind the shared memory");
+        current_ = nullptr;
+    }
+}
+
+inline uint8_t* shared_memory() {
+    return Grid::current().shared();
+}
+
+inline uint32_t lane() {
+    return Grid::current().fiber().thread.x % Grid::kLanes;
+}
+
+template <typename T>
+T from_lane(T value, uint32_t from) {
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof value);
+    bits = Grid::current().exchange(bits)[from];
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+struct Size {
+    uint32_t x;
+};
+
+}  // namespace emulation
+
+#define threadIdx (emulation::Grid::current().fiber().thread)
+#define blockIdx (emulation::Grid::current().fiber().block)
+#define blockDim (emulation::Size{emulation::Grid::current().threads()})
+#define gridDim (emulation::Size{emulation::Grid::current().blocks()})
+
+inline void __syncthreads() {
+    emulation::Grid::current().wait(emulation::State::kAtBlockBarrier);
+}
+inline void __syncwarp(uint32_t = ~0u) {
+    emulation::Grid::current().wait(emulation::State::kAtWarpBarrier);
+}
+template <typename T>
+T __shfl_sync(uint32_t, T value, uint32_t from) {
+    return emulation::from_lane(value, from);
+}
+template <typename T>
+T __shfl_xor_sync(uint32_t, T value, uint32_t other) {
+    return emulation::from_lane(value, emulation::lane() ^ other);
+}
+template <typename T>
+T __shfl_up_sync(uint32_t, T value, uint32_t by) {
+    return emulation::from_lane(value, emulation::lane() >= by ? emulation::lane() - by : emulation::lane());
+}
+inline uint32_t __match_any_sync(uint32_t, uint32_t value) {
+    uint32_t alike = 0;
+    const std::vector<uint64_t> all = emulation::Grid::current().exchange(value);
+    for (size_t i = 0; i < all.size(); ++i) alike |= static_cast<uint32_t>(all[i] == value) << i;
+    return alike;
+}
+inline int __popc(uint32_t x) {
+    return __builtin_popcount(x);
+}
+inline uint32_t __umulhi(uint32_t a, uint32_t b) {
+    return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+}
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
+    return static_cast<uint32_t>((uint64_t{high} << 32 | low) << shift % 32 >> 32);
+}
+inline float __uint_as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline float __expf(float x) {
+    return std::exp(x);
+}
+inline uint32_t min(uint32_t a, uint32_t b) {
+    return a < b ? a : b;
+}
