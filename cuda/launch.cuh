@@ -60,4 +60,12 @@ Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_
     return runtime_status(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
+// Launches `kernel` behind all that is before it in the stream.
+template <typename... Arguments>
+Status launch_in_order(void (*kernel)(Arguments...), uint32_t grid, uint32_t threads, cudaStream_t stream,
+                       std::type_identity_t<Arguments>... arguments) noexcept {
+    kernel<<<grid, threads, 0, stream>>>(arguments...);
+    return launch_status();
+}
+
 }  // namespace qmoe::cuda

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "int/mma.cuh"
 #include "int/tiles.h"
 
 namespace qmoe::cuda {
@@ -30,20 +31,6 @@ inline constexpr float kSecond = kBits == 2 ? 1.0f / 16 : 1.0f;
 inline constexpr uint32_t kOne = 0x00010001;
 template <int kBits>
 inline constexpr uint32_t kUpperOne = kBits == 8 ? kOne : kOne << kBits;
-
-template <typename T>
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (std::is_same_v<T, __half>)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // A lane's words of a block in shared memory.
 template <int kBits>

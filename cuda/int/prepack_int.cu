@@ -1,6 +1,7 @@
 // Stored `int` to the tiles of tiles.h, a thread per lane and block and one per scale; and from tiles to dense weights.
 #include "common.cuh"
 #include "int/tiles.h"
+#include "launch.cuh"
 
 namespace qmoe::cuda {
 namespace {
@@ -157,10 +158,11 @@ Status prepack_int(const DeviceMatrix& matrix, RowOrder order, void* out, uint64
                                 matrix.rows);
     const IntTiles tiles(stored, order);
     auto* const to = static_cast<uint8_t*>(out);
-    prepack_codes<<<grid_for(tiles.tiles * tiles.blocks * kLanes), 256, 0, stream>>>(stored, tiles, matrix.data, to);
+    QMOE_TRY(launch_in_order(prepack_codes, grid_for(tiles.tiles * tiles.blocks * kLanes), 256, stream, stored, tiles,
+                             matrix.data, to));
     const uint64_t groups = tiles.groups == 0 ? 1 : tiles.blocks * tiles.groups;
-    prepack_scales<<<grid_for(tiles.tiles * groups * kTileRows), 256, 0, stream>>>(stored, tiles, matrix.data, to);
-    return launch_status();
+    return launch_in_order(prepack_scales, grid_for(tiles.tiles * groups * kTileRows), 256, stream, stored, tiles,
+                           matrix.data, to);
 }
 
 Status unpack_int(const IntStack& matrix, void* out, OutputType type, cudaStream_t stream) noexcept {
@@ -170,14 +172,11 @@ Status unpack_int(const IntStack& matrix, void* out, OutputType type, cudaStream
     const uint32_t grid = grid_for(tiles.tiles * tiles.blocks * kLanes);
     const auto* const data = static_cast<const uint8_t*>(matrix.tiles);
     return with_output_type(type, [&]<typename T>(T) {
-        auto* const to = static_cast<T*>(out);
-        switch (tiles.bits) {
-            case 2: unpack<T, 2><<<grid, 256, 0, stream>>>(tiles, data, to); break;
-            case 3: unpack<T, 3><<<grid, 256, 0, stream>>>(tiles, data, to); break;
-            case 4: unpack<T, 4><<<grid, 256, 0, stream>>>(tiles, data, to); break;
-            default: unpack<T, 8><<<grid, 256, 0, stream>>>(tiles, data, to);
-        }
-        return launch_status();
+        const auto kernel = tiles.bits == 2   ? unpack<T, 2>
+                            : tiles.bits == 3 ? unpack<T, 3>
+                            : tiles.bits == 4 ? unpack<T, 4>
+                                              : unpack<T, 8>;
+        return launch_in_order(kernel, grid, 256, stream, tiles, data, static_cast<T*>(out));
     });
 }
 

@@ -81,8 +81,6 @@ template <typename T>
 __global__ __launch_bounds__(kUnpackWarps* kLanes) void unpack_streams(const TernaryStreams layout,
                                                                        const uint8_t* __restrict__ stack,
                                                                        uint64_t expert, T* __restrict__ out) {
-    wait_for_previous();
-    let_next_begin();
     const uint64_t group = blockIdx.x * uint64_t{kUnpackWarps} + threadIdx.x / kLanes;
     if (group >= layout.groups) return;
     const uint8_t* const matrix = stack + reinterpret_cast<const uint64_t*>(stack)[expert];
@@ -117,14 +115,12 @@ Status unpack_ternary(const TernaryStack& stack, uint64_t expert, void* out, Out
     if (expert >= stack.experts)
         return Status::mismatch(Code::kValue, "cuda: experts of a stack", 0, stack.experts, expert);
     const TernaryStreams layout(stack.shape);
-    Device device{};
-    QMOE_TRY(Device::current(device));
     return with_output_type(type, [&](auto element) {
         using T = decltype(element);
         QMOE_TRY(runtime_status(cudaMemsetAsync(out, 0, layout.rows * layout.cols * sizeof(T), stream)));
         const auto grid = static_cast<uint32_t>(ceil_div(layout.groups, uint64_t{kUnpackWarps}));
-        return launch(unpack_streams<T>, grid, kUnpackWarps * kLanes, 0, false, device, stream, layout,
-                      static_cast<const uint8_t*>(stack.streams), expert, static_cast<T*>(out));
+        return launch_in_order(unpack_streams<T>, grid, kUnpackWarps * kLanes, stream, layout,
+                               static_cast<const uint8_t*>(stack.streams), expert, static_cast<T*>(out));
     });
 }
 

@@ -2,8 +2,8 @@
 // GPU. Every thread is a fiber that runs to its next barrier or exchange between lanes; one that never comes is reported as
 // a deadlock. Included before everything else in CUDA sources that are compiled as C++.
 //
-// Not emulated: time, memory that others see late, asynchronous copies, tensor cores. Reads before a launch's predecessor
-// has ended and races between barriers stay unseen: those are for compute-sanitizer.
+// Not emulated: time, and memory that others see late. Races between barriers stay unseen, as do copies that are read too
+// early and reads of what the kernel before has not finished: those are for compute-sanitizer.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -209,6 +209,13 @@ inline uint32_t __umulhi(uint32_t a, uint32_t b) {
 }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
     return static_cast<uint32_t>((uint64_t{high} << 32 | low) << shift % 32 >> 32);
+}
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t bytes = uint64_t{b} << 32 | a;
+    uint32_t result = 0;
+    for (uint32_t i = 0; i < 4; ++i)
+        result |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+    return result;
 }
 inline float __uint_as_float(uint32_t bits) {
     float value;

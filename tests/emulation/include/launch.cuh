@@ -27,4 +27,11 @@ Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_
     return {};
 }
 
+template <typename... Arguments>
+Status launch_in_order(void (*kernel)(Arguments...), uint32_t grid, uint32_t threads, cudaStream_t,
+                       std::type_identity_t<Arguments>... arguments) {
+    emulation::Grid::run(grid, threads, 0, [=] { kernel(arguments...); });
+    return {};
+}
+
 }  // namespace qmoe::cuda
