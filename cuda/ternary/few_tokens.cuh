@@ -56,22 +56,11 @@ inline constexpr uint32_t kTernaryWarps = kM > 4 ? 16 : 32;
 template <typename T, int kM>
 inline constexpr uint32_t kSlotBytes = kM == 1 ? 4 : kM * sizeof(T);
 
-// What is where in shared memory: the schedule, where matrices of products begin, activations.
-template <typename T, int kM>
-struct TernaryRoom {
-    uint32_t matrices, x, bytes;
-
-    QMOE_INLINE TernaryRoom(const TernaryFewTokens& call, bool experts, uint32_t x_bytes) noexcept {
-        const uint32_t choices = experts ? call.tokens * call.choices.top_k.by : 0;
-        const uint32_t schedule = experts ? Schedule::bytes(choices, call.choices.experts) : 0;
-        uint32_t fit = 1;
-        for (uint32_t i = call.begin; i < call.end; ++i)
-            fit = call.projections[i].fit > fit ? call.projections[i].fit : fit;
-        matrices = (schedule + 7) / 8 * 8;
-        x = (matrices + fit * 8 + 15) / 16 * 16;
-        bytes = x + x_bytes;
-    }
-};
+// Activations in shared memory begin here: behind the schedule.
+QMOE_INLINE uint32_t ternary_x_at(const TernaryFewTokens& call, bool experts) noexcept {
+    if (!experts) return 0;
+    return (Schedule::bytes(call.tokens * call.choices.top_k.by, call.choices.experts) + 15) / 16 * 16;
+}
 
 template <typename T>
 __device__ __forceinline__ float to_float(T value) {
@@ -111,6 +100,36 @@ __device__ __forceinline__ void load_slot(const uint8_t* at, float (&out)[kM]) {
         }
     }
 }
+
+// A warp's group of rows: what is known of this lane's row, and its quads, of which some are on their way.
+struct TernaryTask {
+    uint32_t info, levels, next, base;
+    uint32_t k, k_end, step;
+    const uint4* from;
+    uint4 now, ahead, further;
+
+    // Asks for what says where the quads are.
+    __device__ __forceinline__ void look(const TernaryProjection& p, uint32_t expert, uint32_t group) {
+        const uint32_t lane = threadIdx.x % kLanes, row = lane >> p.segment_bits, segment = lane & (p.segments - 1);
+        const uint8_t* const matrix = p.streams + reinterpret_cast<const uint64_t*>(p.streams)[expert];
+        step = kLanes >> p.segment_bits;
+        const uint32_t at = group * step + row;
+        info = reinterpret_cast<const uint32_t*>(matrix)[at];
+        levels = reinterpret_cast<const uint32_t*>(matrix + p.levels_at)[at];
+        next = reinterpret_cast<const uint16_t*>(matrix + p.starts_at)[at * p.segments + segment];
+        base = reinterpret_cast<const uint32_t*>(matrix + p.bases_at)[group];
+        from = reinterpret_cast<const uint4*>(matrix + p.quads_at) + row;
+    }
+    // And for the first quads.
+    __device__ __forceinline__ void fetch(const TernaryProjection& p) {
+        const uint32_t segment = threadIdx.x % kLanes & (p.segments - 1), quads = info >> TernaryStreams::kRowBits;
+        k = segment * quads >> p.segment_bits, k_end = (segment + 1) * quads >> p.segment_bits;
+        from += base;
+        now = quad(k), ahead = quad(k + 1), further = quad(k + 2);
+    }
+    __device__ __forceinline__ uint4 quad(uint32_t i) const { return i < k_end ? from[i * step] : uint4{}; }
+    __device__ __forceinline__ uint32_t row() const { return info & ((1u << TernaryStreams::kRowBits) - 1); }
+};
 
 // Goes through the symbols of a quad from slot `next` on, which it moves behind the last one: adds what is there to `both`,
 // and with its sign to `signed_`.
@@ -186,14 +205,28 @@ __device__ __forceinline__ void bring(const TernaryProjection& p, uint8_t* x, ui
 
 template <typename T, int kGap, int kM, bool kExperts>
 __global__ __launch_bounds__(kTernaryWarps<kM>* kLanes,
-                             1) void ternary_few_tokens(const __grid_constant__ TernaryFewTokens call,
-                                                        uint32_t x_bytes) {
+                             1) void ternary_few_tokens(const __grid_constant__ TernaryFewTokens call) {
     constexpr uint32_t kWarps = kTernaryWarps<kM>;
     QMOE_SHARED_MEMORY(shared, 16);
-    const TernaryRoom<T, kM> room(call, kExperts, x_bytes);
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    uint64_t* const matrices = reinterpret_cast<uint64_t*>(shared + room.matrices);
+    uint8_t* const activations = shared + ternary_x_at(call, kExperts);
     Schedule schedule(shared, kExperts ? call.tokens * call.choices.top_k.by : 0, call.choices.experts);
+    const auto share_of = [&](const TernaryProjection& p) {
+        return Range::share((kExperts ? schedule.products() : 1) * p.groups.by, call.grid);
+    };
+    TernaryTask task{};
+    uint32_t open = ~0u;  // the group that it is of, before its turn has come
+    const auto look = [&](const TernaryProjection& p, uint32_t unit) {
+        const uint32_t product = kExperts ? p.groups.divide(unit) : 0;
+        task.look(p, kExperts ? schedule.expert(product) : 0, unit - product * p.groups.by);
+    };
+    // Weights do not depend on what came before: a projection's first ones are asked for before its activations are there.
+    const auto open_first = [&](const TernaryProjection& p) {
+        const Range share = share_of(p);
+        open = share.begin + warp;
+        if (open < share.end) look(p, open), task.fetch(p);
+    };
+    if constexpr (!kExperts) open_first(call.projections[0]);
     wait_for_previous();
     let_next_begin();
     if constexpr (kExperts) schedule.make(call.choices, kM);
@@ -202,24 +235,22 @@ __global__ __launch_bounds__(kTernaryWarps<kM>* kLanes,
     for (uint32_t projection = call.begin; projection < call.end; ++projection) {
         if (projection > call.begin) cooperative_groups::this_grid().sync();
         const TernaryProjection& p = call.projections[projection];
-        const uint32_t product_bytes = p.all_slots * kSlotBytes<T, kM>;
-        const uint32_t quad_step = kLanes >> p.segment_bits, row_in_group = lane >> p.segment_bits,
-                       segment = lane & (p.segments - 1);
-        Range share = Range::share((kExperts ? schedule.products() : 1) * p.groups.by, call.grid);
+        const uint32_t product_bytes = p.all_slots * kSlotBytes<T, kM>, segment = lane & (p.segments - 1);
+        Range share = share_of(p);
 #pragma unroll 1
         while (share.begin < share.end) {
             const uint32_t first = kExperts ? p.groups.divide(share.begin) : 0;
             const uint32_t last = kExperts ? min(p.groups.divide(share.end - 1), first + p.fit - 1) : 0;
             const uint32_t end = kExperts ? min(share.end, (last + 1) * p.groups.by) : share.end;
+            const uint32_t own = share.begin + warp;
+            const bool closed = own < end && own != open;
+            if (closed) look(p, own);
             __syncthreads();  // all are done with the activations before
 #pragma unroll 1
             for (uint32_t product = first; product <= last; ++product) {
-                uint8_t* const x = shared + room.x + (product - first) * product_bytes;
+                uint8_t* const x = activations + (product - first) * product_bytes;
                 if constexpr (kExperts) {
                     const uint32_t row = schedule.first_row(product), rows = schedule.first_row(product + 1) - row;
-                    if (threadIdx.x == 0)
-                        matrices[product - first] =
-                            reinterpret_cast<const uint64_t*>(p.streams)[schedule.expert(product)];
                     bring<T, kGap, kM>(p, x, rows, [&](uint32_t m, uint32_t col) {
                         const uint32_t choice = schedule.choice(row + m);
                         if (!p.is_first) return to_float(from_float<T>(second_input<T>(call, choice, col)));
@@ -227,39 +258,28 @@ __global__ __launch_bounds__(kTernaryWarps<kM>* kLanes,
                             static_cast<const T*>(p.x)[uint64_t{call.choices.top_k.divide(choice)} * p.cols + col]);
                     });
                 } else {
-                    if (threadIdx.x == 0) matrices[0] = reinterpret_cast<const uint64_t*>(p.streams)[0];
                     bring<T, kGap, kM>(p, x, call.tokens, [&](uint32_t m, uint32_t col) {
                         return to_float(static_cast<const T*>(p.x)[uint64_t{m} * p.cols + col]);
                     });
                 }
             }
+            if (closed) task.fetch(p);
             __syncthreads();
 #pragma unroll 1
-            for (uint32_t task = share.begin + warp; task < end; task += kWarps) {
-                const uint32_t product = kExperts ? p.groups.divide(task) : 0, group = task - product * p.groups.by;
-                const uint8_t* const matrix = p.streams + matrices[product - first];
-                const uint8_t* const x = shared + room.x + (product - first) * product_bytes;
-                const uint32_t at = group * quad_step + row_in_group;
-                const uint32_t info = reinterpret_cast<const uint32_t*>(matrix)[at];
-                const uint32_t levels = reinterpret_cast<const uint32_t*>(matrix + p.levels_at)[at];
-                uint32_t next = reinterpret_cast<const uint16_t*>(matrix + p.starts_at)[at * p.segments + segment];
-                const uint32_t base = reinterpret_cast<const uint32_t*>(matrix + p.bases_at)[group];
-                const uint32_t quads = info >> TernaryStreams::kRowBits;
-                uint32_t k = segment * quads >> p.segment_bits;
-                const uint32_t k_end = (segment + 1) * quads >> p.segment_bits;
-                const uint4* const from = reinterpret_cast<const uint4*>(matrix + p.quads_at) + base + row_in_group;
-                const auto quad = [&](uint32_t i) { return i < k_end ? from[i * quad_step] : uint4{}; };
+            for (uint32_t unit = own; unit < end; unit += kWarps) {
+                if (unit != own) look(p, unit), task.fetch(p);
+                const uint32_t product = kExperts ? p.groups.divide(unit) : 0;
+                const uint8_t* const x = activations + (product - first) * product_bytes;
                 float signed_[kM] = {}, both[kM] = {};
-                uint4 now = quad(k), ahead = quad(k + 1), further = quad(k + 2);
 #pragma unroll 1
-                for (; k < k_end; ++k) {
-                    const uint4 fetched = quad(k + 3);
-                    walk<T, kGap, kM>(now, x, next, signed_, both);
-                    now = ahead, ahead = further, further = fetched;
+                for (; task.k < task.k_end; ++task.k) {
+                    const uint4 fetched = task.quad(task.k + 3);
+                    walk<T, kGap, kM>(task.now, x, task.next, signed_, both);
+                    task.now = task.ahead, task.ahead = task.further, task.further = fetched;
                 }
                 __syncwarp();
-                const float high = __uint_as_float(levels << 16), low = __uint_as_float(levels & 0xffff0000u);
-                const uint32_t row = info & ((1u << TernaryStreams::kRowBits) - 1);
+                const float high = __uint_as_float(task.levels << 16), low = __uint_as_float(task.levels & 0xffff0000u);
+                const uint32_t row = task.row();
 #pragma unroll
                 for (int m = 0; m < kM; ++m) {
                     float sum = fmaf(0.5f * (high - low), signed_[m], 0.5f * (high + low) * both[m]);
@@ -283,6 +303,7 @@ __global__ __launch_bounds__(kTernaryWarps<kM>* kLanes,
             }
             share.begin = end;
         }
+        if (kExperts && projection + 1 < call.end) open_first(call.projections[projection + 1]);
     }
     if (!kExperts || call.end - call.begin == 1) return;
     cooperative_groups::this_grid().sync();
@@ -292,33 +313,30 @@ __global__ __launch_bounds__(kTernaryWarps<kM>* kLanes,
                 i % pieces * 4, cols);
 }
 
-// Divides shared memory; false where there is no room for one product's activations.
+// Divides shared memory. Returns how much a block takes of it; 0 where there is no room for one product's activations.
 template <typename T, int kM>
-bool divide_ternary(TernaryFewTokens& call, bool experts, const Device& device, uint32_t& x_bytes) noexcept {
+uint32_t divide_ternary(TernaryFewTokens& call, bool experts, const Device& device) noexcept {
     constexpr uint32_t kMostProducts = 4;  // what a share is of, most often
-    for (TernaryProjection& p : call.projections) p.fit = kMostProducts;
-    const uint32_t fixed = TernaryRoom<T, kM>(call, experts, 0).bytes;
-    const uint32_t room = device.shared > fixed ? device.shared - fixed : 0;
-    x_bytes = 0;
+    const uint32_t x_at = ternary_x_at(call, experts), room = device.shared > x_at ? device.shared - x_at : 0;
+    uint32_t x_bytes = 0;
     for (uint32_t i = call.begin; i < call.end; ++i) {
         TernaryProjection& p = call.projections[i];
         const uint32_t each = p.all_slots * kSlotBytes<T, kM>, fit = room / each;
-        if (fit == 0) return false;
+        if (fit == 0) return 0;
         p.fit = !experts ? 1 : fit < kMostProducts ? fit : kMostProducts;
         x_bytes = p.fit * each > x_bytes ? p.fit * each : x_bytes;
     }
-    return true;
+    return x_at + x_bytes;
 }
 
 template <typename T, int kGap, int kM, bool kExperts>
-Status launch_ternary_as(TernaryFewTokens& call, uint32_t x_bytes, const Device& device, cudaStream_t stream) noexcept {
+Status launch_ternary_as(TernaryFewTokens& call, uint32_t shared, const Device& device, cudaStream_t stream) noexcept {
     const auto kernel = ternary_few_tokens<T, kGap, kM, kExperts>;
     QMOE_TRY(runtime_status(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared))));
     call.grid = Divisor(device.multiprocessors);
-    const uint32_t bytes = TernaryRoom<T, kM>(call, kExperts, x_bytes).bytes;
-    return launch(kernel, device.multiprocessors, kTernaryWarps<kM> * kLanes, bytes, call.end - call.begin == 2, device,
-                  stream, call, x_bytes);
+    return launch(kernel, device.multiprocessors, kTernaryWarps<kM> * kLanes, shared, call.end - call.begin == 2,
+                  device, stream, call);
 }
 
 // Chooses how many tokens a product has: a load of four is as fast as one of two, and of eight not twice as slow.
@@ -326,23 +344,19 @@ template <typename T, int kGap, bool kExperts>
 Status launch_ternary(TernaryFewTokens call, const Device& device, cudaStream_t stream) noexcept {
     const uint32_t choices = kExperts ? call.tokens * call.choices.top_k.by : 0;
     const bool many = kExperts ? choices > 2 * call.choices.experts : call.tokens > 4;
-    uint32_t x_bytes = 0;
-    if (many && divide_ternary<T, 8>(call, kExperts, device, x_bytes))
-        return launch_ternary_as<T, kGap, 8, kExperts>(call, x_bytes, device, stream);
-    if (call.tokens > 1 && divide_ternary<T, 4>(call, kExperts, device, x_bytes))
-        return launch_ternary_as<T, kGap, 4, kExperts>(call, x_bytes, device, stream);
-    if (divide_ternary<T, 1>(call, kExperts, device, x_bytes))
-        return launch_ternary_as<T, kGap, 1, kExperts>(call, x_bytes, device, stream);
+    if (const uint32_t shared = many ? divide_ternary<T, 8>(call, kExperts, device) : 0; shared != 0)
+        return launch_ternary_as<T, kGap, 8, kExperts>(call, shared, device, stream);
+    if (const uint32_t shared = call.tokens > 1 ? divide_ternary<T, 4>(call, kExperts, device) : 0; shared != 0)
+        return launch_ternary_as<T, kGap, 4, kExperts>(call, shared, device, stream);
+    if (const uint32_t shared = divide_ternary<T, 1>(call, kExperts, device); shared != 0)
+        return launch_ternary_as<T, kGap, 1, kExperts>(call, shared, device, stream);
     return Status::error(Code::kNoKernel, "cuda: shared memory of a block is too small");
 }
 
 // Tokens of one launch of a linear layer that fit, at most 8.
 template <typename T>
 uint32_t tokens_at_once(TernaryFewTokens call, const Device& device) noexcept {
-    uint32_t x_bytes = 0;
-    return divide_ternary<T, 8>(call, false, device, x_bytes)   ? 8
-           : divide_ternary<T, 4>(call, false, device, x_bytes) ? 4
-                                                                : 1;
+    return divide_ternary<T, 8>(call, false, device) != 0 ? 8 : divide_ternary<T, 4>(call, false, device) != 0 ? 4 : 1;
 }
 
 // What few_tokens_<gap>.cu compile.
