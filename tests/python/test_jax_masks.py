@@ -253,7 +253,9 @@ def test_summaries_take_trees_of_any_kind() -> None:
     assert list(qjax.summarize_intersection(first, second, True)) == ["_total_intersection"]
 
 
-def test_examples_run() -> None:
+def test_every_public_class_has_an_example_that_runs() -> None:
+    classes = [value for value in vars(qjax).values() if isinstance(value, type) and value.__name__ in qjax.__all__]
+    assert classes and all(">>>" in str(value.__doc__) for value in classes)
     attempted = 0
     for module in pkgutil.iter_modules(qjax.__path__):
         results = doctest.testmod(importlib.import_module(f"qmoe_core.jax.{module.name}"))

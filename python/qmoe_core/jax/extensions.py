@@ -22,7 +22,16 @@ from .updater import BaseUpdater
 
 @dataclass(frozen=True)
 class ACDCSchedule(NoUpdateSchedule):
-    """When AC/DC changes between dense and sparse; see `ACDC`."""
+    """When AC/DC changes between dense and sparse; see `ACDC`.
+
+    Example:
+        >>> from qmoe_core.jax import ACDCSchedule
+        >>> schedule = ACDCSchedule(
+        ...     init_dense_steps_end=2, final_sparse_steps_start=20, cycle_sparse_steps=5, cycle_dense_steps=4
+        ... )
+        >>> [step for step in range(25) if schedule.is_mask_update_iter(step)]
+        [2, 7, 11, 16, 20]
+    """
 
     init_dense_steps_end: int
     final_sparse_steps_start: int
@@ -62,6 +71,16 @@ class ACDC(MagnitudePruning):
     Dense until `init_dense_steps_end`, then `cycle_sparse_steps` sparse and `cycle_dense_steps` dense in turn, sparse
     for good from `final_sparse_steps_start`. `reset_optimizer` zeroes its moments at every change. It has a schedule of
     its own.
+
+    Example:
+        >>> from functools import partial
+        >>> import jax.numpy as jnp, optax
+        >>> from qmoe_core.jax import ACDC, ACDCSchedule, uniform
+        >>> params = {"kernel": jnp.array([[4.0, 1.0], [2.0, 3.0]])}
+        >>> pruner = ACDC(ACDCSchedule(2, 20, 5, 5), sparsity_distribution_fn=partial(uniform, sparsity=0.5))
+        >>> state = pruner.wrap_optax(optax.adam(0.1)).init(params)
+        >>> state.masks["kernel"].tolist()
+        [[1, 1], [1, 1]]
     """
 
     init_dense_steps_end: int = 0
@@ -105,6 +124,16 @@ class AdamBasedFisherPruning(BaseUpdater):
     Fisher matrix: weight^2 x moment (after arXiv 2004.14340).
 
     The optimizer has one Adam state, anywhere in it. `reset_adam` zeroes its moments when masks change.
+
+    Example:
+        >>> from functools import partial
+        >>> import jax.numpy as jnp, optax
+        >>> from qmoe_core.jax import AdamBasedFisherPruning, OneShotSchedule, uniform
+        >>> params = {"kernel": jnp.array([[4.0, 1.0], [2.0, 3.0]])}
+        >>> pruner = AdamBasedFisherPruning(OneShotSchedule(5), sparsity_distribution_fn=partial(uniform, sparsity=0.5))
+        >>> state = pruner.wrap_optax(optax.adam(0.1)).init(params)
+        >>> state.masks["kernel"].tolist()
+        [[1, 1], [1, 1]]
     """
 
     reset_adam: bool = False
@@ -138,7 +167,18 @@ def _is_adam(node: Any) -> bool:
 @dataclass
 class IterativeNMPruning(MagnitudePruning):
     """Gradually to n:m: as many weights as the schedule says are kept, first those that n:m would keep, then the
-    largest of the others. The target sparsity is 1 - n/m (arXiv 2309.08520)."""
+    largest of the others. The target sparsity is 1 - n/m (arXiv 2309.08520).
+
+    Example:
+        >>> from functools import partial
+        >>> import jax.numpy as jnp, optax
+        >>> from qmoe_core.jax import IterativeNMPruning, NByM, OneShotSchedule, uniform
+        >>> params = {"kernel": jnp.array([[4.0, 1.0, 2.0, 3.0]])}
+        >>> half = partial(uniform, sparsity=0.5)
+        >>> pruner = IterativeNMPruning(OneShotSchedule(0), sparsity_type=NByM(2, 4), sparsity_distribution_fn=half)
+        >>> pruner.instant_sparsify(params)[1]["kernel"].tolist()
+        [[1, 0, 0, 1]]
+    """
 
     def __post_init__(self) -> None:
         kind = self.sparsity_type

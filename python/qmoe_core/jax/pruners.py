@@ -20,7 +20,18 @@ from .updater import BaseUpdater
 
 @dataclass
 class MagnitudePruning(BaseUpdater):
-    """The smallest weights go."""
+    """The smallest weights go.
+
+    Example:
+        >>> from functools import partial
+        >>> import jax.numpy as jnp
+        >>> from qmoe_core.jax import MagnitudePruning, uniform
+        >>> params = {"kernel": jnp.array([[4.0, 1.0], [2.0, 3.0]])}
+        >>> pruner = MagnitudePruning(sparsity_distribution_fn=partial(uniform, sparsity=0.5))
+        >>> _, masks = pruner.instant_sparsify(params)
+        >>> masks["kernel"].tolist()
+        [[1, 0], [0, 1]]
+    """
 
     def calculate_scores(
         self, params: Tree, sparse_state: SparseState | None = None, grads: Tree = None, **kwargs: Any
@@ -30,7 +41,19 @@ class MagnitudePruning(BaseUpdater):
 
 @dataclass
 class SaliencyPruning(BaseUpdater):
-    """The weights go whose loss would change least to first order: |weight x gradient|."""
+    """The weights go whose loss would change least to first order: |weight x gradient|.
+
+    Example:
+        >>> from functools import partial
+        >>> import jax.numpy as jnp
+        >>> from qmoe_core.jax import SaliencyPruning, uniform
+        >>> params = {"kernel": jnp.array([[4.0, 1.0], [2.0, 3.0]])}
+        >>> grads = {"kernel": jnp.array([[0.0, 5.0], [1.0, 0.0]])}
+        >>> pruner = SaliencyPruning(sparsity_distribution_fn=partial(uniform, sparsity=0.5))
+        >>> _, masks = pruner.instant_sparsify(params, grads)
+        >>> masks["kernel"].tolist()
+        [[0, 1], [1, 0]]
+    """
 
     def calculate_scores(
         self, params: Tree, sparse_state: SparseState | None = None, grads: Tree = None, **kwargs: Any
@@ -52,7 +75,17 @@ def random_scores(params: Tree, rng: jax.Array) -> Tree:
 
 @dataclass
 class RandomPruning(BaseUpdater):
-    """Random weights go; what went stays away."""
+    """Random weights go; what went stays away.
+
+    Example:
+        >>> from functools import partial
+        >>> import jax.numpy as jnp
+        >>> from qmoe_core.jax import RandomPruning, uniform
+        >>> params = {"kernel": jnp.array([[4.0, 1.0], [2.0, 3.0]])}
+        >>> _, masks = RandomPruning(sparsity_distribution_fn=partial(uniform, sparsity=0.5)).instant_sparsify(params)
+        >>> int(masks["kernel"].sum())
+        2
+    """
 
     def calculate_scores(
         self, params: Tree, sparse_state: SparseState | None = None, grads: Tree = None, **kwargs: Any
@@ -85,12 +118,34 @@ class _StraightThrough(BaseUpdater):
 
 @dataclass
 class SteMagnitudePruning(_StraightThrough, MagnitudePruning):
-    """Straight-through; in every step the smallest weights are left out."""
+    """Straight-through; in every step the smallest weights are left out.
+
+    Example:
+        >>> from functools import partial
+        >>> import jax.numpy as jnp, optax
+        >>> from qmoe_core.jax import OneShotSchedule, SteMagnitudePruning, uniform
+        >>> params = {"kernel": jnp.array([[4.0, 1.0], [2.0, 3.0]])}
+        >>> pruner = SteMagnitudePruning(OneShotSchedule(0), sparsity_distribution_fn=partial(uniform, sparsity=0.5))
+        >>> state = pruner.wrap_optax(optax.sgd(0.1)).init(params)
+        >>> pruner.pre_forward_update(params, state)["kernel"].tolist()
+        [[4.0, 0.0], [0.0, 3.0]]
+    """
 
 
 @dataclass
 class SteRandomPruning(_StraightThrough, RandomPruning):
-    """Straight-through; in every step random weights are left out, others each time."""
+    """Straight-through; in every step random weights are left out, others each time.
+
+    Example:
+        >>> from functools import partial
+        >>> import jax.numpy as jnp, optax
+        >>> from qmoe_core.jax import OneShotSchedule, SteRandomPruning, uniform
+        >>> params = {"kernel": jnp.array([[4.0, 1.0], [2.0, 3.0]])}
+        >>> pruner = SteRandomPruning(OneShotSchedule(0), sparsity_distribution_fn=partial(uniform, sparsity=0.5))
+        >>> state = pruner.wrap_optax(optax.sgd(0.1)).init(params)
+        >>> int((pruner.pre_forward_update(params, state)["kernel"] != 0).sum())
+        2
+    """
 
 
 @dataclass
@@ -156,9 +211,28 @@ class _Global(BaseUpdater):
 
 @dataclass
 class GlobalMagnitudePruning(_Global, MagnitudePruning):
-    """The smallest weights of all parameters together go."""
+    """The smallest weights of all parameters together go.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from qmoe_core.jax import GlobalMagnitudePruning
+        >>> params = {"a": jnp.array([[4.0, 3.0]]), "b": jnp.array([[0.1, 0.2]])}
+        >>> pruner = GlobalMagnitudePruning(sparsity=0.5, use_normalization=False)
+        >>> pruner.instant_sparsify(params)[1]
+        {'a': Array([[1, 1]], dtype=uint8), 'b': Array([[0, 0]], dtype=uint8)}
+    """
 
 
 @dataclass
 class GlobalSaliencyPruning(_Global, SaliencyPruning):
-    """The weights of least |weight x gradient| of all parameters together go."""
+    """The weights of least |weight x gradient| of all parameters together go.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from qmoe_core.jax import GlobalSaliencyPruning
+        >>> params = {"a": jnp.array([[4.0, 3.0]]), "b": jnp.array([[0.1, 0.2]])}
+        >>> grads = {"a": jnp.zeros((1, 2)), "b": jnp.ones((1, 2))}
+        >>> pruner = GlobalSaliencyPruning(sparsity=0.5, use_normalization=False)
+        >>> pruner.instant_sparsify(params, grads)[1]
+        {'a': Array([[0, 0]], dtype=uint8), 'b': Array([[1, 1]], dtype=uint8)}
+    """

@@ -15,7 +15,13 @@ from .trees import Tree, map_leaves
 
 @dataclass(frozen=True)
 class NoUpdateSchedule:
-    """Masks never change."""
+    """Masks never change.
+
+    Example:
+        >>> from qmoe_core.jax import NoUpdateSchedule
+        >>> bool(NoUpdateSchedule().is_mask_update_iter(100))
+        False
+    """
 
     def get_sparsity_at_step(self, target_sparsities: Tree, step: Any) -> Tree:
         """The sparsities of step `step`, counted from 0; leaves that are None stay None."""
@@ -30,7 +36,13 @@ class NoUpdateSchedule:
 
 @dataclass(frozen=True)
 class OneShotSchedule(NoUpdateSchedule):
-    """Masks change once, at `target_step`; before, nothing is sparse."""
+    """Masks change once, at `target_step`; before, nothing is sparse.
+
+    Example:
+        >>> from qmoe_core.jax import OneShotSchedule
+        >>> [bool(OneShotSchedule(5).is_mask_update_iter(step)) for step in (4, 5, 6)]
+        [False, True, False]
+    """
 
     target_step: int
 
@@ -48,7 +60,13 @@ class OneShotSchedule(NoUpdateSchedule):
 @dataclass(frozen=True)
 class PeriodicSchedule(NoUpdateSchedule):
     """Masks change at all steps from `update_start_step` to `update_end_step` (None: for ever) that `update_freq`
-    divides. Raises `E_VALUE` for a period below 1 or an end before the start."""
+    divides. Raises `E_VALUE` for a period below 1 or an end before the start.
+
+    Example:
+        >>> from qmoe_core.jax import PeriodicSchedule
+        >>> [step for step in range(50) if PeriodicSchedule(10, 20, 40).is_mask_update_iter(step)]
+        [20, 30, 40]
+    """
 
     update_freq: int
     update_start_step: int

@@ -18,6 +18,13 @@ class SparseState(NamedTuple):
         inner_state: of the optimizer that was wrapped.
         target_sparsities: a tree like the parameters, of float32 scalars or None; with global pruning one scalar.
         count: steps taken, int32.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from qmoe_core.jax import MagnitudePruning, SparseState
+        >>> state = MagnitudePruning().wrap_optax(optax.sgd(0.1)).init({"kernel": jnp.ones((2, 2))})
+        >>> isinstance(state, SparseState), int(state.count)
+        (True, 0)
     """
 
     masks: Tree

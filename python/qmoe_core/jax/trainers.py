@@ -20,7 +20,18 @@ from .updater import BaseUpdater
 
 @dataclass
 class StaticRandomSparse(BaseUpdater):
-    """Random masks that stay as they are."""
+    """Random masks that stay as they are.
+
+    Example:
+        >>> from functools import partial
+        >>> import jax.numpy as jnp, optax
+        >>> from qmoe_core.jax import StaticRandomSparse, uniform
+        >>> params = {"kernel": jnp.array([[4.0, 1.0], [2.0, 3.0]])}
+        >>> pruner = StaticRandomSparse(sparsity_distribution_fn=partial(uniform, sparsity=0.5))
+        >>> state = pruner.wrap_optax(optax.adam(0.1)).init(params)
+        >>> int(state.masks["kernel"].sum())
+        2
+    """
 
     is_sparse_gradients: bool = True
 
@@ -48,6 +59,16 @@ class SET(StaticRandomSparse):
     Attributes:
         drop_fraction_fn: step -> share of the kept weights that is dropped. 0.3; made from a configuration, a cosine
             from 0.1 to 0 at the last update.
+
+    Example:
+        >>> from functools import partial
+        >>> import jax.numpy as jnp, optax
+        >>> from qmoe_core.jax import SET, PeriodicSchedule, uniform
+        >>> params = {"kernel": jnp.array([[4.0, 1.0], [2.0, 3.0]])}
+        >>> pruner = SET(PeriodicSchedule(10, 0, 100), sparsity_distribution_fn=partial(uniform, sparsity=0.5))
+        >>> state = pruner.wrap_optax(optax.adam(0.1)).init(params)
+        >>> int(state.masks["kernel"].sum())
+        2
     """
 
     drop_fraction_fn: Callable[[Any], Any] = _constant_fraction
@@ -106,7 +127,18 @@ class SET(StaticRandomSparse):
 @dataclass
 class RigL(SET):
     """SET that grows where the gradient of the loss is largest (arXiv 1911.11134). It wants the gradients of pruned
-    weights too, so those that `update` gets must not be masked before."""
+    weights too, so those that `update` gets must not be masked before.
+
+    Example:
+        >>> from functools import partial
+        >>> import jax.numpy as jnp, optax
+        >>> from qmoe_core.jax import RigL, PeriodicSchedule, uniform
+        >>> params = {"kernel": jnp.array([[4.0, 1.0], [2.0, 3.0]])}
+        >>> pruner = RigL(PeriodicSchedule(10, 0, 100), sparsity_distribution_fn=partial(uniform, sparsity=0.5))
+        >>> state = pruner.wrap_optax(optax.adam(0.1)).init(params)
+        >>> int(state.masks["kernel"].sum())
+        2
+    """
 
     def grow_scores(self, sparse_state: SparseState, params: Tree, grads: Tree) -> Tree:
         return jax.tree.map(jnp.abs, grads)

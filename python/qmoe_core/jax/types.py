@@ -11,7 +11,14 @@ from ..errors import QmoeError
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any weights of an array."""
+    """Any weights of an array.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from qmoe_core.jax import Unstructured, get_topk_fn
+        >>> get_topk_fn(Unstructured())(jnp.array([[1.0, 9.0], [2.0, 1.0]]), 0.5).tolist()
+        [[0, 1], [1, 0]]
+    """
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,12 @@ class NByM:
     """n of every m neighbours along `axis` are kept; of equal scores the higher index wins.
 
     The sparse matrix units of GPUs want 2:4 along the inputs. Kernels of flax are (inputs, outputs): `axis=-2`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from qmoe_core.jax import NByM, get_topk_fn
+        >>> get_topk_fn(NByM(2, 4))(jnp.array([[1.0, 9.0, 2.0, 1.0]]), 0.5).tolist()
+        [[0, 1, 1, 0]]
     """
 
     n: int
@@ -34,7 +47,14 @@ class NByM:
 @dataclass(frozen=True)
 class Block:
     """Blocks of the first two axes are kept or not as a whole, by the mean or the maximum of their scores; further
-    axes belong to the block. At the ends blocks may be smaller."""
+    axes belong to the block. At the ends blocks may be smaller.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from qmoe_core.jax import Block, get_topk_fn
+        >>> get_topk_fn(Block((1, 2)))(jnp.array([[1.0, 2.0, 5.0, 1.0]]), 0.5).tolist()
+        [[0, 0, 1, 1]]
+    """
 
     block_shape: tuple[int, int]
     use_avg_pooling: bool = True
@@ -48,7 +68,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Channel:
-    """Everything at one index of `axis` is kept or not as a whole, by the sum of its scores."""
+    """Everything at one index of `axis` is kept or not as a whole, by the sum of its scores.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from qmoe_core.jax import Channel, get_topk_fn
+        >>> get_topk_fn(Channel())(jnp.array([[1.0, 9.0], [2.0, 1.0]]), 0.5).tolist()
+        [[0, 1], [0, 1]]
+    """
 
     axis: int = -1
 

@@ -221,7 +221,15 @@ def _changed_if(due: Any, change: Callable[..., SparseState], state: SparseState
 
 @dataclass
 class NoPruning(BaseUpdater):
-    """Everything stays dense."""
+    """Everything stays dense.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from qmoe_core.jax import NoPruning
+        >>> params = {"kernel": jnp.array([[4.0, 1.0], [2.0, 3.0]])}
+        >>> NoPruning().wrap_optax(optax.sgd(0.1)).init(params).masks
+        {'kernel': None}
+    """
 
     sparsity_distribution_fn: DistributionFn | None = None
 

@@ -38,6 +38,14 @@ class StackStatistics:
         drift: (E, K, K) float32: the sum of (x_original - x) x^T over the same tokens, or None.
         row_importance: (E, N) float32: what a squared error of 1 per token in each output is worth, for example as a
             share of the energy of the layer's output; None where all rows matter alike.
+
+    Example:
+        >>> import torch
+        >>> from qmoe_core.sparsify import StackStatistics
+        >>> x = torch.eye(3)[:2]  # two tokens of one matrix
+        >>> statistics = StackStatistics(torch.tensor([2]), (x.T @ x)[None])
+        >>> statistics.hessian.shape
+        torch.Size([1, 3, 3])
     """
 
     tokens: torch.Tensor

@@ -20,7 +20,14 @@ def _check(good: bool, message: str, actual: Any) -> None:
 
 
 class Schedule(ABC):
-    """When masks change, and to which sparsity."""
+    """When masks change, and to which sparsity.
+
+    Example:
+        >>> from qmoe_core.sparsify import Cubic, Schedule
+        >>> schedule: Schedule = Cubic.of(100)
+        >>> schedule.sparsity(99, 0.75)
+        0.75
+    """
 
     @abstractmethod
     def changes(self, step: int) -> bool:
