@@ -28,7 +28,9 @@ for part in "${parts[@]}"; do
     tests)
         # shellcheck disable=SC2086
         python3 -m pytest ${TESTS:-tests/gpu} -p no:cacheprovider >"$out/tests.log" 2>&1 || failed=1
-        grep -E '^(FAILED|ERROR|E  )|^[.FEsx]+ +\[100%\]|passed|failed' "$out/tests.log" | cut -c 1-200 | tail -n 30
+        # A run that broke off has no such line, and must not end this script.
+        grep -E '^(FAILED|ERROR|E  )|^[.FEsx]+ +\[100%\]|passed|failed' "$out/tests.log" | cut -c 1-200 | tail -n 30 ||
+            tail -n 5 "$out/tests.log"
         ;;
     sanitizer)
         for tool in memcheck racecheck initcheck synccheck; do

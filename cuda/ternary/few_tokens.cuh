@@ -159,7 +159,6 @@ __device__ __forceinline__ void walk(const uint4& quad, const uint8_t* x, uint32
 }
 
 // What a first projection has left of a choice, for the second one's column.
-template <typename T>
 __device__ __forceinline__ float second_input(const TernaryFewTokens& call, uint32_t choice, uint32_t col) {
     const TernaryProjection& first = call.projections[0];
     const float* const row = static_cast<const float*>(first.y) + uint64_t{choice} * first.rows;
@@ -253,7 +252,7 @@ __global__ __launch_bounds__(kTernaryWarps<kM>* kLanes,
                     const uint32_t row = schedule.first_row(product), rows = schedule.first_row(product + 1) - row;
                     bring<T, kGap, kM>(p, x, rows, [&](uint32_t m, uint32_t col) {
                         const uint32_t choice = schedule.choice(row + m);
-                        if (!p.is_first) return to_float(from_float<T>(second_input<T>(call, choice, col)));
+                        if (!p.is_first) return to_float(from_float<T>(second_input(call, choice, col)));
                         return to_float(
                             static_cast<const T*>(p.x)[uint64_t{call.choices.top_k.divide(choice)} * p.cols + col]);
                     });
