@@ -93,7 +93,8 @@ def maskllm(result: dict[str, Any]) -> list[str]:
         f"{rows[0]['pattern']} in the experts of {result['model']}; the original has {original['perplexity']:.2f} ± "
         f"{original['perplexity_se']:.2f}. Learned in {result['steps']} steps of {result['batch']} x "
         f"{result['window']} tokens, {result['dtype']}; one-shot methods see {result['calibration_tokens']:,} tokens, "
-        f"and SparseGPT and ALPS update what stays. Evaluated in float32, {original['windows']} windows. {origin(result)}",
+        f"and SparseGPT and ALPS update what stays. Evaluated in float32, {original['windows']} windows. "
+        f"{origin(result)}",
     ]
     return lines
 
