@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "qmoe/checked.h"
 #include "qmoe/cuda.h"
 
@@ -29,6 +31,16 @@ __device__ inline __half from_float<__half>(float x) {
 template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
+}
+
+template <class T>
+__device__ inline float to_float(T x) {
+    if constexpr (std::is_same_v<T, __half>)
+        return __half2float(x);
+    else if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        return __bfloat162float(x);
+    else
+        return x;
 }
 
 inline Status runtime_status(cudaError_t error) noexcept {
@@ -66,6 +78,7 @@ Status workspace_int(const IntExperts& experts, uint64_t* bytes) noexcept;
 Status experts_int(const IntExperts& experts, cudaStream_t stream) noexcept;
 Status unpack_ternary(const TernaryStack& stack, uint64_t expert, void* out, OutputType type,
                       cudaStream_t stream) noexcept;
+Status linear_workspace_ternary(const TernaryLinear& linear, uint64_t* bytes) noexcept;
 Status linear_ternary(const TernaryLinear& linear, cudaStream_t stream) noexcept;
 Status workspace_ternary(const TernaryExperts& experts, uint64_t* bytes) noexcept;
 Status experts_ternary(const TernaryExperts& experts, cudaStream_t stream) noexcept;

@@ -39,9 +39,19 @@ Status check_experts(const Experts<Stack>& e) noexcept {
     if (rows_of(e.second) != cols_of(e.first))
         return Status::mismatch(Code::kShape, "cuda: rows of the second projection", 0, cols_of(e.first),
                                 rows_of(e.second));
-    if (e.tokens * e.top_k > kMostChoices)
-        return Status::mismatch(Code::kNoKernel, "cuda: choices of one call", 0, kMostChoices, e.tokens * e.top_k);
     return {};
+}
+
+template <typename Stack>
+Status check_choices(const Experts<Stack>& e, uint64_t most) noexcept {
+    return e.tokens * e.top_k <= most
+               ? Status{}
+               : Status::mismatch(Code::kNoKernel, "cuda: choices of one call", 0, most, e.tokens * e.top_k);
+}
+
+inline Status check_no_kernel_for_many(Kernel kernel) noexcept {
+    return kernel != Kernel::kManyTokens ? Status{}
+                                         : Status::error(Code::kNoKernel, "cuda: there is no kernel for many tokens");
 }
 
 template <typename Stack>

@@ -158,10 +158,10 @@ Status prepack_int(const DeviceMatrix& matrix, RowOrder order, void* out, uint64
                                 matrix.rows);
     const IntTiles tiles(stored, order);
     auto* const to = static_cast<uint8_t*>(out);
-    QMOE_TRY(launch_in_order(prepack_codes, grid_for(tiles.tiles * tiles.blocks * kLanes), 256, stream, stored, tiles,
+    QMOE_TRY(launch_in_order(prepack_codes, grid_for(tiles.tiles * tiles.blocks * kLanes), 256, 0, stream, stored, tiles,
                              matrix.data, to));
     const uint64_t groups = tiles.groups == 0 ? 1 : tiles.blocks * tiles.groups;
-    return launch_in_order(prepack_scales, grid_for(tiles.tiles * groups * kTileRows), 256, stream, stored, tiles,
+    return launch_in_order(prepack_scales, grid_for(tiles.tiles * groups * kTileRows), 256, 0, stream, stored, tiles,
                            matrix.data, to);
 }
 
@@ -176,7 +176,7 @@ Status unpack_int(const IntStack& matrix, void* out, OutputType type, cudaStream
                             : tiles.bits == 3 ? unpack<T, 3>
                             : tiles.bits == 4 ? unpack<T, 4>
                                               : unpack<T, 8>;
-        return launch_in_order(kernel, grid, 256, stream, tiles, data, static_cast<T*>(out));
+        return launch_in_order(kernel, grid, 256, 0, stream, tiles, data, static_cast<T*>(out));
     });
 }
 

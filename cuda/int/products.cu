@@ -67,6 +67,7 @@ struct Workspace {
 
 Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept {
     QMOE_TRY(check_linear(linear));
+    QMOE_TRY(check_no_kernel_for_many(linear.kernel));
     if (linear.tokens == 0) return {};
     FewTokens call{};
     Projection& p = call.projections[0];
@@ -90,12 +91,15 @@ Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept {
 
 Status workspace_int(const IntExperts& experts, uint64_t* bytes) noexcept {
     QMOE_TRY(check_experts(experts));
+    QMOE_TRY(check_choices(experts, kMostChoices));
     *bytes = Workspace(experts).bytes;
     return {};
 }
 
 Status experts_int(const IntExperts& e, cudaStream_t stream) noexcept {
     QMOE_TRY(check_experts(e));
+    QMOE_TRY(check_choices(e, kMostChoices));
+    QMOE_TRY(check_no_kernel_for_many(e.kernel));
     const Workspace room(e);
     QMOE_TRY(check_workspace(room.bytes, e.workspace_bytes));
     if (e.tokens == 0) return {};

@@ -62,14 +62,6 @@ QMOE_INLINE uint32_t ternary_x_at(const TernaryFewTokens& call, bool experts) no
     return (Schedule::bytes(call.tokens * call.choices.top_k.by, call.choices.experts) + 15) / 16 * 16;
 }
 
-template <typename T>
-__device__ __forceinline__ float to_float(T value) {
-    if constexpr (std::is_same_v<T, __half>)
-        return __half2float(value);
-    else
-        return __bfloat162float(value);
-}
-
 // Two numbers of 16 bits as floats.
 template <typename T>
 __device__ __forceinline__ float2 two_floats(uint32_t pair) {

@@ -1,6 +1,8 @@
-// Products of `ternary` stacks: a linear layer, and a layer's experts; and what their streams say, number by number.
+// Products of `ternary` stacks: a linear layer, and a layer's experts.
 #include "experts/check.cuh"
 #include "ternary/few_tokens.cuh"
+#include "ternary/many_tokens.cuh"
+#include "ternary/stack.cuh"
 
 namespace qmoe::cuda {
 
@@ -9,23 +11,13 @@ QMOE_TERNARY_FEW_TOKENS(extern, 4)
 QMOE_TERNARY_FEW_TOKENS(extern, 5)
 QMOE_TERNARY_FEW_TOKENS(extern, 6)
 QMOE_TERNARY_FEW_TOKENS(extern, 7)
+QMOE_TERNARY_MANY_TOKENS(extern, 16)
+QMOE_TERNARY_MANY_TOKENS(extern, 32)
+QMOE_TERNARY_MANY_TOKENS(extern, 64)
+QMOE_TERNARY_MANY_TOKENS(extern, 128)
+QMOE_TERNARY_MANY_TOKENS(extern, 256)
 
 namespace {
-
-constexpr uint32_t kUnpackWarps = 8;
-
-Status check_stack(const TernaryStack& stack) noexcept {
-    const StreamsShape& shape = stack.shape;
-    const bool sound = shape.gap_bits >= TernaryStreams::kMinGapBits && shape.gap_bits <= TernaryStreams::kMaxGapBits &&
-                       shape.segments > 0 && shape.segments <= kLanes && (shape.segments & (shape.segments - 1)) == 0 &&
-                       shape.rows > 0 && shape.cols > 0 && TernaryStreams(shape).all_slots() <= 0xffff;
-    if (!sound) return Status::error(Code::kValue, "cuda: there are no streams of this shape");
-    if (reinterpret_cast<uintptr_t>(stack.streams) % 16 != 0)
-        return Status::error(Code::kValue, "cuda: streams must be aligned to 16 bytes");
-    if (stack.order != RowOrder::kPlain && shape.rows % 2 != 0)
-        return Status::error(Code::kShape, "cuda: an odd number of rows has no gates");
-    return {};
-}
 
 Status projection_of(const TernaryStack& stack, TernaryProjection& p) noexcept {
     QMOE_TRY(check_stack(stack));
@@ -71,57 +63,192 @@ struct Workspace {
 
     explicit Workspace(const TernaryExperts& e) noexcept {
         const uint64_t choices = e.tokens * e.top_k;
-        second_at = ceil_div(choices * e.first.shape.rows * sizeof(float), uint64_t{16}) * 16;
+        second_at = aligned(choices * e.first.shape.rows * sizeof(float));
         bytes = second_at + choices * e.second.shape.rows * sizeof(float);
+    }
+    static uint64_t aligned(uint64_t bytes) noexcept { return ceil_div(bytes, uint64_t{16}) * 16; }
+};
+
+constexpr uint64_t kMostTokensOfMany = 4096;  // of a linear layer, of one launch
+
+// Calls with(n) for the smallest tile of at least `tokens` tokens, or the largest that this device has room for.
+// E_NO_KERNEL where it has none for any.
+template <typename With>
+Status with_tile(uint64_t tokens, const Device& device, const With& with) noexcept {
+    const auto fits = [&]<uint32_t kN>() { return kTernaryShared<kN> <= device.shared; };
+    if (tokens > 128 && fits.template operator()<256>()) return with.template operator()<256>();
+    if (tokens > 64 && fits.template operator()<128>()) return with.template operator()<128>();
+    if (tokens > 32 && fits.template operator()<64>()) return with.template operator()<64>();
+    if (tokens > 16 && fits.template operator()<32>()) return with.template operator()<32>();
+    if (fits.template operator()<16>()) return with.template operator()<16>();
+    return Status::error(Code::kNoKernel, "cuda: shared memory of a block is too small for many tokens");
+}
+
+uint64_t tile_of(uint64_t tokens, const Device& device) noexcept {
+    uint64_t tile = 0;
+    const Status ignored = with_tile(tokens, device, [&]<uint32_t kN>() {
+        tile = kN;
+        return Status{};
+    });
+    return ignored.ok() ? tile : 0;
+}
+
+// Tokens of a product, most often: some experts have more than others.
+uint64_t tokens_of_expert(const TernaryExperts& e) noexcept {
+    return ceil_div(2 * e.tokens * e.top_k, e.first.experts);
+}
+
+// Where decoding once per tile is faster than reading again and again.
+bool takes_many(const TernaryLinear& linear, const Device& device) noexcept {
+    if (linear.kernel != Kernel::kAuto) return linear.kernel == Kernel::kManyTokens;
+    return linear.tokens > 8 && tile_of(linear.tokens, device) != 0;
+}
+bool takes_many(const TernaryExperts& e, const Device& device) noexcept {
+    if (e.kernel != Kernel::kAuto) return e.kernel == Kernel::kManyTokens;
+    return e.tokens * e.top_k > 4 * e.first.experts && tile_of(tokens_of_expert(e), device) != 0;
+}
+
+Status tiles_of(const TernaryStack& stack, TernaryTiles& p) noexcept {
+    QMOE_TRY(check_stack(stack));
+    const TernaryStreams layout(stack.shape);
+    p.streams = static_cast<const uint8_t*>(stack.streams);
+    p.rows = static_cast<uint32_t>(layout.rows);
+    p.cols = static_cast<uint32_t>(layout.cols);
+    p.slots = layout.slots();
+    p.all_slots = layout.all_slots();
+    p.gap_bits = layout.gap_bits;
+    p.segments = layout.segments;
+    p.segment_bits = static_cast<uint32_t>(__builtin_ctz(layout.segments));
+    p.group_rows = static_cast<uint32_t>(layout.group_rows);
+    p.levels_at = static_cast<uint32_t>(layout.levels_at);
+    p.starts_at = static_cast<uint32_t>(layout.starts_at);
+    p.bases_at = static_cast<uint32_t>(layout.bases_at);
+    p.quads_at = static_cast<uint32_t>(layout.quads_at);
+    p.windows = static_cast<uint32_t>(ceil_div(layout.rows, uint64_t{TernaryTile::kRows}));
+    p.chunks = static_cast<uint32_t>(ceil_div(uint64_t{p.all_slots}, uint64_t{TernaryTile::kChunk}));
+    p.splits = 1;
+    p.order = stack.order;
+    return {};
+}
+
+// In how many parts rows are cut so that all multiprocessors have something to do: a part more costs about a chunk or two.
+uint32_t splits_for(const TernaryTiles& p, uint64_t products, const Device& device) noexcept {
+    uint32_t best = 1;
+    double least = 0.0;
+    for (uint32_t splits = 1; splits <= p.segments; ++splits) {
+        const uint64_t rounds = ceil_div(products * p.windows * splits, uint64_t{device.multiprocessors});
+        const double time = static_cast<double>(rounds) * (static_cast<double>(p.chunks) / splits + 6.0) +
+                            (splits > 1 ? 8.0 + splits : 0.0);
+        if (splits == 1 || time < least) best = splits, least = time;
+    }
+    return best;
+}
+
+uint64_t slots_bytes(const TernaryTiles& p) noexcept {
+    return uint64_t{p.chunks} * TernaryTile::kChunk * sizeof(uint16_t);
+}
+
+// Of the kernel for many tokens: activations by slot, and sums.
+struct ManyOfLinear {
+    TernaryTiles tiles{};
+    uint64_t tokens, tile, sums_at = 0, bytes = 0;
+
+    Status make(const TernaryLinear& linear, const Device& device) noexcept {
+        QMOE_TRY(tiles_of(linear.weight, tiles));
+        tokens = linear.tokens < kMostTokensOfMany ? linear.tokens : kMostTokensOfMany;
+        QMOE_TRY(with_tile(tokens, device, [&]<uint32_t kN>() {
+            tile = kN;
+            return Status{};
+        }));
+        tiles.splits = splits_for(tiles, ceil_div(tokens, tile), device);
+        sums_at = Workspace::aligned(tokens * slots_bytes(tiles));
+        bytes = sums_at + (tiles.splits > 1 ? tiles.splits * tokens * tiles.rows * sizeof(float) : 0);
+        return {};
+    }
+};
+struct ManyOfExperts {
+    TernaryTiles first{}, second{};
+    uint64_t x_at = 0, first_sums_at = 0, inner_at = 0, second_sums_at = 0, bytes = 0;
+
+    Status make(const TernaryExperts& e) noexcept {
+        QMOE_TRY(tiles_of(e.first, first));
+        QMOE_TRY(tiles_of(e.second, second));
+        const uint64_t choices = e.tokens * e.top_k;
+        x_at = Workspace::aligned(Schedule::bytes(static_cast<uint32_t>(choices), static_cast<uint32_t>(e.first.experts)) + 4);
+        first_sums_at = x_at + Workspace::aligned(e.tokens * slots_bytes(first));
+        inner_at = first_sums_at + Workspace::aligned(choices * first.rows * sizeof(float));
+        second_sums_at = inner_at + Workspace::aligned(choices * slots_bytes(second));
+        bytes = second_sums_at + choices * second.rows * sizeof(float);
+        return {};
     }
 };
 
-// A warp per group, as the products go; `out` is zeros.
-template <typename T>
-__global__ __launch_bounds__(kUnpackWarps* kLanes) void unpack_streams(const TernaryStreams layout,
-                                                                       const uint8_t* __restrict__ stack,
-                                                                       uint64_t expert, T* __restrict__ out) {
-    const uint64_t group = blockIdx.x * uint64_t{kUnpackWarps} + threadIdx.x / kLanes;
-    if (group >= layout.groups) return;
-    const uint8_t* const matrix = stack + reinterpret_cast<const uint64_t*>(stack)[expert];
-    const uint32_t lane = threadIdx.x % kLanes, bits = layout.gap_bits + 1, row_in_group = lane / layout.segments,
-                   segment = lane % layout.segments;
-    const uint64_t at = group * layout.group_rows + row_in_group;
-    const uint32_t info = reinterpret_cast<const uint32_t*>(matrix)[at];
-    const uint32_t levels = reinterpret_cast<const uint32_t*>(matrix + layout.levels_at)[at];
-    const T high = from_float<T>(__uint_as_float(levels << 16)),
-            low = from_float<T>(__uint_as_float(levels & 0xffff0000u));
-    const uint32_t quads = info >> TernaryStreams::kRowBits, row = info & ((1u << TernaryStreams::kRowBits) - 1);
-    uint32_t next = reinterpret_cast<const uint16_t*>(matrix + layout.starts_at)[at * layout.segments + segment];
-    const uint4* const from = reinterpret_cast<const uint4*>(matrix + layout.quads_at) +
-                              reinterpret_cast<const uint32_t*>(matrix + layout.bases_at)[group] + row_in_group;
-    for (uint32_t k = segment * quads / layout.segments; k < (segment + 1) * quads / layout.segments; ++k) {
-        const uint4 quad = from[k * layout.group_rows];
-        uint32_t words[4] = {quad.x, quad.y, quad.z, quad.w};
-        for (uint32_t i = 0; i < layout.symbols(); ++i) {
-            const uint32_t symbol = words[0] >> (32 - bits), slot = next + (symbol >> 1);
-            if (!layout.is_empty(slot)) out[row * layout.cols + layout.col(slot)] = (symbol & 1) != 0 ? low : high;
-            next = slot + 1;
-            for (int w = 0; w < 4; ++w) words[w] = __funnelshift_l(w < 3 ? words[w + 1] : 0, words[w], bits);
+template <typename Call>
+Status launch_many(const Call& call, uint64_t tokens, OutputType type, const Device& device,
+                   cudaStream_t stream) noexcept {
+    return with_tile(tokens, device, [&]<uint32_t kN>() {
+        switch (type) {
+            case OutputType::kFloat16: return launch_ternary_tiles<__half, kN>(call, device, stream);
+            case OutputType::kBfloat16: return launch_ternary_tiles<__nv_bfloat16, kN>(call, device, stream);
+            default: return Status::error(Code::kDtype, "cuda: activations are float16 or bfloat16");
         }
+    });
+}
+
+Status linear_many(const TernaryLinear& linear, const Device& device, cudaStream_t stream) noexcept {
+    ManyOfLinear plan;
+    QMOE_TRY(plan.make(linear, device));
+    QMOE_TRY(check_workspace(plan.bytes, linear.workspace_bytes));
+    TernaryManyTokens call{};
+    TernaryTiles& p = call.projections[0] = plan.tiles;
+    p.bias = linear.bias;
+    p.x = linear.workspace;
+    p.sums = reinterpret_cast<float*>(static_cast<uint8_t*>(linear.workspace) + plan.sums_at);
+    call.count = 1;
+    for (uint64_t first = 0; first < linear.tokens; first += plan.tokens) {
+        const uint64_t tokens = linear.tokens - first < plan.tokens ? linear.tokens - first : plan.tokens;
+        call.tokens = static_cast<uint32_t>(tokens);
+        call.x = static_cast<const uint16_t*>(linear.x) + first * p.cols;
+        call.y = static_cast<uint16_t*>(linear.y) + first * p.rows;
+        QMOE_TRY(launch_many(call, plan.tile, linear.type, device, stream));
     }
+    return {};
+}
+
+Status experts_many(const TernaryExperts& e, const Device& device, cudaStream_t stream) noexcept {
+    ManyOfExperts plan;
+    QMOE_TRY(plan.make(e));
+    QMOE_TRY(check_workspace(plan.bytes, e.workspace_bytes));
+    uint8_t* const room = static_cast<uint8_t*>(e.workspace);
+    TernaryManyTokens call{};
+    call.projections[0] = plan.first, call.projections[1] = plan.second;
+    TernaryTiles &first = call.projections[0], &second = call.projections[1];
+    first.bias = e.first_bias, second.bias = e.second_bias;
+    first.x = room + plan.x_at, second.x = room + plan.inner_at;
+    first.sums = reinterpret_cast<float*>(room + plan.first_sums_at);
+    second.sums = reinterpret_cast<float*>(room + plan.second_sums_at);
+    call.count = 2;
+    call.tokens = static_cast<uint32_t>(e.tokens);
+    call.x = e.x, call.y = e.y;
+    call.choices = {e.ids, call.tokens, static_cast<uint32_t>(e.first.experts), Divisor(e.top_k)};
+    call.schedule = room;
+    call.weights = e.weights, call.weights_type = e.weights_type;
+    call.gate = e.gate;
+    return launch_many(call, tokens_of_expert(e), e.type, device, stream);
 }
 
 }  // namespace
 
-Status unpack_ternary(const TernaryStack& stack, uint64_t expert, void* out, OutputType type,
-                      cudaStream_t stream) noexcept {
-    QMOE_TRY(check_stack(stack));
-    if (expert >= stack.experts)
-        return Status::mismatch(Code::kValue, "cuda: experts of a stack", 0, stack.experts, expert);
-    const TernaryStreams layout(stack.shape);
-    return with_output_type(type, [&](auto element) {
-        using T = decltype(element);
-        QMOE_TRY(runtime_status(cudaMemsetAsync(out, 0, layout.rows * layout.cols * sizeof(T), stream)));
-        const auto grid = static_cast<uint32_t>(ceil_div(layout.groups, uint64_t{kUnpackWarps}));
-        return launch_in_order(unpack_streams<T>, grid, kUnpackWarps * kLanes, stream, layout,
-                               static_cast<const uint8_t*>(stack.streams), expert, static_cast<T*>(out));
-    });
+Status linear_workspace_ternary(const TernaryLinear& linear, uint64_t* bytes) noexcept {
+    QMOE_TRY(check_linear(linear));
+    Device device{};
+    QMOE_TRY(Device::current(device));
+    *bytes = 0;
+    if (linear.tokens == 0 || !takes_many(linear, device)) return {};
+    ManyOfLinear plan;
+    QMOE_TRY(plan.make(linear, device));
+    *bytes = plan.bytes;
+    return {};
 }
 
 Status linear_ternary(const TernaryLinear& linear, cudaStream_t stream) noexcept {
@@ -132,6 +259,7 @@ Status linear_ternary(const TernaryLinear& linear, cudaStream_t stream) noexcept
     QMOE_TRY(projection_of(linear.weight, p));
     Device device{};
     QMOE_TRY(Device::current(device));
+    if (takes_many(linear, device)) return linear_many(linear, device, stream);
     call.end = 1;
     p.bias = linear.bias;
     const uint64_t at_once = linear.type == OutputType::kFloat16 ? tokens_at_once<__half>(call, device)
@@ -150,17 +278,32 @@ Status linear_ternary(const TernaryLinear& linear, cudaStream_t stream) noexcept
 
 Status workspace_ternary(const TernaryExperts& experts, uint64_t* bytes) noexcept {
     QMOE_TRY(check_experts(experts));
-    *bytes = Workspace(experts).bytes;
+    Device device{};
+    QMOE_TRY(Device::current(device));
+    if (!takes_many(experts, device)) {
+        QMOE_TRY(check_choices(experts, kMostChoices));
+        *bytes = Workspace(experts).bytes;
+        return {};
+    }
+    QMOE_TRY(check_choices(experts, kMostChoicesOfMany));
+    ManyOfExperts plan;
+    QMOE_TRY(plan.make(experts));
+    *bytes = plan.bytes;
     return {};
 }
 
 Status experts_ternary(const TernaryExperts& e, cudaStream_t stream) noexcept {
     QMOE_TRY(check_experts(e));
-    const Workspace room(e);
-    QMOE_TRY(check_workspace(room.bytes, e.workspace_bytes));
     if (e.tokens == 0) return {};
     Device device{};
     QMOE_TRY(Device::current(device));
+    if (takes_many(e, device)) {
+        QMOE_TRY(check_choices(e, kMostChoicesOfMany));
+        return experts_many(e, device, stream);
+    }
+    QMOE_TRY(check_choices(e, kMostChoices));
+    const Workspace room(e);
+    QMOE_TRY(check_workspace(room.bytes, e.workspace_bytes));
     TernaryFewTokens call{};
     TernaryProjection &first = call.projections[0], &second = call.projections[1];
     QMOE_TRY(projection_of(e.first, first));

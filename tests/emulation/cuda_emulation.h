@@ -39,13 +39,15 @@
 
 namespace emulation {
 
-enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kAtGridBarrier, kDone };
+enum class State { kReady, kYielding, kAtWarpBarrier, kAtNamedBarrier, kAtBlockBarrier, kAtGridBarrier, kDone };
 
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
     uint3 thread, block;
     State state = State::kReady;
+    int barrier = 0;  // of kAtNamedBarrier
+    uint32_t barrier_threads = 0;
 };
 
 class Grid {
@@ -65,6 +67,13 @@ class Grid {
     void wait(State state) {
         running_->state = state;
         swapcontext(&running_->context, &main_);
+    }
+    // Lets others run: for those that look again and again at what others write.
+    void yield() { wait(State::kYielding); }
+    // Until `count` threads of the block are at barrier `id`.
+    void wait_for(int id, uint32_t count) {
+        running_->barrier = id, running_->barrier_threads = count;
+        wait(State::kAtNamedBarrier);
     }
     // What all lanes of the warp give, by lane.
     std::vector<uint64_t> exchange(uint64_t value) {
@@ -92,6 +101,21 @@ class Grid {
         for (size_t i = first; i < first + count; ++i)
             if (fibers_[i].state == state) fibers_[i].state = State::kReady;
         return true;
+    }
+
+    bool release_named(size_t first) {
+        bool released = false;
+        for (size_t i = first; i < first + threads_; ++i) {
+            if (fibers_[i].state != State::kAtNamedBarrier) continue;
+            std::vector<Fiber*> here;
+            for (size_t j = first; j < first + threads_; ++j)
+                if (fibers_[j].state == State::kAtNamedBarrier && fibers_[j].barrier == fibers_[i].barrier)
+                    here.push_back(&fibers_[j]);
+            if (here.size() < fibers_[i].barrier_threads) continue;
+            for (Fiber* fiber : here) fiber->state = State::kReady;
+            released = true;
+        }
+        return released;
     }
 
     static inline Grid* current_ = nullptr;
@@ -124,23 +148,26 @@ inline void Grid::run(dim3 blocks, uint32_t threads, uint32_t shared_bytes, std:
             fiber.context.uc_link = nullptr;
             makecontext(&fiber.context, &Grid::begin, 0);
         }
+        size_t idle = 0;
         for (bool done = false; !done;) {
             bool progress = false;
             done = true;
             for (Fiber& fiber : grid.fibers_) {
-                if (fiber.state == State::kReady) {
+                if (fiber.state == State::kReady || fiber.state == State::kYielding) {
+                    const bool looked = fiber.state == State::kYielding;
                     grid.running_ = &fiber;
                     swapcontext(&grid.main_, &fiber.context);
-                    progress = true;
+                    progress |= !(looked && fiber.state == State::kYielding);
                 }
                 done = done && fiber.state == State::kDone;
             }
             for (size_t first = 0; first < grid.fibers_.size(); first += kLanes)
                 progress |= grid.release(first, kLanes, State::kAtWarpBarrier);
             for (size_t first = 0; first < grid.fibers_.size(); first += threads)
-                progress |= grid.release(first, threads, State::kAtBlockBarrier);
+                progress |= grid.release_named(first) | grid.release(first, threads, State::kAtBlockBarrier);
             progress |= grid.release(0, grid.fibers_.size(), State::kAtGridBarrier);
-            if (!progress && !done) throw std::logic_error("emulation: deadlock");
+            idle = progress ? 0 : idle + 1;
+            if (idle > 1 && !done) throw std::logic_error("emulation: deadlock");
         }
         for (const std::vector<uint8_t>& shared : grid.shared_)
             for (size_t i = shared_bytes; i < shared.size(); ++i)
@@ -200,6 +227,22 @@ inline uint32_t __match_any_sync(uint32_t, uint32_t value) {
     const std::vector<uint64_t> all = emulation::Grid::current().exchange(value);
     for (size_t i = 0; i < all.size(); ++i) alike |= static_cast<uint32_t>(all[i] == value) << i;
     return alike;
+}
+inline uint32_t __reduce_min_sync(uint32_t, uint32_t value) {
+    for (const uint64_t other : emulation::Grid::current().exchange(value))
+        value = other < value ? static_cast<uint32_t>(other) : value;
+    return value;
+}
+inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
+    return ~__reduce_min_sync(~0u, ~value);
+}
+inline bool __any_sync(uint32_t, bool value) {
+    return __reduce_max_sync(~0u, value ? 1 : 0) != 0;
+}
+inline uint32_t atomicOr(uint32_t* to, uint32_t bits) {
+    const uint32_t before = *to;
+    *to |= bits;
+    return before;
 }
 inline int __popc(uint32_t x) {
     return __builtin_popcount(x);

@@ -42,6 +42,14 @@ struct alignas(16) Quad {
 };
 using Room = std::vector<Quad>;  // device memory
 
+uint64_t workspace(const cuda::IntLinear&) {
+    return 0;
+}
+uint64_t workspace(const cuda::TernaryLinear& call) {
+    uint64_t bytes = 0;
+    REQUIRE(cuda::linear_workspace_ternary(call, &bytes).ok());
+    return bytes;
+}
 Status run(const cuda::IntLinear& call) {
     return cuda::linear_int(call, nullptr);
 }
@@ -148,7 +156,8 @@ Make integers(uint8_t bits, uint32_t group, bool zeros) {
 }
 
 template <typename View>
-void check_linear(const Make& make, uint64_t rows, uint64_t cols, uint64_t tokens, bool biased) {
+void check_linear(const Make& make, uint64_t rows, uint64_t cols, uint64_t tokens, bool biased,
+                  cuda::Kernel kernel = cuda::Kernel::kAuto) {
     Random random(rows * cols + tokens);
     const Stack<View> stack({make(random, rows, cols)}, RowOrder::kPlain);
     const Numbers x = Numbers::random(random, tokens * cols), bias = Numbers::random(random, rows);
@@ -160,6 +169,11 @@ void check_linear(const Make& make, uint64_t rows, uint64_t cols, uint64_t token
     call.y = y.values.data();
     call.tokens = tokens;
     call.type = cuda::OutputType::kBfloat16;
+    call.kernel = kernel;
+    call.workspace_bytes = workspace(call);
+    Room room(call.workspace_bytes / sizeof(Quad) + 1);
+    std::memset(room.data(), 0xFF, room.size() * sizeof(Quad));  // NaN
+    call.workspace = room.data();
     REQUIRE(run(call).ok());
     call.y = again.values.data();
     REQUIRE(run(call).ok());
@@ -185,6 +199,7 @@ struct Layer {
     Make first_make, second_make;
     RowOrder order = RowOrder::kHalves;
     bool biased = false;
+    cuda::Kernel kernel = cuda::Kernel::kAuto;
 
     void check(uint64_t seed) const {
         Random random(seed);
@@ -210,6 +225,7 @@ struct Layer {
         call.tokens = tokens, call.top_k = top_k;
         call.type = cuda::OutputType::kBfloat16;
         call.gate = {Activation::kSilu, false, 0.0f, 0.0f};
+        call.kernel = kernel;
         REQUIRE(workspace(call).ok());
         Room room(call.workspace_bytes / sizeof(Quad) + 1);
         std::memset(room.data(), 0xFF, room.size() * sizeof(Quad));  // NaN
@@ -268,6 +284,21 @@ TEST_SUITE("emulated products") {
         check_linear<TernaryStack>(ternary(906), 3, 40000, 2, true);   // nor of two
     }
 
+    TEST_CASE("ternary linear layers by the kernel for many tokens") {
+        using enum cuda::Kernel;
+        for (const uint64_t tokens : {1, 16, 17, 40}) {
+            check_linear<TernaryStack>(ternary(906), 133, 1200, tokens, true, kManyTokens);
+            check_linear<TernaryStack>(ternary(500), 5, 7, tokens, false, kManyTokens);
+        }
+        check_linear<TernaryStack>(ternary(1024), 1, 1, 5, true, kManyTokens);
+        check_linear<TernaryStack>(ternary(0), 130, 2000, 3, true, kManyTokens);
+        check_linear<TernaryStack>(ternary(950), 70, 3000, 90, true, kManyTokens);
+        check_linear<TernaryStack>(ternary(980), 70, 4100, 20, false, kManyTokens);  // quads longer than the ring
+        check_linear<TernaryStack>(ternary(1010), 150, 5000, 3, true, kManyTokens);
+        check_linear<TernaryStack>(ternary(906), 300, 600, 300, true, kManyTokens);
+        check_linear<TernaryStack>(ternary(906), 260, 9000, 2, true, kManyTokens);  // cut in several parts
+    }
+
     TEST_CASE("int linear layers: bits, groups, zeros, ragged shapes, numbers of tokens") {
         for (const uint8_t bits : std::initializer_list<uint8_t>{2, 3, 4, 8})
             for (const uint32_t group : {0u, 32u, 128u})
@@ -291,6 +322,14 @@ TEST_SUITE("emulated products") {
         Layer<TernaryStack>{40, 64, 32, 6, 8, ternary(1024), ternary(906), RowOrder::kHalves, true}.check(21);
     }
 
+    TEST_CASE("layers of experts by the kernel for many tokens") {
+        using enum cuda::Kernel;
+        for (const RowOrder order : {RowOrder::kHalves, RowOrder::kInterleaved, RowOrder::kPlain})
+            Layer<TernaryStack>{5, 150, 70, 9, 2, ternary(906), ternary(980), order, true, kManyTokens}.check(10);
+        Layer<TernaryStack>{3, 200, 140, 60, 2, ternary(906), ternary(700), RowOrder::kHalves, false, kManyTokens}.check(11);
+        Layer<TernaryStack>{4, 64, 32, 3, 1, ternary(1024), ternary(906), RowOrder::kHalves, true, kManyTokens}.check(12);
+    }
+
     TEST_CASE("projections that differ in bits are launches of their own") {
         Layer<TernaryStack>{5, 129, 77, 13, 2, ternary(980), ternary(300), RowOrder::kHalves, true}.check(30);
         Layer<IntStack>{4, 70, 36, 5, 2, integers(4, 32, true), integers(2, 64, false)}.check(31);
@@ -308,7 +347,7 @@ TEST_SUITE("emulated products") {
                 CHECK(out == stack.values[expert]);
             }
         };
-        for (const uint32_t zeros : {0u, 500u, 906u, 1020u}) check(ternary(zeros), TernaryStack{});
+        for (const uint32_t zeros : {0u, 500u, 906u, 980u, 1020u}) check(ternary(zeros), TernaryStack{});
         for (const uint8_t bits : std::initializer_list<uint8_t>{2, 3, 4, 8})
             for (const uint32_t group : {0u, 64u}) check(integers(bits, group, true), IntStack{});
     }

@@ -110,7 +110,10 @@ void encode_matrix(const MatrixView& view, const TernaryStreams& layout, std::ve
     std::vector<uint32_t> order(view.rows);
     std::iota(order.begin(), order.end(), 0u);
     const auto quads_of = [&](uint32_t row) { return streams[row].starts.size(); };
-    std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return quads_of(a) > quads_of(b); });
+    for (uint64_t first = 0; first < view.rows; first += TernaryStreams::kWindow)
+        std::stable_sort(order.begin() + static_cast<int64_t>(first),
+                         order.begin() + static_cast<int64_t>(std::min(first + TernaryStreams::kWindow, view.rows)),
+                         [&](uint32_t a, uint32_t b) { return quads_of(a) > quads_of(b); });
 
     out.assign(layout.quads_at, 0);
     uint64_t quads = 0;
@@ -206,6 +209,9 @@ Status ternary_streams_shape(const Record& record, StreamsShape& out) {
     // Two and a half to five quads a lane: enough to be worth its start, few enough that all lanes have something to do.
     uint32_t segments = 1;
     while (segments < kLanes && 5 * segments * seen <= best_quads) segments *= 2;
+    // A group's slots fit into shared memory, with two bits each.
+    const uint64_t slots = TernaryStreams({view.rows, view.cols, static_cast<uint32_t>(best), 1}).all_slots();
+    while (kLanes / segments * slots > 1 << 19) segments *= 2;
     out = {view.rows, view.cols, static_cast<uint32_t>(best), segments};
     return {};
 }

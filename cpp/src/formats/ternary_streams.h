@@ -11,7 +11,7 @@
 //
 // The quads of a row, Q of them, are divided among S = `segments` lanes of a warp: segment s has quads s Q / S to
 // (s + 1) Q / S - 1, and where it begins (one behind the slot before) is stored. 32 / S rows are a *group*, a warp's work.
-// Rows are sorted by their quads, most first, so that those of a group have about equally many.
+// Each window of 128 rows is sorted by their quads, most first, so that those of a group have about equally many.
 //
 //   rows    u32 by row in that order, up to a whole group: the matrix's row | Q << 20; rows that are not there have Q = 0
 //   levels  u32 by row: bfloat16 of a plus | of a minus << 16
@@ -33,7 +33,7 @@
 namespace qmoe {
 
 struct TernaryStreams {
-    static constexpr uint32_t kQuadBits = 128, kRowBits = 20;
+    static constexpr uint32_t kQuadBits = 128, kRowBits = 20, kWindow = 128;
     static constexpr uint32_t kMinGapBits = 3, kMaxGapBits = 7;
 
     uint64_t rows = 0, cols = 0;

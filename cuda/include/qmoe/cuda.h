@@ -16,7 +16,7 @@
 
 namespace qmoe::cuda {
 
-inline constexpr uint32_t kApiVersion = 5;
+inline constexpr uint32_t kApiVersion = 6;
 
 enum class OutputType : uint8_t { kFloat32, kFloat16, kBfloat16 };
 
@@ -57,9 +57,14 @@ struct TernaryStack {
 // Tiles and streams must have been written before the kernel before this one began (as those of a model are): on devices
 // that can, kernels begin to read them before that one has ended.
 
+// Which kernel of several: for few tokens, that reads weights again for every few of them, or for many, that decodes them
+// once per tile into operands of tensor cores. Of int matrices there is the one for few only.
+enum class Kernel : uint8_t { kAuto, kFewTokens, kManyTokens };
+
 // y (tokens, rows) = x (tokens, cols) times the transpose of a stack's one matrix, plus bias (rows) where it is not null;
 // all row-major, of `type` (float16 or bfloat16), 2-byte aligned at least, on the device. Sums are float32 in a fixed
-// order. For few tokens: they are taken 16 at a time, of ternary matrices at most 8.
+// order. Few tokens are taken 16 at a time, of ternary matrices at most 8; many, with a `workspace` of
+// ternary_linear_workspace() bytes, 16-byte aligned, 4096 at a time.
 template <typename Stack>
 struct Linear {
     Stack weight;  // kPlain
@@ -67,6 +72,9 @@ struct Linear {
     void* y;
     uint64_t tokens;
     OutputType type;
+    Kernel kernel;
+    void* workspace;
+    uint64_t workspace_bytes;
 };
 
 // What the experts of a layer do between their projections; as ExpertsSpec in qmoe/prepacked.h.
@@ -86,8 +94,8 @@ struct Gate {
 //   biases   (E, 2 I or I) and (E, H) of `type`, or null
 //   workspace  int_workspace() or ternary_workspace() bytes, 16-byte aligned
 //
-// Each token's experts are added in the order of its choices, in float32. One launch; three where the two projections
-// differ in bits or groups.
+// Each token's experts are added in the order of its choices, in float32. One launch; three of the kernels for few tokens
+// where the two projections differ in bits or groups.
 template <typename Stack>
 struct Experts {
     Stack first, second;
@@ -97,6 +105,7 @@ struct Experts {
     uint64_t tokens, top_k, workspace_bytes;
     OutputType type, weights_type;
     Gate gate;
+    Kernel kernel;
 };
 
 using IntLinear = Linear<IntStack>;
@@ -104,8 +113,8 @@ using IntExperts = Experts<IntStack>;
 using TernaryLinear = Linear<TernaryStack>;
 using TernaryExperts = Experts<TernaryStack>;
 
-// Choices (tokens * top_k) that a call for experts may have.
-inline constexpr uint64_t kMostChoices = 1024;
+// Choices (tokens * top_k) that a call for experts may have, by the kernel for few and for many.
+inline constexpr uint64_t kMostChoices = 1024, kMostChoicesOfMany = 16384;
 
 // The function table that libqmoe_cuda exports as qmoe_cuda_api().
 struct Api {
@@ -126,6 +135,8 @@ struct Api {
     // The same for ternary matrices. E_NO_KERNEL for more columns than a block's shared memory holds activations of.
     Status (*ternary_unpack)(const TernaryStack& stack, uint64_t expert, void* out, OutputType type,
                              void* stream) noexcept;
+    // Bytes for the kernel that the call gets; 0 where that needs none.
+    Status (*ternary_linear_workspace)(const TernaryLinear& linear, uint64_t* bytes) noexcept;
     Status (*ternary_linear)(const TernaryLinear& linear, void* stream) noexcept;
     Status (*ternary_workspace)(const TernaryExperts& experts, uint64_t* bytes) noexcept;
     Status (*ternary_experts)(const TernaryExperts& experts, void* stream) noexcept;

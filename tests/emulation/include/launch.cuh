@@ -28,9 +28,9 @@ Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_
 }
 
 template <typename... Arguments>
-Status launch_in_order(void (*kernel)(Arguments...), uint32_t grid, uint32_t threads, cudaStream_t,
+Status launch_in_order(void (*kernel)(Arguments...), uint32_t grid, uint32_t threads, uint32_t shared, cudaStream_t,
                        std::type_identity_t<Arguments>... arguments) {
-    emulation::Grid::run(grid, threads, 0, [=] { kernel(arguments...); });
+    emulation::Grid::run(grid, threads, shared, [=] { kernel(arguments...); });
     return {};
 }
 
