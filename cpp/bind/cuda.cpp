@@ -217,9 +217,27 @@ class CudaTernary {
     uint64_t bytes_ = 0;
 };
 
+cuda::Kernel kernel_of(const std::string& name) {
+    if (name == "auto") return cuda::Kernel::kAuto;
+    if (name == "few") return cuda::Kernel::kFewTokens;
+    if (name == "many") return cuda::Kernel::kManyTokens;
+    raise(Code::kValue, "cuda: kernels are \"auto\", \"few\" and \"many\"");
+}
+
+uint64_t linear_workspace(const CudaTernary& matrix, uint64_t tokens, const std::string& kernel) {
+    cuda::TernaryLinear call{};
+    call.weight = matrix.at(0);
+    call.tokens = tokens;
+    call.kernel = kernel_of(kernel);
+    uint64_t bytes = 0;
+    check(required_library().ternary_linear_workspace(call, &bytes));
+    return bytes;
+}
+
 template <typename Matrices>
 void linear(const Matrices& matrix, uintptr_t weights, uintptr_t x, uintptr_t bias, uintptr_t y, uint64_t tokens,
-            const std::string& dtype, uintptr_t stream) {
+            const std::string& dtype, uintptr_t stream, uintptr_t workspace, uint64_t workspace_bytes,
+            const std::string& kernel) {
     cuda::Linear<decltype(matrix.at(0))> call{};
     call.weight = matrix.at(weights);
     call.x = reinterpret_cast<const void*>(x);
@@ -227,6 +245,9 @@ void linear(const Matrices& matrix, uintptr_t weights, uintptr_t x, uintptr_t bi
     call.y = reinterpret_cast<void*>(y);
     call.tokens = tokens;
     call.type = type_of(dtype);
+    call.kernel = kernel_of(kernel);
+    call.workspace = reinterpret_cast<void*>(workspace);
+    call.workspace_bytes = workspace_bytes;
     check((required_library().*Matrices::kLinear)(call, reinterpret_cast<void*>(stream)));
 }
 
@@ -235,7 +256,8 @@ template <typename Matrices>
 class CudaExperts {
   public:
     CudaExperts(const Matrices& first, const Matrices& second, const std::string& activation, bool clamped, float alpha,
-                float limit) {
+                float limit, const std::string& kernel) {
+        call_.kernel = kernel_of(kernel);
         call_.first = first.at(0);
         call_.second = second.at(0);
         call_.gate = {activation_of(activation), clamped, alpha, limit};
@@ -283,9 +305,10 @@ template <typename Matrices>
 void bind_experts(py::module_& m, const char* name) {
     using Experts = CudaExperts<Matrices>;
     py::class_<Experts>(m, name, "A layer's experts on the device; see Experts in qmoe/cuda.h.")
-        .def(py::init<const Matrices&, const Matrices&, const std::string&, bool, float, float>(), py::arg("first"),
-             py::arg("second"), py::arg("activation"), py::arg("clamped") = false, py::arg("alpha") = 0.0f,
-             py::arg("limit") = 0.0f)
+        .def(py::init<const Matrices&, const Matrices&, const std::string&, bool, float, float,
+                      const std::string&>(),
+             py::arg("first"), py::arg("second"), py::arg("activation"), py::arg("clamped") = false,
+             py::arg("alpha") = 0.0f, py::arg("limit") = 0.0f, py::arg("kernel") = "auto")
         .def("workspace", &Experts::workspace, py::arg("tokens"), py::arg("top_k"),
              "Bytes of workspace that run() wants.")
         .def("run", &Experts::run, py::arg("first_weights"), py::arg("second_weights"), py::arg("first_bias"),
@@ -326,7 +349,8 @@ void bind_cuda(py::module_& m) {
         .def("unpack", &CudaInt::unpack, py::arg("tiles"), py::arg("expert"), py::arg("out"), py::arg("dtype"),
              py::arg("stream"), "Decode one expert into out (N, K), from its tiles.")
         .def("linear", &linear<CudaInt>, py::arg("tiles"), py::arg("x"), py::arg("bias"), py::arg("y"),
-             py::arg("tokens"), py::arg("dtype"), py::arg("stream"),
+             py::arg("tokens"), py::arg("dtype"), py::arg("stream"), py::arg("workspace") = 0,
+             py::arg("workspace_bytes") = 0, py::arg("kernel") = "auto",
              "y (tokens, N) = x (tokens, K) times the prepacked matrix; see Linear in qmoe/cuda.h.");
     py::class_<CudaTernary>(m, "CudaTernary",
                             "A record of ternary matrices as the CUDA products read it: pointers are raw.")
@@ -338,8 +362,11 @@ void bind_cuda(py::module_& m) {
         .def("unpack", &CudaTernary::unpack, py::arg("streams"), py::arg("expert"), py::arg("out"), py::arg("dtype"),
              py::arg("stream"), "Decode one expert into out (N, K), from its streams.")
         .def("linear", &linear<CudaTernary>, py::arg("streams"), py::arg("x"), py::arg("bias"), py::arg("y"),
-             py::arg("tokens"), py::arg("dtype"), py::arg("stream"),
-             "y (tokens, N) = x (tokens, K) times the matrix; see Linear in qmoe/cuda.h.");
+             py::arg("tokens"), py::arg("dtype"), py::arg("stream"), py::arg("workspace") = 0,
+             py::arg("workspace_bytes") = 0, py::arg("kernel") = "auto",
+             "y (tokens, N) = x (tokens, K) times the matrix; see Linear in qmoe/cuda.h.")
+        .def("linear_workspace", &linear_workspace, py::arg("tokens"), py::arg("kernel") = "auto",
+             "Bytes of workspace that linear() wants, on the current device.");
     bind_experts<CudaInt>(m, "CudaIntExperts");
     bind_experts<CudaTernary>(m, "CudaTernaryExperts");
     m.def("cuda_round_block", &cuda_round_block, py::arg("block"), py::arg("grid"), py::arg("stream"),

@@ -57,18 +57,26 @@ def name_of(dtype: torch.dtype) -> str:
 class Linear(OnDevice):
     """A record of one matrix."""
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None, kernel: str = "auto") -> torch.Tensor:
         size = len(x) * self.packed.rows
+        nbytes = self.matrix.linear_workspace(len(x), kernel) if isinstance(self.matrix, _C.CudaTernary) else 0
+        room = torch.full((nbytes + 2 * GUARD,), 0xFF, dtype=torch.uint8, device="cuda")
         out = torch.full((size + 2 * GUARD,), float("nan"), dtype=x.dtype, device="cuda")
         at = out.data_ptr() + GUARD * out.element_size()
         there = 0 if bias is None else bias.data_ptr()
-        self.matrix.linear(self.weights, x.data_ptr(), there, at, len(x), name_of(x.dtype), stream())
+        self.matrix.linear(
+            self.weights, x.data_ptr(), there, at, len(x), name_of(x.dtype), stream(), room.data_ptr() + GUARD, nbytes,
+            kernel,
+        )  # fmt: skip
         torch.cuda.synchronize()
+        assert (room[:GUARD] == 0xFF).all() and (room[-GUARD:] == 0xFF).all(), "wrote outside the workspace"
         assert out[:GUARD].isnan().all() and out[-GUARD:].isnan().all(), "wrote outside the output"
         return out[GUARD : GUARD + size].view(len(x), self.packed.rows)
 
 
-def check_linear(packed: PackedTensor, tokens: int, dtype: str, seed: int, biased: bool = False) -> None:
+def check_linear(
+    packed: PackedTensor, tokens: int, dtype: str, seed: int, biased: bool = False, kernel: str = "auto"
+) -> None:
     linear = Linear(packed)
     generator = torch.Generator().manual_seed(seed)
     x = (torch.randn(tokens, packed.cols, generator=generator) + 0.5).to(getattr(torch, dtype))
@@ -76,8 +84,9 @@ def check_linear(packed: PackedTensor, tokens: int, dtype: str, seed: int, biase
     weight = linear.dense()[0]
     expected = x.double() @ weight.T + (0 if bias is None else bias.double())
     scale = x.double().abs() @ weight.abs().T + 1e-3  # errors are relative to the sum of magnitudes' square root and up
-    found = linear(x.cuda(), None if bias is None else bias.cuda())
-    assert torch.equal(found, linear(x.cuda(), None if bias is None else bias.cuda()))
+    there = x.cuda(), None if bias is None else bias.cuda(), kernel
+    found = linear(*there)
+    assert torch.equal(found, linear(*there))
     error = (found.cpu().double() - expected).abs()
     assert (error <= ERROR[dtype] * expected.abs() + 1e-4 * scale).all(), float((error / scale).max())
 
@@ -91,6 +100,7 @@ class Layer:
     gating: Gating
     biased: bool = False
     dtype: str = "bfloat16"
+    kernel: str = "auto"
 
     def __post_init__(self) -> None:
         self.experts, self.hidden = self.first.experts, self.first.cols
@@ -98,7 +108,7 @@ class Layer:
         self.dense = tuple(stack.dense() for stack in self.stacks)
         gate, make = self.gating, _C.CudaTernaryExperts if self.stacks[0].ternary else _C.CudaIntExperts
         matrices = (stack.matrix for stack in self.stacks)
-        self.call = make(*matrices, gate.activation, gate.clamped, gate.alpha, gate.limit)
+        self.call = make(*matrices, gate.activation, gate.clamped, gate.alpha, gate.limit, self.kernel)
         generator = torch.Generator().manual_seed(3)
         self.type = getattr(torch, self.dtype)
         self.biases = [

@@ -35,12 +35,13 @@ def stack(zeros: float, experts: int, rows: int, cols: int, seed: int, levels: s
 
 def layer_of(
     experts: int, hidden: int, width: int, gating: Gating, zeros: tuple[float, float] = (0.885, 0.885),
-    biased: bool = False, dtype: str = "bfloat16",
+    biased: bool = False, dtype: str = "bfloat16", kernel: str = "auto",
 ) -> Layer:  # fmt: skip
     rows = width * (1 if gating.order == "plain" else 2)
     return Layer(
-        stack(zeros[0], experts, rows, hidden, 1), stack(zeros[1], experts, hidden, width, 2), gating, biased, dtype
-    )
+        stack(zeros[0], experts, rows, hidden, 1), stack(zeros[1], experts, hidden, width, 2), gating, biased, dtype,
+        kernel,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -63,6 +64,23 @@ def test_it_is_the_product(shape: tuple[int, int], zeros: float) -> None:
         check_linear(packed, tokens, dtype, seed=tokens)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("zeros", DENSITIES)
+def test_it_is_the_product_of_many_tokens(shape: tuple[int, int], zeros: float) -> None:
+    packed = stack(zeros, 1, *shape, seed=1)
+    for tokens, dtype in [(1, "bfloat16"), (16, "float16"), (17, "bfloat16"), (64, "bfloat16"), (100, "float16")]:
+        check_linear(packed, tokens, dtype, tokens, kernel="many")
+    check_linear(packed, 700, "bfloat16", 700, biased=True, kernel="many")
+
+
+def test_many_tokens_of_matrices_that_are_cut() -> None:
+    """Few windows of rows, long ones: several blocks of threads share each."""
+    for shape in [(128, 14336), (1000, 9000), (260, 50000), (4096, 4096)]:
+        for tokens in (16, 30):
+            check_linear(stack(0.885, 1, *shape, seed=2), tokens, "bfloat16", 0, biased=tokens == 30, kernel="many")
+    check_linear(stack(0.885, 1, 300, 500, seed=2), 5000, "float16", 0, biased=True, kernel="many")  # two launches
+
+
 @pytest.mark.parametrize("shape", [(300, 14336), (40, 40000), (9000, 130), (1, 50000)])
 def test_long_rows_and_many(shape: tuple[int, int]) -> None:
     """More columns than there is room for activations of 8 tokens, or of 4; more rows than warps."""
@@ -76,7 +94,8 @@ def test_random_configurations() -> None:
         shape = int(rng.integers(1, 700)), int(rng.integers(1, 3000))
         packed = stack(float(rng.choice(DENSITIES)), 1, *shape, seed, str(rng.choice(["pair", "symmetric"])))
         dtype = str(rng.choice(["float16", "bfloat16"]))
-        check_linear(packed, int(rng.integers(1, 20)), dtype, seed, biased=bool(rng.integers(2)))
+        tokens, kernel = int(rng.integers(1, 20)), str(rng.choice(["few", "many"]))
+        check_linear(packed, tokens, dtype, seed, biased=bool(rng.integers(2)), kernel=kernel)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 40])
@@ -91,6 +110,13 @@ def test_projections_may_differ(zeros: tuple[float, float]) -> None:
         layer_of(5, 129, 77, HALVES, zeros, dtype="float16", biased=True).check(tokens, 2, 2)
 
 
+@pytest.mark.parametrize("tokens", [1, 30, 300])
+@pytest.mark.parametrize("gating", [HALVES, INTERLEAVED, Gating("plain", "relu")])
+def test_layers_of_many_tokens(tokens: int, gating: Gating) -> None:
+    layer_of(7, 200, 136, gating, biased=tokens == 30, kernel="many").check(tokens, 3, tokens)
+    layer_of(5, 300, 130, gating, (0.95, 0.6), biased=tokens == 30, kernel="many", dtype="float16").check(tokens, 2, 1)
+
+
 def test_all_tokens_for_one_expert_and_none_for_any() -> None:
     layer = layer_of(6, 256, 128, HALVES)
     layer.check(40, 1, 1, torch.full((40, 1), 5))
@@ -103,6 +129,8 @@ def test_shapes_of_models() -> None:
     layer_of(16, 2048, 768, HALVES).check(16, 8, 0)
     layer_of(3, 4096, 1792, HALVES).check(17, 2, 0)
     layer_of(200, 512, 64, HALVES).check(64, 8, 0)
+    layer_of(16, 2048, 768, HALVES, kernel="many").check(200, 8, 0)
+    layer_of(200, 512, 64, HALVES, kernel="many").check(600, 8, 0)
 
 
 def test_random_layers() -> None:
@@ -113,13 +141,14 @@ def test_random_layers() -> None:
         layer = layer_of(
             experts, int(rng.integers(1, 600)), int(rng.integers(1, 300)), gatings[int(rng.integers(4))],
             (float(rng.choice(DENSITIES)), float(rng.choice(DENSITIES))), bool(rng.integers(2)),
-            str(rng.choice(["float16", "bfloat16"])),
+            str(rng.choice(["float16", "bfloat16"])), str(rng.choice(["few", "many"])),
         )  # fmt: skip
         layer.check(int(rng.integers(1, 50)), int(rng.integers(1, min(8, experts) + 1)), seed)
 
 
 def test_a_captured_graph_follows_its_inputs() -> None:
-    layer_of(7, 256, 128, HALVES).check_graph(4, 2)
+    for kernel in ("few", "many"):
+        layer_of(7, 256, 128, HALVES, kernel=kernel).check_graph(4, 2)
 
 
 def test_what_cannot_be() -> None:
@@ -139,4 +168,8 @@ def test_what_cannot_be() -> None:
     with pytest.raises(QmoeError, match="E_SHAPE"):
         _C.CudaTernaryExperts(first.matrix, second.matrix, "silu").workspace(1, 1)
     with pytest.raises(QmoeError, match="E_NO_KERNEL"):
-        layer_of(3, 64, 32, HALVES).call.workspace(5000, 1)
+        layer_of(3, 64, 32, HALVES, kernel="few").call.workspace(5000, 1)
+    with pytest.raises(QmoeError, match="E_NO_KERNEL"):
+        layer_of(3, 64, 32, HALVES).call.workspace(17000, 1)
+    with pytest.raises(QmoeError, match="E_VALUE"):
+        linear(torch.zeros(1, 129, dtype=torch.bfloat16, device="cuda"), kernel="any")
