@@ -39,8 +39,7 @@ struct Barrier {
         return over != 0;
     }
     __device__ __forceinline__ void wait(uint32_t parity) const {
-        while (!is_over(parity)) {
-        }
+        while (!is_over(parity)) {}
     }
 };
 

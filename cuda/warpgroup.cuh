@@ -68,30 +68,35 @@ __device__ __forceinline__ void take_registers() {
 #define QMOE_SUMS_16(d, i) QMOE_SUMS_8(d, i), QMOE_SUMS_8(d, i + 8)
 #define QMOE_SUMS_32(d, i) QMOE_SUMS_16(d, i), QMOE_SUMS_16(d, i + 16)
 #define QMOE_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define QMOE_NAMES_32 QMOE_NAMES_16 \
+#define QMOE_NAMES_32 \
+    QMOE_NAMES_16     \
     ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define QMOE_NAMES_64 QMOE_NAMES_32 \
+#define QMOE_NAMES_64 \
+    QMOE_NAMES_32     \
     ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define QMOE_NAMES_128 QMOE_NAMES_64 \
+#define QMOE_NAMES_128                                                                 \
+    QMOE_NAMES_64                                                                      \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define QMOE_NAMES_256 QMOE_NAMES_128 \
-    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+#define QMOE_NAMES_256                                                                             \
+    QMOE_NAMES_128                                                                                 \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
     ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define QMOE_WARPGROUP_PRODUCT(n, sums, type, a0, a1, a2, a3, operand)                                       \
-    asm volatile("{\n.reg .pred add;\n.reg .b32 one;\nmov.b32 one, 1;\nsetp.ne.b32 add, one, 0;\n" \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" QMOE_NAMES_##n "}, {%" \
-                 #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #operand ", add, 1, 1, 0;\n}\n"                    \
-                 : QMOE_SUMS_##sums(d, 0)                                                                    \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define QMOE_WARPGROUP_PRODUCTS(n, sums, a0, a1, a2, a3, operand)                        \
-    if constexpr (kN == n) {                                                             \
-        if constexpr (std::is_same_v<T, __half>)                                         \
-            QMOE_WARPGROUP_PRODUCT(n, sums, "f16", a0, a1, a2, a3, operand);             \
-        else                                                                             \
-            QMOE_WARPGROUP_PRODUCT(n, sums, "bf16", a0, a1, a2, a3, operand);            \
+#define QMOE_WARPGROUP_PRODUCT(n, sums, type, a0, a1, a2, a3, operand)                      \
+    asm volatile(                                                                           \
+        "{\n.reg .pred add;\n.reg .b32 one;\nmov.b32 one, 1;\nsetp.ne.b32 add, one, 0;\n"   \
+        "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" QMOE_NAMES_##n \
+        "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #operand ", add, 1, 1, 0;\n}\n"    \
+        : QMOE_SUMS_##sums(d, 0)                                                            \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define QMOE_WARPGROUP_PRODUCTS(n, sums, a0, a1, a2, a3, operand)             \
+    if constexpr (kN == n) {                                                  \
+        if constexpr (std::is_same_v<T, __half>)                              \
+            QMOE_WARPGROUP_PRODUCT(n, sums, "f16", a0, a1, a2, a3, operand);  \
+        else                                                                  \
+            QMOE_WARPGROUP_PRODUCT(n, sums, "bf16", a0, a1, a2, a3, operand); \
     }
 
 // d (64 x kN) += a (64 x 16) b (16 x kN), float32 sums of products of T: each warp has 16 rows of d and a, as fragments of

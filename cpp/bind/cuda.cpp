@@ -305,8 +305,7 @@ template <typename Matrices>
 void bind_experts(py::module_& m, const char* name) {
     using Experts = CudaExperts<Matrices>;
     py::class_<Experts>(m, name, "A layer's experts on the device; see Experts in qmoe/cuda.h.")
-        .def(py::init<const Matrices&, const Matrices&, const std::string&, bool, float, float,
-                      const std::string&>(),
+        .def(py::init<const Matrices&, const Matrices&, const std::string&, bool, float, float, const std::string&>(),
              py::arg("first"), py::arg("second"), py::arg("activation"), py::arg("clamped") = false,
              py::arg("alpha") = 0.0f, py::arg("limit") = 0.0f, py::arg("kernel") = "auto")
         .def("workspace", &Experts::workspace, py::arg("tokens"), py::arg("top_k"),

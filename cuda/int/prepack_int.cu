@@ -158,8 +158,8 @@ Status prepack_int(const DeviceMatrix& matrix, RowOrder order, void* out, uint64
                                 matrix.rows);
     const IntTiles tiles(stored, order);
     auto* const to = static_cast<uint8_t*>(out);
-    QMOE_TRY(launch_in_order(prepack_codes, grid_for(tiles.tiles * tiles.blocks * kLanes), 256, 0, stream, stored, tiles,
-                             matrix.data, to));
+    QMOE_TRY(launch_in_order(prepack_codes, grid_for(tiles.tiles * tiles.blocks * kLanes), 256, 0, stream, stored,
+                             tiles, matrix.data, to));
     const uint64_t groups = tiles.groups == 0 ? 1 : tiles.blocks * tiles.groups;
     return launch_in_order(prepack_scales, grid_for(tiles.tiles * groups * kTileRows), 256, 0, stream, stored, tiles,
                            matrix.data, to);

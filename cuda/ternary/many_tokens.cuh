@@ -30,7 +30,7 @@ namespace qmoe::cuda {
 struct TernaryTiles {
     const uint8_t* streams;  // the stack
     const void* bias;
-    void* x;     // by slot, as spread() leaves it: (tokens, or choices of a second projection; chunks * 64)
+    void* x;      // by slot, as spread() leaves it: (tokens, or choices of a second projection; chunks * 64)
     float* sums;  // (choices, rows), or of a linear layer that is cut (splits, tokens, rows)
     uint32_t rows, cols, slots, all_slots, gap_bits, segments, segment_bits, group_rows;
     uint32_t levels_at, starts_at, bases_at, quads_at;
@@ -63,12 +63,15 @@ struct TernaryTile {
 
 // Stages of activations: those of a chunk that is multiplied, of the one before, and of some that are on their way.
 template <int kN>
-inline constexpr uint32_t kTernaryStages = kN == 16 ? 8 : kN <= 64 ? 6 : kN == 128 ? 5 : 3;
+inline constexpr uint32_t kTernaryStages = kN == 16    ? 8
+                                           : kN <= 64  ? 6
+                                           : kN == 128 ? 5
+                                                       : 3;
 template <int kN>
-inline constexpr uint32_t kTernaryStageBytes = kN * TernaryTile::kChunk * 2;
+inline constexpr uint32_t kTernaryStageBytes = kN* TernaryTile::kChunk * 2;
 template <int kN>
 inline constexpr uint32_t kTernaryShared =
-    TernaryTile::kBarriersBytes + TernaryTile::kRingBytes + kTernaryStages<kN> * kTernaryStageBytes<kN>;
+    TernaryTile::kBarriersBytes + TernaryTile::kRingBytes + kTernaryStages<kN>* kTernaryStageBytes<kN>;
 
 // Where a chunk's slots lie in the operand: so that a thread of the tensor cores has neighbours. Of positions
 // 16 j + 8 h + 2 t + e, slot 16 t + 4 j + 2 h + e.
@@ -100,7 +103,7 @@ __device__ __forceinline__ void spread(const TernaryTiles& p, uint32_t rows, con
 struct TernaryUnit {
     const uint8_t* matrix;
     uint32_t expert, window, split, first_segment, last_segment;
-    uint32_t row, rows;  // of the schedule's order, or of x
+    uint32_t row, rows;   // of the schedule's order, or of x
     uint32_t begin, end;  // slots that there may be nonzeros at; begin is a multiple of a chunk
 };
 
@@ -299,9 +302,7 @@ struct TernaryLevels {
         }
         return out;
     }
-    __device__ __forceinline__ uint32_t pair(uint32_t bytes) const {
-        return __byte_perm(zero_high, low_low, bytes);
-    }
+    __device__ __forceinline__ uint32_t pair(uint32_t bytes) const { return __byte_perm(zero_high, low_low, bytes); }
 };
 
 template <typename T, int kN>
@@ -320,7 +321,8 @@ class TernaryMultiplier {
     __device__ __forceinline__ void init() const {
         if (thread_ == 0)
             for (uint32_t i = 0; i < kStages; ++i)
-                stage_full_[i].init(TernaryTile::kMultipliers), stage_empty_[i].init(TernaryTile::kMultipliers / kLanes);
+                stage_full_[i].init(TernaryTile::kMultipliers),
+                    stage_empty_[i].init(TernaryTile::kMultipliers / kLanes);
         for (uint32_t i = thread_; i < TernaryTile::kRingBytes / 16; i += TernaryTile::kMultipliers)
             reinterpret_cast<uint4*>(ring_.bytes)[i] = zeros();
     }
@@ -378,8 +380,7 @@ class TernaryMultiplier {
     static __device__ __forceinline__ TernaryLevels levels_of(const TernaryTiles& p, const TernaryUnit& unit,
                                                               uint32_t row) {
         const uint32_t at = unit.window * TernaryTile::kRows + row;
-        return TernaryLevels::of<T>(
-            at < p.rows ? reinterpret_cast<const uint32_t*>(unit.matrix + p.levels_at)[at] : 0);
+        return TernaryLevels::of<T>(at < p.rows ? reinterpret_cast<const uint32_t*>(unit.matrix + p.levels_at)[at] : 0);
     }
 
     // The products of the chunk before, if it is of this unit, are done, and its activations not needed any more.
@@ -605,9 +606,10 @@ Status launch_ternary_tiles(const TernaryManyTokens& call, const Device& device,
 }
 
 // What many_tokens_<n>.cu compile.
-#define QMOE_TERNARY_MANY_TOKENS(what, n)                                                                             \
-    what template Status launch_ternary_tiles<__half, n>(const TernaryManyTokens&, const Device&, cudaStream_t) noexcept; \
-    what template Status launch_ternary_tiles<__nv_bfloat16, n>(const TernaryManyTokens&, const Device&,                  \
+#define QMOE_TERNARY_MANY_TOKENS(what, n)                                                                \
+    what template Status launch_ternary_tiles<__half, n>(const TernaryManyTokens&, const Device&,        \
+                                                         cudaStream_t) noexcept;                         \
+    what template Status launch_ternary_tiles<__nv_bfloat16, n>(const TernaryManyTokens&, const Device&, \
                                                                 cudaStream_t) noexcept;
 
 }  // namespace qmoe::cuda

@@ -174,7 +174,8 @@ struct ManyOfExperts {
         QMOE_TRY(tiles_of(e.first, first));
         QMOE_TRY(tiles_of(e.second, second));
         const uint64_t choices = e.tokens * e.top_k;
-        x_at = Workspace::aligned(Schedule::bytes(static_cast<uint32_t>(choices), static_cast<uint32_t>(e.first.experts)) + 4);
+        x_at = Workspace::aligned(
+            Schedule::bytes(static_cast<uint32_t>(choices), static_cast<uint32_t>(e.first.experts)) + 4);
         first_sums_at = x_at + Workspace::aligned(e.tokens * slots_bytes(first));
         inner_at = first_sums_at + Workspace::aligned(choices * first.rows * sizeof(float));
         second_sums_at = inner_at + Workspace::aligned(choices * slots_bytes(second));

@@ -92,8 +92,8 @@ __global__ __launch_bounds__(kMostWarps* kLanes) void unpack_streams(const Terna
 #pragma unroll 1
         for (uint32_t col = lane * kAtOnce; col < cols; col += kLanes * kAtOnce) {
             const uint32_t first = layout.slot(col), word = first / kSlotsOfWord;
-            const uint64_t codes_here = (uint64_t{codes[r * words + word + 1]} << 32 | codes[r * words + word]) >>
-                                        2 * (first % kSlotsOfWord);
+            const uint64_t codes_here =
+                (uint64_t{codes[r * words + word + 1]} << 32 | codes[r * words + word]) >> 2 * (first % kSlotsOfWord);
             T values[kAtOnce];
             uint32_t in_step = first % step;
 #pragma unroll

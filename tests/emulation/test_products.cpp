@@ -326,8 +326,10 @@ TEST_SUITE("emulated products") {
         using enum cuda::Kernel;
         for (const RowOrder order : {RowOrder::kHalves, RowOrder::kInterleaved, RowOrder::kPlain})
             Layer<TernaryStack>{5, 150, 70, 9, 2, ternary(906), ternary(980), order, true, kManyTokens}.check(10);
-        Layer<TernaryStack>{3, 200, 140, 60, 2, ternary(906), ternary(700), RowOrder::kHalves, false, kManyTokens}.check(11);
-        Layer<TernaryStack>{4, 64, 32, 3, 1, ternary(1024), ternary(906), RowOrder::kHalves, true, kManyTokens}.check(12);
+        Layer<TernaryStack>{3, 200, 140, 60, 2, ternary(906), ternary(700), RowOrder::kHalves, false, kManyTokens}
+            .check(11);
+        Layer<TernaryStack>{4, 64, 32, 3, 1, ternary(1024), ternary(906), RowOrder::kHalves, true, kManyTokens}.check(
+            12);
     }
 
     TEST_CASE("projections that differ in bits are launches of their own") {
