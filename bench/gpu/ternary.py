@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -172,7 +173,7 @@ def linears(densities: list[float], kernels: list[str], rival: Path | None) -> l
             for tokens in TOKENS:
                 row: dict[str, Any] = {"shape": [rows, cols], "zeros": zeros, "tokens": tokens, "bits": stack.bits}
                 row |= {"stored_bits": stack.stored_bits, **stack.matrix.shape}
-                row |= by_kernel(kernels, tokens, lambda k, t=tokens: linear(stack, rows, cols, t, k))  # type: ignore[misc]
+                row |= by_kernel(kernels, tokens, partial(linear, stack, rows, cols, tokens))
                 if rival is not None and tokens == 1 and (rows, cols) in QMOE_SHAPES:
                     row |= qmoe(rival, zeros, rows, cols)
                 row |= {"cublas_bf16_us": baseline[tokens], "speedup": baseline[tokens] / row["median_us"]}
@@ -202,7 +203,7 @@ def layers(names: list[str], densities: list[float], counts: list[int], kernels:
             layer = Layer(zeros, experts, top_k, hidden, width)
             for tokens in counts:
                 row: dict[str, Any] = {"model": name, "zeros": zeros, "tokens": tokens, "bits": layer.bits}
-                row |= by_kernel(kernels, tokens, lambda k, t=tokens: layer.measure(routing[t], k))  # type: ignore[misc]
+                row |= by_kernel(kernels, tokens, partial(layer.measure, routing[tokens]))
                 row |= {"bf16_grouped_us": baseline[tokens], "speedup": baseline[tokens] / row["median_us"]}
                 touched = mean(len(r.unique()) for r in routing[tokens])
                 row |= {"experts_touched": touched, "bytes": touched * layer.bytes_of_expert}

@@ -550,31 +550,31 @@ template <typename T, int kN>
 __global__ __launch_bounds__(TernaryTile::kThreads,
                              1) void ternary_many_tokens(const __grid_constant__ TernaryManyTokens call) {
     constexpr bool kMoves = kN == 256;  // registers, from those that decode
-    QMOE_SHARED_MEMORY(shared, 1024);
+    QMOE_SHARED_MEMORY(swizzled, 1024);
     wait_for_previous();
     let_next_begin();
     const bool experts = call.count == 2;
     if (experts && blockIdx.x == 0) {
         const uint32_t choices = call.tokens * call.choices.top_k.by;
-        Schedule made(shared, choices, call.choices.experts);
+        Schedule made(swizzled, choices, call.choices.experts);
         made.make(call.choices, kN);
         const uint32_t words = (Schedule::bytes(choices, call.choices.experts) + 3) / 4;
         for (uint32_t i = threadIdx.x; i < words; i += blockDim.x)
-            reinterpret_cast<uint32_t*>(call.schedule)[i] = reinterpret_cast<const uint32_t*>(shared)[i];
+            reinterpret_cast<uint32_t*>(call.schedule)[i] = reinterpret_cast<const uint32_t*>(swizzled)[i];
         __syncthreads();
     }
     spread<T>(call.projections[0], call.tokens, [&](uint32_t token, uint32_t col) {
         return to_float(static_cast<const T*>(call.x)[uint64_t{token} * call.projections[0].cols + col]);
     });
-    if (threadIdx.x == 0) TernaryRing(shared, 0).init(), TernaryRing(shared, 1).init();
-    if (threadIdx.x >= TernaryTile::kDecoders) TernaryMultiplier<T, kN>(call, shared).init();
+    if (threadIdx.x == 0) TernaryRing(swizzled, 0).init(), TernaryRing(swizzled, 1).init();
+    if (threadIdx.x >= TernaryTile::kDecoders) TernaryMultiplier<T, kN>(call, swizzled).init();
     __syncthreads();
     cooperative_groups::this_grid().sync();
     const Schedule of_experts(call.schedule, call.tokens * call.choices.top_k.by, call.choices.experts);
     const Schedule* const schedule = experts ? &of_experts : nullptr;
     if (threadIdx.x < TernaryTile::kDecoders) {
         if constexpr (kMoves) give_registers<64>();
-        const TernaryRing ring(shared, threadIdx.x / 64);
+        const TernaryRing ring(swizzled, threadIdx.x / 64);
         uint32_t chunk = 0, emptied = 0;
         for (uint32_t i = 0; i < call.count; ++i) {
             const TernaryUnits units(call.projections[i], schedule, call.tokens, kN);
@@ -584,7 +584,7 @@ __global__ __launch_bounds__(TernaryTile::kThreads,
         }
     } else {
         if constexpr (kMoves) take_registers<216>();
-        TernaryMultiplier<T, kN> multiplier(call, shared);
+        TernaryMultiplier<T, kN> multiplier(call, swizzled);
         for (uint32_t i = 0; i < call.count; ++i) {
             const TernaryUnits units(call.projections[i], schedule, call.tokens, kN);
             for (uint32_t u = blockIdx.x; u < units.count; u += gridDim.x)
