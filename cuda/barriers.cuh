@@ -21,10 +21,6 @@ struct Barrier {
     __device__ __forceinline__ void arrive() {
         asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
     }
-    // As soon as this thread's copies until here have come.
-    __device__ __forceinline__ void arrive_after_copies() {
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(this)) : "memory");
-    }
     __device__ __forceinline__ bool is_over(uint32_t parity) const {
         uint32_t over;
         asm volatile(
@@ -49,9 +45,43 @@ __device__ __forceinline__ void sync_threads() {
     asm volatile("bar.sync %0, %1;" ::"n"(id), "n"(count) : "memory");
 }
 
-// 16 bytes from global to shared memory, both aligned so; arrive_after_copies() tells when they have come.
-__device__ __forceinline__ void copy_16(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+// Copies from global to shared memory that `threads` threads of a block ask for together.
+template <uint32_t threads>
+struct SharedCopy {
+#if __CUDA_ARCH__ >= 900
+    static constexpr uint32_t kArrivals = 1;
+#else
+    static constexpr uint32_t kArrivals = threads;
+#endif
+    static __device__ __forceinline__ bool takes_part(uint32_t thread) {
+        return kArrivals > 1 || thread == 0;
+    }
+    // By all that take part: `bytes`, a multiple of 16, both ends aligned so. `full`, made for kArrivals, is over when they
+    // have come.
+    static __device__ __forceinline__ void begin(Barrier& full, uint8_t* to, const uint8_t* from, uint32_t bytes,
+                                                 uint32_t thread) {
+#if __CUDA_ARCH__ >= 900
+        const uint32_t barrier = shared_address(&full);
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                         shared_address(to)),
+                     "l"(from), "r"(bytes), "r"(barrier)
+                     : "memory");
+#else
+        for (uint32_t i = thread * 16; i < bytes; i += threads * 16)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + i)), "l"(from + i)
+                         : "memory");
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&full)) : "memory");
+#endif
+    }
+};
+
+// What this thread has written, to global memory for copies from there or to shared memory where copies go, comes before
+// copies that begin after the next barrier.
+__device__ __forceinline__ void publish_to_copies() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async;" ::: "memory");
+#endif
 }
 
 }  // namespace qmoe::cuda

@@ -41,12 +41,6 @@ __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kBut) : "memory");
 #endif
 }
-// What this thread has written to shared memory is there for products that begin after the next barrier.
-__device__ __forceinline__ void publish_to_products() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
 // All warps of a warpgroup together change how many registers each of their threads may have.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {

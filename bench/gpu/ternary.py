@@ -132,11 +132,11 @@ def qmoe(folder: Path, zeros: float, rows: int, cols: int) -> dict[str, float]:
     packed = [first.w_comp, *(first.w_comp.clone() for _ in range(CACHE_BYTES // first.w_comp.nbytes + 1))]
     x = torch.randn(cols, dtype=torch.bfloat16, device="cuda")
     y = torch.zeros(rows, dtype=torch.bfloat16, device="cuda")
-    table = sub1.DEC[0]
+    table, matvec = sub1.DEC[0], sys.modules["sub1_cuda"].sub1matvec
 
     def run() -> None:
         for w_comp in packed:
-            sub1.sys.modules["sub1_cuda"].sub1matvec(table, w_comp, first.row_off, first.ter_minmax, x, y)
+            matvec(table, w_comp, first.row_off, first.ter_minmax, x, y)
 
     return {"qmoe_us": by_events(run, len(packed)), "qmoe_bits": bits}
 

@@ -5,8 +5,8 @@
 // activations have been put beforehand, zeros at empty ones). Lanes need not keep step: one waits only where its next
 // quad might end behind the ring. Eight warps multiply, 64 slots at a time: each of their threads takes bytes of two rows
 // out of the ring, leaves zeros there, and has the operand of the tensor cores from them by one byte permutation per two
-// weights, since a byte says which bytes of [0, high, low] a weight is made of. Activations, 16 rows of the operand and up,
-// come in stages.
+// weights, since a byte says which bytes of [0, high, low] a weight is made of. Activations lie in memory as the operand
+// that they are, chunk by chunk, and come in stages.
 //
 // One launch, with barriers of all blocks of threads between its parts: activations are spread over slots; first
 // projection; gates, spread again; second projection; sums over a token's choices. Tiles of a linear layer with few rows
@@ -30,7 +30,7 @@ namespace qmoe::cuda {
 struct TernaryTiles {
     const uint8_t* streams;  // the stack
     const void* bias;
-    void* x;      // by slot, as spread() leaves it: (tokens, or choices of a second projection; chunks * 64)
+    uint8_t* x;   // as spread() leaves it
     float* sums;  // (choices, rows), or of a linear layer that is cut (splits, tokens, rows)
     uint32_t rows, cols, slots, all_slots, gap_bits, segments, segment_bits, group_rows;
     uint32_t levels_at, starts_at, bases_at, quads_at;
@@ -73,53 +73,103 @@ template <int kN>
 inline constexpr uint32_t kTernaryShared =
     TernaryTile::kBarriersBytes + TernaryTile::kRingBytes + kTernaryStages<kN>* kTernaryStageBytes<kN>;
 
-// Where a chunk's slots lie in the operand: so that a thread of the tensor cores has neighbours. Of positions
+// Where a chunk's slots lie in a row of the operand: so that a thread of the tensor cores has neighbours. Of positions
 // 16 j + 8 h + 2 t + e, slot 16 t + 4 j + 2 h + e.
 __device__ __forceinline__ uint32_t slot_at(uint32_t position) {
     const uint32_t j = position / 16, h = position / 8 % 2, t = position / 2 % 4, e = position % 2;
     return 16 * t + 4 * j + 2 * h + e;
 }
 
-// Puts numbers at their slots: values(row, col), `rows` of them. All threads of all blocks share the work.
+// Tokens (of experts: choices) that are multiplied together, and where they are among all.
+struct TernaryProduct {
+    uint32_t expert, row, rows;
+    uint64_t padded_row;  // where its rows begin in operands, each product's up to a multiple of eight
+
+    __device__ __forceinline__ uint32_t padded_rows() const { return (rows + 7) / 8 * 8; }
+    // Bytes that the rows of a chunk take.
+    __device__ __forceinline__ uint32_t chunk_bytes() const { return padded_rows() * TernaryTile::kChunk * 2; }
+};
+
+// What is to be multiplied.
+struct TernaryProducts {
+    const Schedule* schedule;  // of experts
+    uint32_t tokens, tile;
+
+    // Rows of operands of so many products of so many rows.
+    static uint64_t padded_rows(uint64_t rows, uint64_t products) noexcept { return rows + 7 * products; }
+    __device__ __forceinline__ uint32_t count() const {
+        return schedule != nullptr ? schedule->products() : (tokens + tile - 1) / tile;
+    }
+    __device__ __forceinline__ uint32_t rows() const {
+        return schedule != nullptr ? schedule->first_row(schedule->products()) : tokens;
+    }
+    __device__ __forceinline__ TernaryProduct at(uint32_t i) const {
+        TernaryProduct out{};
+        if (schedule != nullptr) {
+            out.expert = schedule->expert(i), out.row = schedule->first_row(i);
+            out.rows = schedule->first_row(i + 1) - out.row;
+        } else {
+            out.row = i * tile, out.rows = min(tile, tokens - out.row);
+        }
+        out.padded_row = out.row + 7 * i;
+        return out;
+    }
+    // The one that a row is of.
+    __device__ __forceinline__ uint32_t of_row(uint32_t row) const {
+        if (schedule == nullptr) return row / tile;
+        uint32_t first = 0, last = schedule->products();  // it is one of first .. last - 1
+        while (last - first > 1) {
+            const uint32_t middle = (first + last) / 2;
+            (schedule->first_row(middle) <= row ? first : last) = middle;
+        }
+        return first;
+    }
+};
+
+// Makes operands: values(row, col) of all products' rows. By product and chunk (rows, 64) 16-bit numbers at the places of
+// their slots, swizzled as the tensor cores want them. All threads of all blocks share the work.
 template <typename T, typename Values>
-__device__ __forceinline__ void spread(const TernaryTiles& p, uint32_t rows, const Values& values) {
-    const uint32_t pairs = p.chunks * TernaryTile::kChunk / 2, step = 1u << p.gap_bits;
-    for (uint32_t row = blockIdx.x; row < rows; row += gridDim.x)
+__device__ __forceinline__ void spread(const TernaryTiles& p, const TernaryProducts& products, const Values& values) {
+    constexpr uint32_t kPairs = TernaryTile::kChunk / 2;
+    const uint32_t pairs = p.chunks * kPairs, step = 1u << p.gap_bits;
+    for (uint32_t row = blockIdx.x; row < products.rows(); row += gridDim.x) {
+        const TernaryProduct product = products.at(products.of_row(row));
+        const uint32_t own = row - product.row;
+        uint8_t* const to =
+            p.x + product.padded_row * p.chunks * TernaryTile::kChunk * 2 + own * TernaryTile::kChunk * 2;
 #pragma unroll 4
         for (uint32_t i = threadIdx.x; i < pairs; i += blockDim.x) {
             T pair[2];
-            const uint32_t chunk = i / (TernaryTile::kChunk / 2);
+            const uint32_t chunk = i / kPairs, place = i % kPairs;
 #pragma unroll
             for (uint32_t e = 0; e < 2; ++e) {
-                const uint32_t slot = chunk * TernaryTile::kChunk + slot_at(2 * i % TernaryTile::kChunk + e);
+                const uint32_t slot = chunk * TernaryTile::kChunk + slot_at(2 * place + e);
                 const bool empty = slot >= p.slots || (slot & (step - 1)) == step - 1;
                 pair[e] = from_float<T>(empty ? 0.0f : values(row, slot - (slot >> p.gap_bits)));
             }
-            static_cast<uint32_t*>(p.x)[uint64_t{row} * pairs + i] = *reinterpret_cast<const uint32_t*>(pair);
+            *reinterpret_cast<uint32_t*>(to + chunk * product.chunk_bytes() + (place / 4 ^ own % 8) * 16 +
+                                         place % 4 * 4) = *reinterpret_cast<const uint32_t*>(pair);
         }
+    }
+    publish_to_copies();
 }
 
 // A part of the work: a window of rows, of the segments first .. last - 1, times some tokens.
 struct TernaryUnit {
     const uint8_t* matrix;
-    uint32_t expert, window, split, first_segment, last_segment;
-    uint32_t row, rows;   // of the schedule's order, or of x
+    TernaryProduct product;
+    uint32_t window, split, first_segment, last_segment;
     uint32_t begin, end;  // slots that there may be nonzeros at; begin is a multiple of a chunk
 };
 
 // Units of a projection, and what they are.
 struct TernaryUnits {
     const TernaryTiles& p;
-    const Schedule* schedule;
-    uint32_t tokens, tile, count;
+    const TernaryProducts products;
+    const uint32_t count;
 
-    __device__ __forceinline__ TernaryUnits(const TernaryTiles& p, const Schedule* schedule, uint32_t tokens,
-                                            uint32_t tile)
-        : p(p),
-          schedule(schedule),
-          tokens(tokens),
-          tile(tile),
-          count((schedule != nullptr ? schedule->products() : (tokens + tile - 1) / tile) * p.splits * p.windows) {}
+    __device__ __forceinline__ TernaryUnits(const TernaryTiles& p, const TernaryProducts& products)
+        : p(p), products(products), count(products.count() * p.splits * p.windows) {}
 
     // Whole warps call.
     __device__ __forceinline__ TernaryUnit at(uint32_t i) const {
@@ -128,13 +178,8 @@ struct TernaryUnits {
         unit.split = part / p.windows, unit.window = part - unit.split * p.windows;
         unit.first_segment = unit.split * p.segments / p.splits;
         unit.last_segment = (unit.split + 1) * p.segments / p.splits;
-        if (schedule != nullptr) {
-            unit.expert = schedule->expert(product);
-            unit.row = schedule->first_row(product), unit.rows = schedule->first_row(product + 1) - unit.row;
-        } else {
-            unit.row = product * tile, unit.rows = min(tile, tokens - unit.row);
-        }
-        unit.matrix = p.streams + reinterpret_cast<const uint64_t*>(p.streams)[unit.expert];
+        unit.product = products.at(product);
+        unit.matrix = p.streams + reinterpret_cast<const uint64_t*>(p.streams)[unit.product.expert];
         unit.begin = 0, unit.end = p.all_slots;
         if (p.splits > 1) find_ends(unit);
         return unit;
@@ -229,7 +274,9 @@ __device__ __forceinline__ void decode(const TernaryTiles& p, const TernaryUnit&
     uint32_t done = next;  // what lies before this position is there
     uint32_t filled = chunk;
     while (true) {
-        while (emptied < filled && ring.empty[TernaryRing::place(emptied)].is_over(TernaryRing::parity(emptied)))
+        // All lanes must know the same.
+        while (emptied < filled &&
+               __all_sync(~0u, ring.empty[TernaryRing::place(emptied)].is_over(TernaryRing::parity(emptied))))
             ++emptied;
         const uint32_t room = (emptied + TernaryTile::kChunks) * TernaryTile::kChunk;
         const bool ready = k < k_end && done + kNeeded <= room;
@@ -321,8 +368,7 @@ class TernaryMultiplier {
     __device__ __forceinline__ void init() const {
         if (thread_ == 0)
             for (uint32_t i = 0; i < kStages; ++i)
-                stage_full_[i].init(TernaryTile::kMultipliers),
-                    stage_empty_[i].init(TernaryTile::kMultipliers / kLanes);
+                stage_full_[i].init(CopyTo::kArrivals), stage_empty_[i].init(TernaryTile::kMultipliers / kLanes);
         for (uint32_t i = thread_; i < TernaryTile::kRingBytes / 16; i += TernaryTile::kMultipliers)
             reinterpret_cast<uint4*>(ring_.bytes)[i] = zeros();
     }
@@ -332,32 +378,17 @@ class TernaryMultiplier {
         const uint32_t chunks = (unit.end - unit.begin + TernaryTile::kChunk - 1) / TernaryTile::kChunk;
         const uint32_t row = thread_ / kLanes * 16 + lane_ / 4;
         const TernaryLevels levels[2] = {levels_of(p, unit, row), levels_of(p, unit, row + 8)};
-        // Rows of x that this thread brings pieces of, 32 apart.
-        const uint8_t* from[kPieces];
-#pragma unroll
-        for (uint32_t i = 0; i < kPieces; ++i) {
-            const uint32_t own = min(thread_ / 8 + 32 * i, unit.rows - 1);  // of tokens that are not there, any numbers
-            uint32_t source = unit.row + own;
-            if (schedule != nullptr) {
-                source = schedule->choice(source);
-                if (is_first) source = call_.choices.top_k.divide(source);
-            }
-            from[i] = static_cast<const uint8_t*>(p.x) +
-                      (uint64_t{source} * p.chunks * TernaryTile::kChunk + unit.begin) * 2 + thread_ % 8 * 16;
-        }
-        const uint32_t first = chunk_, last = chunk_ + chunks;
+        const uint32_t first = chunk_, last = chunk_ + chunks, nbytes = unit.product.chunk_bytes();
+        const uint8_t* const x = p.x + unit.product.padded_row * p.chunks * TernaryTile::kChunk * 2 +
+                                 uint64_t{unit.begin / TernaryTile::kChunk} * nbytes;
         const auto bring = [&](uint32_t chunk) {
             if (chunk >= last) return;
             const uint32_t place = chunk % kStages;
-            stage_empty_[place].wait(chunk / kStages % 2 ^ 1);
-#pragma unroll
-            for (uint32_t i = 0; i < kPieces; ++i) {
-                const uint32_t r = thread_ / 8 + 32 * i;
-                if (kN % 32 != 0 && r >= kN) break;
-                copy_16(stage(place) + r * 128 + (thread_ % 8 ^ r % 8) * 16,
-                        from[i] + (chunk - first) * TernaryTile::kChunk * 2);
+            if (CopyTo::takes_part(thread_)) {
+                stage_empty_[place].wait(chunk / kStages % 2 ^ 1);
+                CopyTo::begin(stage_full_[place], stage(place), x + uint64_t{chunk - first} * nbytes, nbytes, thread_);
             }
-            stage_full_[place].arrive_after_copies();
+            __syncwarp();
         };
         float sums[kN / 8][4] = {};
         for (uint32_t i = 0; i < kStages - 2; ++i) bring(chunk_ + i);
@@ -368,7 +399,8 @@ class TernaryMultiplier {
     }
 
   private:
-    static constexpr uint32_t kStages = kTernaryStages<kN>, kPieces = (kN + 31) / 32;
+    static constexpr uint32_t kStages = kTernaryStages<kN>;
+    using CopyTo = SharedCopy<TernaryTile::kMultipliers>;
 
     static __device__ __forceinline__ uint4 zeros() {
         constexpr uint32_t kWord = TernaryTile::kZero * 0x01010101u;
@@ -418,11 +450,9 @@ class TernaryMultiplier {
                 operand[j][i] = levels[i].pair(words[i][j]);
                 operand[j][i + 2] = levels[i].pair(words[i][j] >> 16);
             }
-        bring(chunk_ + kStages - 2);
         const uint32_t here = chunk_ % kStages;
         stage_full_[here].wait(chunk_ / kStages % 2);
         if constexpr (kHasWarpgroups) {
-            publish_to_products();
             begin_products();
             const uint64_t x = swizzled_operand(stage(here));
 #pragma unroll
@@ -440,6 +470,7 @@ class TernaryMultiplier {
                     mma<T>(sums[n], operand[j], at(0), at(1));
                 }
         }
+        bring(chunk_ + kStages - 2);
     }
 
     // Brings sums to where they belong, sixteen tokens at a time, by way of shared memory.
@@ -458,7 +489,7 @@ class TernaryMultiplier {
         }
 #pragma unroll
         for (uint32_t first = 0; first < kN; first += kAtOnce) {
-            if (first >= unit.rows) break;
+            if (first >= unit.product.rows) break;
             sync_threads<1, TernaryTile::kMultipliers>();
 #pragma unroll
             for (uint32_t n = 0; n < kAtOnce / 8; ++n)
@@ -471,12 +502,13 @@ class TernaryMultiplier {
 #pragma unroll
             for (uint32_t i = thread_; i < kAtOnce * TernaryTile::kRows / 4; i += TernaryTile::kMultipliers) {
                 const uint32_t token = i / (TernaryTile::kRows / 4), row = i % (TernaryTile::kRows / 4) * 4;
-                if (first + token >= unit.rows || first_row + row >= p.rows) continue;
+                if (first + token >= unit.product.rows || first_row + row >= p.rows) continue;
                 const float4 four = *reinterpret_cast<const float4*>(room + token * kPitch + row);
-                store(p, unit, schedule, is_first, unit.row + first + token, first_row + row, four);
+                store(p, unit, schedule, is_first, unit.product.row + first + token, first_row + row, four);
             }
         }
-        sync_threads<1, TernaryTile::kMultipliers>();  // before activations come there again
+        publish_to_copies();  // before activations come there again
+        sync_threads<1, TernaryTile::kMultipliers>();
     }
 
     __device__ __forceinline__ void store(const TernaryTiles& p, const TernaryUnit& unit, const Schedule* schedule,
@@ -485,12 +517,12 @@ class TernaryMultiplier {
         const uint32_t count = min(p.rows - row, 4u);
         const T* const bias = p.splits > 1 || p.bias == nullptr
                                   ? nullptr
-                                  : static_cast<const T*>(p.bias) + uint64_t{unit.expert} * p.rows + row;
-        uint32_t to = own;
+                                  : static_cast<const T*>(p.bias) + uint64_t{unit.product.expert} * p.rows + row;
+        uint32_t to = own;  // a first projection's sums stay in the schedule's order
         float weight = 1.0f;
-        if (schedule != nullptr) {
+        if (schedule != nullptr && !is_first) {
             to = schedule->choice(own);
-            if (!is_first) weight = load_weight(call_.weights, to, call_.weights_type);
+            weight = load_weight(call_.weights, to, call_.weights_type);
         }
         for (uint32_t i = 0; i < count; ++i)
             values[i] = (values[i] + (bias != nullptr ? to_float(bias[i]) : 0.0f)) * weight;
@@ -516,7 +548,8 @@ class TernaryMultiplier {
 
 // What is left to do behind a projection, by all threads.
 template <typename T>
-__device__ __forceinline__ void finish_projection(const TernaryManyTokens& call, uint32_t projection) {
+__device__ __forceinline__ void finish_projection(const TernaryManyTokens& call, uint32_t projection,
+                                                  const TernaryProducts& products) {
     const TernaryTiles& p = call.projections[projection];
     if (call.count == 1) {
         if (p.splits == 1) return;
@@ -533,8 +566,8 @@ __device__ __forceinline__ void finish_projection(const TernaryManyTokens& call,
     cooperative_groups::this_grid().sync();
     if (projection == 0) {
         const bool plain = p.order == RowOrder::kPlain, halves = p.order == RowOrder::kHalves;
-        spread<T>(call.projections[1], call.tokens * call.choices.top_k.by, [&](uint32_t choice, uint32_t col) {
-            const float* const row = p.sums + uint64_t{choice} * p.rows;
+        spread<T>(call.projections[1], products, [&](uint32_t own, uint32_t col) {
+            const float* const row = p.sums + uint64_t{own} * p.rows;
             if (plain) return activated(row[col], call.gate.activation);
             return gated(row[halves ? col : 2 * col], row[halves ? p.rows / 2 + col : 2 * col + 1], call.gate);
         });
@@ -554,42 +587,48 @@ __global__ __launch_bounds__(TernaryTile::kThreads,
     wait_for_previous();
     let_next_begin();
     const bool experts = call.count == 2;
-    if (experts && blockIdx.x == 0) {
-        const uint32_t choices = call.tokens * call.choices.top_k.by;
+    const uint32_t choices = call.tokens * call.choices.top_k.by;
+    const auto spread_x = [&](const Schedule* schedule) {
+        spread<T>(call.projections[0], {schedule, call.tokens, kN}, [&](uint32_t own, uint32_t col) {
+            const uint32_t token = schedule != nullptr ? call.choices.top_k.divide(schedule->choice(own)) : own;
+            return to_float(static_cast<const T*>(call.x)[uint64_t{token} * call.projections[0].cols + col]);
+        });
+    };
+    if (experts) {  // every block makes the schedule, and one leaves it for later
         Schedule made(swizzled, choices, call.choices.experts);
         made.make(call.choices, kN);
-        const uint32_t words = (Schedule::bytes(choices, call.choices.experts) + 3) / 4;
+        const uint32_t words = blockIdx.x == 0 ? (Schedule::bytes(choices, call.choices.experts) + 3) / 4 : 0;
         for (uint32_t i = threadIdx.x; i < words; i += blockDim.x)
             reinterpret_cast<uint32_t*>(call.schedule)[i] = reinterpret_cast<const uint32_t*>(swizzled)[i];
+        spread_x(&made);
         __syncthreads();
+    } else {
+        spread_x(nullptr);
     }
-    spread<T>(call.projections[0], call.tokens, [&](uint32_t token, uint32_t col) {
-        return to_float(static_cast<const T*>(call.x)[uint64_t{token} * call.projections[0].cols + col]);
-    });
     if (threadIdx.x == 0) TernaryRing(swizzled, 0).init(), TernaryRing(swizzled, 1).init();
     if (threadIdx.x >= TernaryTile::kDecoders) TernaryMultiplier<T, kN>(call, swizzled).init();
     __syncthreads();
     cooperative_groups::this_grid().sync();
-    const Schedule of_experts(call.schedule, call.tokens * call.choices.top_k.by, call.choices.experts);
-    const Schedule* const schedule = experts ? &of_experts : nullptr;
+    const Schedule of_experts(call.schedule, choices, call.choices.experts);
+    const TernaryProducts products{experts ? &of_experts : nullptr, call.tokens, kN};
     if (threadIdx.x < TernaryTile::kDecoders) {
         if constexpr (kMoves) give_registers<64>();
         const TernaryRing ring(swizzled, threadIdx.x / 64);
         uint32_t chunk = 0, emptied = 0;
         for (uint32_t i = 0; i < call.count; ++i) {
-            const TernaryUnits units(call.projections[i], schedule, call.tokens, kN);
+            const TernaryUnits units(call.projections[i], products);
             for (uint32_t u = blockIdx.x; u < units.count; u += gridDim.x)
                 decode_unit(units.p, units.at(u), ring, chunk, emptied);
-            finish_projection<T>(call, i);
+            finish_projection<T>(call, i, products);
         }
     } else {
         if constexpr (kMoves) take_registers<216>();
         TernaryMultiplier<T, kN> multiplier(call, swizzled);
         for (uint32_t i = 0; i < call.count; ++i) {
-            const TernaryUnits units(call.projections[i], schedule, call.tokens, kN);
+            const TernaryUnits units(call.projections[i], products);
             for (uint32_t u = blockIdx.x; u < units.count; u += gridDim.x)
-                multiplier.run(units.p, units.at(u), schedule, i == 0);
-            finish_projection<T>(call, i);
+                multiplier.run(units.p, units.at(u), products.schedule, i == 0);
+            finish_projection<T>(call, i, products);
         }
     }
 }

@@ -144,8 +144,9 @@ uint32_t splits_for(const TernaryTiles& p, uint64_t products, const Device& devi
     return best;
 }
 
-uint64_t slots_bytes(const TernaryTiles& p) noexcept {
-    return uint64_t{p.chunks} * TernaryTile::kChunk * sizeof(uint16_t);
+// Of the operands of so many rows, in so many products.
+uint64_t operand_bytes(const TernaryTiles& p, uint64_t rows, uint64_t products) noexcept {
+    return TernaryProducts::padded_rows(rows, products) * p.chunks * TernaryTile::kChunk * sizeof(uint16_t);
 }
 
 // Of the kernel for many tokens: activations by slot, and sums.
@@ -161,7 +162,7 @@ struct ManyOfLinear {
             return Status{};
         }));
         tiles.splits = splits_for(tiles, ceil_div(tokens, tile), device);
-        sums_at = Workspace::aligned(tokens * slots_bytes(tiles));
+        sums_at = operand_bytes(tiles, tokens, ceil_div(tokens, tile));
         bytes = sums_at + (tiles.splits > 1 ? tiles.splits * tokens * tiles.rows * sizeof(float) : 0);
         return {};
     }
@@ -170,15 +171,22 @@ struct ManyOfExperts {
     TernaryTiles first{}, second{};
     uint64_t x_at = 0, first_sums_at = 0, inner_at = 0, second_sums_at = 0, bytes = 0;
 
-    Status make(const TernaryExperts& e) noexcept {
+    Status make(const TernaryExperts& e, const Device& device) noexcept {
         QMOE_TRY(tiles_of(e.first, first));
         QMOE_TRY(tiles_of(e.second, second));
+        uint64_t tile = 0;
+        QMOE_TRY(with_tile(tokens_of_expert(e), device, [&]<uint32_t kN>() {
+            tile = kN;
+            return Status{};
+        }));
+        // Every expert that is chosen has a product, and one more for every tile that it fills.
         const uint64_t choices = e.tokens * e.top_k;
+        const uint64_t products = (choices < e.first.experts ? choices : e.first.experts) + choices / tile;
         x_at = Workspace::aligned(
             Schedule::bytes(static_cast<uint32_t>(choices), static_cast<uint32_t>(e.first.experts)) + 4);
-        first_sums_at = x_at + Workspace::aligned(e.tokens * slots_bytes(first));
+        first_sums_at = x_at + operand_bytes(first, choices, products);
         inner_at = first_sums_at + Workspace::aligned(choices * first.rows * sizeof(float));
-        second_sums_at = inner_at + Workspace::aligned(choices * slots_bytes(second));
+        second_sums_at = inner_at + operand_bytes(second, choices, products);
         bytes = second_sums_at + choices * second.rows * sizeof(float);
         return {};
     }
@@ -203,7 +211,7 @@ Status linear_many(const TernaryLinear& linear, const Device& device, cudaStream
     TernaryManyTokens call{};
     TernaryTiles& p = call.projections[0] = plan.tiles;
     p.bias = linear.bias;
-    p.x = linear.workspace;
+    p.x = static_cast<uint8_t*>(linear.workspace);
     p.sums = reinterpret_cast<float*>(static_cast<uint8_t*>(linear.workspace) + plan.sums_at);
     call.count = 1;
     for (uint64_t first = 0; first < linear.tokens; first += plan.tokens) {
@@ -218,7 +226,7 @@ Status linear_many(const TernaryLinear& linear, const Device& device, cudaStream
 
 Status experts_many(const TernaryExperts& e, const Device& device, cudaStream_t stream) noexcept {
     ManyOfExperts plan;
-    QMOE_TRY(plan.make(e));
+    QMOE_TRY(plan.make(e, device));
     QMOE_TRY(check_workspace(plan.bytes, e.workspace_bytes));
     uint8_t* const room = static_cast<uint8_t*>(e.workspace);
     TernaryManyTokens call{};
@@ -288,7 +296,7 @@ Status workspace_ternary(const TernaryExperts& experts, uint64_t* bytes) noexcep
     }
     QMOE_TRY(check_choices(experts, kMostChoicesOfMany));
     ManyOfExperts plan;
-    QMOE_TRY(plan.make(experts));
+    QMOE_TRY(plan.make(experts, device));
     *bytes = plan.bytes;
     return {};
 }

@@ -102,7 +102,19 @@ class CudaInt:
     def __init__(self, record: NDArray[np.uint8], order: str = "plain") -> None: ...
     def prepack(self, record_on_device: int, out: int, out_bytes: int, stream: int) -> None: ...
     def unpack(self, tiles: int, expert: int, out: int, dtype: str, stream: int) -> None: ...
-    def linear(self, tiles: int, x: int, bias: int, y: int, tokens: int, dtype: str, stream: int) -> None: ...
+    def linear(
+        self,
+        tiles: int,
+        x: int,
+        bias: int,
+        y: int,
+        tokens: int,
+        dtype: str,
+        stream: int,
+        workspace: int = 0,
+        workspace_bytes: int = 0,
+        kernel: str = "auto",
+    ) -> None: ...
 
 class CudaTernary:
     @property
@@ -112,7 +124,20 @@ class CudaTernary:
     def __init__(self, record: NDArray[np.uint8], order: str = "plain", threads: int = 1) -> None: ...
     def take(self) -> NDArray[np.uint8]: ...
     def unpack(self, streams: int, expert: int, out: int, dtype: str, stream: int) -> None: ...
-    def linear(self, streams: int, x: int, bias: int, y: int, tokens: int, dtype: str, stream: int) -> None: ...
+    def linear_workspace(self, tokens: int, kernel: str = "auto") -> int: ...
+    def linear(
+        self,
+        streams: int,
+        x: int,
+        bias: int,
+        y: int,
+        tokens: int,
+        dtype: str,
+        stream: int,
+        workspace: int = 0,
+        workspace_bytes: int = 0,
+        kernel: str = "auto",
+    ) -> None: ...
 
 class CudaIntExperts:
     def __init__(
@@ -123,6 +148,7 @@ class CudaIntExperts:
         clamped: bool = False,
         alpha: float = 0.0,
         limit: float = 0.0,
+        kernel: str = "auto",
     ) -> None: ...
     def workspace(self, tokens: int, top_k: int) -> int: ...
     def run(
@@ -153,6 +179,7 @@ class CudaTernaryExperts:
         clamped: bool = False,
         alpha: float = 0.0,
         limit: float = 0.0,
+        kernel: str = "auto",
     ) -> None: ...
     def workspace(self, tokens: int, top_k: int) -> int: ...
     def run(

@@ -239,6 +239,9 @@ inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
 inline bool __any_sync(uint32_t, bool value) {
     return __reduce_max_sync(~0u, value ? 1 : 0) != 0;
 }
+inline bool __all_sync(uint32_t, bool value) {
+    return __reduce_min_sync(~0u, value ? 1 : 0) != 0;
+}
 inline uint32_t atomicOr(uint32_t* to, uint32_t bits) {
     const uint32_t before = *to;
     *to |= bits;

@@ -1,16 +1,19 @@
 """What the ops over packed records do on a CUDA device.
 
-A device holds a record's run-time layout and not the record: int matrices as the tiles of their kernels, others as
-stored. The record itself may stay in CPU memory (`PackedModule` sees to that), so that weights are on the device once.
+A device holds a record's run-time layout and not the record: int matrices as the tiles of their kernels, ternary ones
+as streams, others as stored. The record itself may stay in CPU memory (`PackedModule` sees to that), so that weights
+are on the device once.
 
-Few tokens are multiplied by the packed weights. Many tokens, float32 activations, and formats without a kernel of their
-own (ternary, int with groups of 16 columns or float32 scales) decode one matrix at a time and leave the product to
-torch; which experts those are has to be known on the host, so that such a call cannot be captured in a CUDA graph.
+Ternary weights are multiplied as they are, int ones by few tokens. Int ones by many tokens, float32 activations, layers
+whose projections differ in kind, and matrices without a kernel of their own (int with groups of 16 columns or float32
+scales, records of several kinds) are decoded one at a time, and the product is left to torch; which experts those are
+has to be known on the host, so that such a call cannot be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,15 +24,17 @@ from ..errors import QmoeError
 from .gating import Gating
 from .layouts import DTYPES, cached
 
-# Up to here packed weights are read again and again; beyond, decoding them once is faster.
+# Up to here packed int weights are read again and again; beyond, decoding them once is faster.
 FEW_TOKENS, FEW_CHOICES = 64, 1024
+# Choices of one call of the kernels for ternary experts, which decode by themselves.
+MOST_CHOICES = 16384
 
 
 class Stack:
     """A record's E matrices (N, K) on one device.
 
     Attributes:
-        tiles: the layout of `qmoe/cuda.h`'s products, (bytes,) uint8, or None where the format has none.
+        weights: the layout of `qmoe/cuda.h`'s products, (bytes,) uint8, or None where there is none.
         matrix: what the host knows of it.
     """
 
@@ -47,36 +52,51 @@ class Stack:
         info = _C.inspect_record(data)
         self.experts, self.rows, self.cols = info["experts"], info["rows"], info["cols"]
         self.device = device
-        self.matrix: _C.CudaInt | None = None
-        self.tiles: torch.Tensor | None = None
+        self.matrix: _C.CudaInt | _C.CudaTernary | None = None
+        self.weights: torch.Tensor | None = None
         with torch.cuda.device(device):
-            record = packed.detach().contiguous().to(device)
-            try:
-                self.matrix = _C.CudaInt(data, order)
-            except QmoeError as error:
-                if error.code != "E_NO_KERNEL":
-                    raise
-            if self.matrix is not None:
-                self.tiles = torch.empty(self.matrix.bytes, dtype=torch.uint8, device=device)
-                self.matrix.prepack(record.data_ptr(), self.tiles.data_ptr(), self.matrix.bytes, _stream())
+            self.matrix = _matrix_of(data, order)
+            if isinstance(self.matrix, _C.CudaTernary):
+                self.weights = torch.from_numpy(self.matrix.take()).to(device)
             else:
-                self.record, self.decoder = record, _C.CudaRecord(data)
-                tables = np.stack([self.decoder.table(e).view(np.int32) for e in range(self.experts)])
-                self.tables = torch.from_numpy(tables).to(device)
-            # Products read tiles before the kernel before them has ended, and `packed` may be freed.
+                record = packed.detach().contiguous().to(device)
+                if self.matrix is not None:
+                    self.weights = torch.empty(self.matrix.bytes, dtype=torch.uint8, device=device)
+                    pointers = record.data_ptr(), self.weights.data_ptr()
+                    self.matrix.prepack(*pointers, self.matrix.bytes, _stream())
+                else:
+                    self.record, self.decoder = record, _C.CudaRecord(data)
+                    tables = np.stack([self.decoder.table(e).view(np.int32) for e in range(self.experts)])
+                    self.tables = torch.from_numpy(tables).to(device)
+            # Products read weights before the kernel before them has ended, and `packed` may be freed.
             torch.cuda.current_stream().synchronize()
 
     def dense(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """(N, K) of float32, bfloat16 or float16 on the device, rows in the record's order."""
         out = torch.empty(self.rows, self.cols, dtype=dtype, device=self.device)
         with torch.cuda.device(self.device):
-            if self.matrix is not None and self.tiles is not None:
-                self.matrix.unpack(self.tiles.data_ptr(), expert, out.data_ptr(), DTYPES[dtype], _stream())
+            if self.matrix is not None and self.weights is not None:
+                self.matrix.unpack(self.weights.data_ptr(), expert, out.data_ptr(), DTYPES[dtype], _stream())
             else:
                 table = self.tables[expert].data_ptr() if self.tables.numel() else 0
                 pointers = self.record.data_ptr(), table, out.data_ptr()
                 self.decoder.dequantize(expert, *pointers, DTYPES[dtype], _stream())
         return out
+
+
+def _matrix_of(data: np.ndarray, order: str) -> _C.CudaInt | _C.CudaTernary | None:
+    """The layout that products have for a record; None where they have none."""
+    try:
+        return _C.CudaInt(data, order)
+    except QmoeError as error:
+        if error.code != "E_NO_KERNEL":
+            raise
+    try:
+        return _C.CudaTernary(data, order, len(os.sched_getaffinity(0)))
+    except QmoeError as error:
+        if error.code != "E_NO_KERNEL":
+            raise
+    return None
 
 
 def stack_of(packed: torch.Tensor, order: str, device: torch.device) -> Stack:
@@ -114,13 +134,16 @@ def linear(x: torch.Tensor, packed: torch.Tensor, out_features: int, compute: st
     stack = _stack_for(rows, packed, out_features)
     if stack.experts != 1:
         raise QmoeError("E_SHAPE", "a linear layer is a record of one matrix", expected=1, actual=stack.experts)
-    few = len(rows) <= FEW_TOKENS and x.dtype != torch.float32
-    if stack.matrix is None or stack.tiles is None or not few:
+    ternary = isinstance(stack.matrix, _C.CudaTernary)
+    packed_product = x.dtype != torch.float32 and (ternary or len(rows) <= FEW_TOKENS)
+    if stack.matrix is None or stack.weights is None or not packed_product:
         return torch.nn.functional.linear(x, stack.dense(0, x.dtype))
     out = x.new_empty(len(rows), out_features)
     with torch.cuda.device(x.device):
-        pointers = stack.tiles.data_ptr(), rows.data_ptr(), 0, out.data_ptr()
-        stack.matrix.linear(*pointers, len(rows), DTYPES[x.dtype], _stream())
+        nbytes = stack.matrix.linear_workspace(len(rows)) if isinstance(stack.matrix, _C.CudaTernary) else 0
+        workspace = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
+        pointers = stack.weights.data_ptr(), rows.data_ptr(), 0, out.data_ptr()
+        stack.matrix.linear(*pointers, len(rows), DTYPES[x.dtype], _stream(), workspace.data_ptr(), nbytes)
     return out.view(*x.shape[:-1], out_features)
 
 
@@ -129,7 +152,7 @@ def experts(
     first_bias: torch.Tensor | None, second_bias: torch.Tensor | None, order: str, activation: str, clamped: bool,
     alpha: float, limit: float, compute: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    """`ops.experts`: one launch where tokens are few, else expert by expert.
+    """`ops.experts`: one launch where weights are ternary or tokens are few, else expert by expert.
 
     Raises:
         QmoeError: E_VALUE for ids, weights or biases on another device than x, where their addresses mean nothing;
@@ -150,9 +173,15 @@ def experts(
                             actual=tuple(bias.shape))  # fmt: skip
     gating = Gating(order, activation, clamped, alpha, limit)
     biases = [None if bias is None else bias.to(x.dtype).contiguous() for bias in (first_bias, second_bias)]
-    few = len(x) <= FEW_TOKENS and ids.numel() <= FEW_CHOICES and x.dtype != torch.float32
-    if few and stacks[0].matrix is not None and stacks[1].matrix is not None:
-        return _experts_at_once(x.contiguous(), ids.contiguous(), weights, stacks, gating, biases)
+    few = len(x) <= FEW_TOKENS and ids.numel() <= FEW_CHOICES
+    kinds = {type(stack.matrix) for stack in stacks}
+    if x.dtype != torch.float32 and (kinds == {_C.CudaTernary} or (few and kinds == {_C.CudaInt})):
+        tokens = MOST_CHOICES // max(1, ids.shape[1])
+        parts = [
+            _experts_at_once(own.contiguous(), chosen.contiguous(), by.contiguous(), stacks, gating, biases)
+            for own, chosen, by in zip(x.split(tokens), ids.split(tokens), weights.split(tokens), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     return _experts_in_turn(x, ids, weights, stacks, gating, biases)
 
 
@@ -161,19 +190,23 @@ def _experts_at_once(
     biases: list[torch.Tensor | None],
 ) -> torch.Tensor:  # fmt: skip
     first, second = stacks
-    assert first.matrix is not None and second.matrix is not None
-    assert first.tiles is not None and second.tiles is not None
-    layer = _C.CudaIntExperts(
-        first.matrix, second.matrix, gating.activation, gating.clamped, gating.alpha, gating.limit
-    )
+    assert first.weights is not None and second.weights is not None
+    gate = gating.activation, gating.clamped, gating.alpha, gating.limit
+    layer: _C.CudaIntExperts | _C.CudaTernaryExperts
+    if isinstance(first.matrix, _C.CudaTernary):
+        assert isinstance(second.matrix, _C.CudaTernary)
+        layer = _C.CudaTernaryExperts(first.matrix, second.matrix, *gate)
+    else:
+        assert isinstance(first.matrix, _C.CudaInt) and isinstance(second.matrix, _C.CudaInt)
+        layer = _C.CudaIntExperts(first.matrix, second.matrix, *gate)
     pointers = [0 if bias is None else bias.data_ptr() for bias in biases]
-    weights = weights.contiguous() if weights.dtype in DTYPES else weights.float()
+    weights = weights if weights.dtype in DTYPES else weights.float()
     tokens, top_k = ids.shape
     out = torch.empty_like(x)
     workspace = torch.empty(layer.workspace(tokens, top_k), dtype=torch.uint8, device=x.device)
     with torch.cuda.device(x.device):
         layer.run(
-            first.tiles.data_ptr(), second.tiles.data_ptr(), pointers[0], pointers[1],
+            first.weights.data_ptr(), second.weights.data_ptr(), pointers[0], pointers[1],
             x.data_ptr(), DTYPES[x.dtype], tokens, ids.data_ptr(), weights.data_ptr(), DTYPES[weights.dtype], top_k,
             out.data_ptr(), workspace.data_ptr(), workspace.numel(), _stream(),
         )  # fmt: skip

@@ -17,7 +17,6 @@ inline void begin_products() {}
 inline void commit_products() {}
 template <int kBut>
 void wait_for_products() {}
-inline void publish_to_products() {}
 template <int kRegisters>
 void give_registers() {}
 template <int kRegisters>
