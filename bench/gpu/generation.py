@@ -53,7 +53,7 @@ def config(layers: int, hidden: int, heads: int, width: int, vocabulary: int = 1
 MODELS = {
     "qwen3-30b-a3b": config(48, 2048, 32, 768),
     "qwen3-235b-a22b": config(94, 4096, 64, 1536),
-    "small": config(2, 256, 2, 128, 1000, 16),
+    "small": config(2, 256, 8, 128, 1000, 16),
 }
 
 
