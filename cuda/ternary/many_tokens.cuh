@@ -279,6 +279,11 @@ __device__ __forceinline__ void decode(const TernaryTiles& p, const TernaryUnit&
                __all_sync(~0u, ring.empty[TernaryRing::place(emptied)].is_over(TernaryRing::parity(emptied))))
             ++emptied;
         const uint32_t room = (emptied + TernaryTile::kChunks) * TernaryTile::kChunk;
+        // Rows that are through do not hurry on: a barrier is of one chunk at a time.
+        const uint32_t least = min(__reduce_min_sync(~0u, done), room);
+        __syncwarp();
+        for (; (filled + 1) * TernaryTile::kChunk <= least; ++filled)
+            if (threadIdx.x % kLanes == 0) ring.full[TernaryRing::place(filled)].arrive();
         const bool ready = k < k_end && done + kNeeded <= room;
         if (!__any_sync(~0u, ready)) {
             if (!__any_sync(~0u, k < k_end)) break;
@@ -289,18 +294,12 @@ __device__ __forceinline__ void decode(const TernaryTiles& p, const TernaryUnit&
         if (ready) {
             const uint32_t behind = put<kGap, kGuarded>(now, row, next + shift, done + shift, room - done) - shift;
             if (!kGuarded || behind <= room) {
-                const uint4 fetched = quad(k + 3);
                 next = done = ++k < k_end ? behind : last;
-                now = ahead, ahead = further, further = fetched;
+                now = ahead, ahead = further, further = quad(k + 2);
             } else {
                 done = room;  // the rest of the quad's symbols come when there is room for them
             }
         }
-        // Rows that are through do not hurry on: a barrier is of one chunk at a time.
-        const uint32_t least = min(__reduce_min_sync(~0u, done), room);
-        __syncwarp();
-        for (; (filled + 1) * TernaryTile::kChunk <= least; ++filled)
-            if (threadIdx.x % kLanes == 0) ring.full[TernaryRing::place(filled)].arrive();
     }
     for (; filled < chunk + chunks; ++filled) {
         while (filled - emptied >= TernaryTile::kChunks) {

@@ -4,6 +4,7 @@
 
 #include "common.cuh"
 #include "formats/ternary_streams.h"
+#include "launch.cuh"
 #include "testing.h"
 
 using namespace qmoe;
@@ -296,7 +297,16 @@ TEST_SUITE("emulated products") {
         check_linear<TernaryStack>(ternary(980), 70, 4100, 20, false, kManyTokens);  // quads longer than the ring
         check_linear<TernaryStack>(ternary(1010), 150, 5000, 3, true, kManyTokens);
         check_linear<TernaryStack>(ternary(906), 300, 600, 300, true, kManyTokens);
-        check_linear<TernaryStack>(ternary(906), 260, 9000, 2, true, kManyTokens);  // cut in several parts
+        check_linear<TernaryStack>(ternary(906), 260, 9000, 2, true, kManyTokens);
+        check_linear<TernaryStack>(ternary(906), 128, 9000, 2, true, kManyTokens);  // cut in several parts
+        check_linear<TernaryStack>(ternary(980), 40, 12000, 19, false, kManyTokens);
+        check_linear<TernaryStack>(ternary(700), 70, 3000, 2, true, kManyTokens);
+    }
+
+    TEST_CASE("rows cut into many parts, whose ends differ by more than the ring holds") {
+        cuda::Device::few = 20;
+        check_linear<TernaryStack>(ternary(906), 128, 14336, 16, false, cuda::Kernel::kManyTokens);
+        cuda::Device::few = 3;
     }
 
     TEST_CASE("int linear layers: bits, groups, zeros, ragged shapes, numbers of tokens") {
