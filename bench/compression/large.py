@@ -48,9 +48,12 @@ def make(directory: Path, config: Qwen3MoeConfig) -> None:
 
     def normal(*shape: int) -> torch.Tensor:
         """From anywhere in the pool on, and round it."""
-        count, first = math.prod(shape), int(torch.randint(POOL, (), generator=generator))
-        rounds = -(-(first + count) // POOL)
-        return torch.cat([pool] * rounds)[first : first + count].view(shape).clone()
+        left, first = math.prod(shape), int(torch.randint(POOL, (), generator=generator))
+        pieces = []
+        while left:
+            pieces.append(pool[first : first + left])
+            left, first = left - len(pieces[-1]), 0
+        return torch.cat(pieces).view(shape)
 
     weight_map: dict[str, str] = {}
 

@@ -251,6 +251,20 @@ Bytes slice_experts(const Bytes& bytes, uint64_t first, uint64_t count) {
     return to_array(std::move(out));
 }
 
+Bytes py_join_records(const std::vector<Bytes>& parts) {
+    std::vector<Record> records;
+    records.reserve(parts.size());
+    for (const Bytes& part : parts) records.push_back(open_record(part, true));
+    std::vector<uint8_t> out;
+    Status status;
+    {
+        const py::gil_scoped_release release;
+        status = join_records(records, out);
+    }
+    check(status);
+    return to_array(std::move(out));
+}
+
 bool release_memory() {
 #if defined(__GLIBC__)
     const py::gil_scoped_release release;
@@ -286,6 +300,7 @@ PYBIND11_MODULE(_C, m) {
           "One expert as float32 (N, K), by the scalar decoder.");
     m.def("slice_experts", &slice_experts, py::arg("record"), py::arg("first"), py::arg("count"),
           "A record of experts [first, first + count).");
+    m.def("join_records", &py_join_records, py::arg("records"), "One record of the experts of several, in order.");
     m.def(
         "crc32c",
         [](const Bytes& bytes, uint32_t seed) {

@@ -212,6 +212,53 @@ Status Record::slice_experts(uint64_t first, uint64_t count, std::vector<uint8_t
     }
 }
 
+Status join_records(std::span<const Record> records, std::vector<uint8_t>& out) {
+    if (records.empty()) return Status::error(Code::kShape, "record: no experts");
+    const uint64_t rows = records.front().rows(), cols = records.front().cols();
+    uint64_t experts = 0, bytes = 0;
+    for (const Record& record : records) {
+        if (record.rows() != rows) return Status::mismatch(Code::kShape, "records: rows", 0, rows, record.rows());
+        if (record.cols() != cols) return Status::mismatch(Code::kShape, "records: columns", 0, cols, record.cols());
+        experts += record.experts();
+        bytes += record.bytes().size();
+    }
+    if (experts > kMaxExperts)
+        return Status::mismatch(Code::kLimit, "record: too many experts", 0, kMaxExperts, experts);
+    try {
+        std::vector<SpecBytes> specs;
+        std::vector<RecordEntry> entries;
+        entries.reserve(experts);
+        std::vector<uint32_t> renumbered;
+        for (const Record& record : records) {
+            renumbered.clear();
+            for (size_t s = 0; s < record.spec_count(); ++s) {
+                const auto same = [&](const SpecBytes& known) { return std::ranges::equal(known, record.spec(s)); };
+                const auto found = std::find_if(specs.begin(), specs.end(), same);
+                renumbered.push_back(static_cast<uint32_t>(found - specs.begin()));
+                if (found == specs.end()) std::copy_n(record.spec(s).data(), kSpecBytes, specs.emplace_back().data());
+            }
+            for (RecordEntry entry : record.entries()) {
+                entry.spec = renumbered[entry.spec];
+                entries.push_back(entry);
+            }
+        }
+        out.clear();
+        out.reserve(bytes + specs.size() * kSpecBytes);  // heads of several are longer than one, but for specs
+        out.assign(ceil_div(tables_end(specs.size(), experts), kRecordAlign) * kRecordAlign, 0);
+        size_t e = 0;
+        for (const Record& record : records) {
+            const uint64_t from = record.entries().front().offset, at = out.size();
+            const auto data = record.bytes().subspan(from);
+            out.insert(out.end(), data.begin(), data.end());
+            for (size_t end = e + record.experts(); e < end; ++e) entries[e].offset += at - from;
+        }
+        finish(out, rows, cols, specs, entries);
+        return {};
+    } catch (const std::bad_alloc&) {
+        return Status::error(Code::kNoSpace, "record: out of memory");
+    }
+}
+
 Status build_record(std::span<const MatrixInput> inputs, std::vector<uint8_t>& out, int threads) {
     if (inputs.empty()) return Status::error(Code::kShape, "record: no experts");
     if (inputs.size() > kMaxExperts)

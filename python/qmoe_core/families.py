@@ -81,19 +81,22 @@ class Target:
         """Whether some of the matrices can be read without the others."""
         return self.converter is None or self._by_expert()
 
-    def matrices(self, read: Reader, first: int = 0, last: int | None = None) -> Iterator[torch.Tensor]:
+    def matrices(
+        self, read: Reader, first: int = 0, last: int | None = None, together: int = 1
+    ) -> Iterator[torch.Tensor]:
         """Yields matrices `first` to `last` (all E by default) as float32 (N, K), reading as little at a time as the
-        layout allows: one expert's tensors, or one slice of a fused tensor; only where the conversion mixes experts,
-        everything. Raises `E_SHAPE`."""
+        layout allows: the tensors of `together` experts, or one slice of a fused tensor; only where the conversion
+        mixes experts, everything. Raises `E_SHAPE`."""
         experts = range(first, self.shape[0] if last is None else last)
         if self.converter is None:
             (_, (name,)) = self.sources[0]
             for expert in experts:
                 yield self._oriented(read(name, expert if self.kind == "experts" else None))
         elif self._by_expert():
-            for expert in experts:
-                parts = {pattern: [read(names[expert], None)] for pattern, names in self.sources}
-                yield self._oriented(self.converted(parts)[0])
+            for at in range(experts.start, experts.stop, together):  # the conversion's Python takes its time each time
+                some = slice(at, min(at + together, experts.stop))
+                parts = {pattern: [read(name, None) for name in names[some]] for pattern, names in self.sources}
+                yield from map(self._oriented, self.converted(parts))
         else:
             whole = self.converted({pattern: [read(name, None) for name in names] for pattern, names in self.sources})
             for expert in experts:

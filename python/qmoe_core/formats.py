@@ -213,8 +213,8 @@ class PackedTensor:
         object.__setattr__(self, "info", _C.inspect_record(self.data))
 
     @classmethod
-    def pack(cls, matrices: Sequence[Matrix]) -> PackedTensor:
-        """Encode matrices of equal shape; their formats may differ."""
+    def pack(cls, matrices: Sequence[Matrix], threads: int = 0) -> PackedTensor:
+        """Encode matrices of equal shape; their formats may differ. The bytes do not depend on `threads` (0: all)."""
         if not matrices:
             raise QmoeError("E_SHAPE", "nothing to pack")
         rows, cols = matrices[0].shape
@@ -223,7 +223,13 @@ class PackedTensor:
                 raise QmoeError(
                     "E_SHAPE", f"matrix {index} differs in shape", expected=(rows, cols), actual=matrix.shape
                 )
-        return cls(_C.build_record(rows, cols, [matrix._fields() for matrix in matrices]))
+        return cls(_C.build_record(rows, cols, [matrix._fields() for matrix in matrices], threads))
+
+    @classmethod
+    def join(cls, records: Sequence[NDArray[np.uint8]]) -> PackedTensor:
+        """The record of the matrices of several records of one shape, in order, none of them decoded. Of `int` matrices
+        it is the one that `pack` makes of all of them. Raises as the constructor does, and `E_SHAPE`."""
+        return cls(_C.join_records(list(records)))
 
     @property
     def experts(self) -> int:

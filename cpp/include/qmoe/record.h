@@ -62,4 +62,8 @@ class Record {
 // Matrices of one format with equal parameters share one spec.
 Status build_record(std::span<const MatrixInput> inputs, std::vector<uint8_t>& out, int threads = 1);
 
+// One record of the matrices of several, one behind the other, all (N, K): copies bytes, decodes nothing. Equal specs
+// become one. So where specs are parameters only (`int`), it is the record that was built of all matrices at once.
+Status join_records(std::span<const Record> records, std::vector<uint8_t>& out);
+
 }  // namespace qmoe

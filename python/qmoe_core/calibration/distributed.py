@@ -82,10 +82,12 @@ class Group:
 
     Attributes:
         rank: number of this process. size: how many there are. Process 0 leads: it alone writes the output.
+        threads: how many this one should use for what the processor does behind the computation; 0 for all.
     """
 
     rank = 0
     size = 1
+    threads = 0
 
     @property
     def leads(self) -> bool:
@@ -164,6 +166,8 @@ class Processes(Group):
         import torch.distributed as dist
 
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        self.threads = max(1, len(os.sched_getaffinity(0)) // here)
         self._dist, self._store = dist, store
         self._cpu: Any = dist.new_group(backend="gloo", timeout=ENDLESS)
         self._cuda: Any = None

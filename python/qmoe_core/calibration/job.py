@@ -17,6 +17,7 @@ the activations of their windows only, which must be durable as well before the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -372,22 +373,25 @@ def run_layers(
             pipeline.begin(0, {})
         for result in pipeline.layers(first):
             kept = pipeline.writes(result.index) and pipeline.kept == result.index + 1
-            pipeline.behind.do(partial(_finish, pipeline, result, kept, found(result), keep))
+            finished = pipeline.behind.do(partial(_finish, pipeline, result, kept, found(result), keep))
+            if kept:
+                pipeline.keep = finished
         pipeline.settle()
     group.barrier()  # nobody uses files any more
 
 
-def _finish(pipeline: Pipeline, result: LayerResult, kept: bool, part: Any, keep: Keep) -> None:
-    """Makes a layer durable: on all processes the next one's inputs, if `kept`, and on the leading one the rest."""
+def _finish(pipeline: Pipeline, result: LayerResult, kept: bool, part: Any, keep: Keep) -> Future[None] | None:
+    """Makes a layer durable: on all processes the next one's inputs, if `kept`, and on the leading one the rest, in
+    `Pipeline.keeping`."""
     states = pipeline.commit() if kept else {}
     gathered = pipeline.aside.gather((states, part, [stack.reader.pieces for stack in result.stacks]))
     if gathered is None:
-        return
+        return None
     for _, _, read in gathered[1:]:
         for stack, pieces in zip(result.stacks, read, strict=True):
             stack.reader.add(pieces)
     states_of, parts = [states for states, _, _ in gathered], [part for _, part, _ in gathered]
-    pipeline.keeping.do(partial(keep, result, pipeline.count, states_of, parts))
+    return pipeline.keeping.do(partial(keep, result, pipeline.count, states_of, parts))
 
 
 def packed_entry(

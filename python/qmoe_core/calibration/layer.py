@@ -21,6 +21,7 @@ from .linears import LinearStatistics
 from .skeleton import replaced_forwards
 from .tap import ExpertsTap
 from .treatment import Made, StackResult
+from .weights_ahead import Piece
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -57,6 +58,7 @@ class Layer:
             if target.name in pipeline.decisions:
                 reader = CheckedReader(pipeline.checkpoint)
                 self.results[target.name] = pipeline.decisions[target.name][1].result(target, reader)
+        self.experts = {module: self._experts_stage(module) for module in sorted(self.fused)}
         self.taps: dict[str, list[ExpertsTap]] = {}  # by module: of the compressed layer, and of the original one
         self.quantized: list[tuple[StackResult, Made]] = []  # linear layers, not yet taken
         self.energy = 0.0  # of the layer's output, per token, without the routed experts
@@ -69,6 +71,37 @@ class Layer:
         pipeline = self.p
         here = int(pipeline.bytes[self.index] * part)
         pipeline.tell(self.done + here, sum(pipeline.bytes), detail)
+
+    def _experts_stage(self, module: str) -> ExpertsStage:
+        by_parameter = {target.parameter: target for target in self.targets if target.module == module}
+        first = by_parameter.get("gate_up_proj") or by_parameter["up_proj"]
+        experts_bytes = sum(
+            self.p.checkpoint.tensors[name].nbytes
+            for target in (first, by_parameter["down_proj"])
+            for name in target.source_names
+        )
+        share = experts_bytes / max(1, self.p.bytes[self.index])
+        return ExpertsStage(
+            self.module.get_submodule(self._relative(module)),
+            first,
+            by_parameter["down_proj"],
+            self.results,
+            self.p.checkpoint.read,
+            self.p.weights,
+            device=self.p.device,
+            chunk_bytes=self.p.spec.chunk_on(self.p.device),
+            gate_weighted=self.p.spec.gate_weighted,
+            group=self.p.group,
+            behind=self.p.behind,
+            drift=self.p.spec.drift,
+            measure=self.p.measure,
+            observe=self.p.observe,
+            tell=lambda done, total: self._tell(share * done / total, f"{module} ({done} of {total} experts)"),
+        )
+
+    def pieces(self) -> list[Piece]:
+        """The experts' weights that will be asked for, in that order."""
+        return [piece for stage in self.experts.values() for piece in stage.pieces]
 
     @torch.no_grad()
     def run(self) -> LayerResult:
@@ -242,7 +275,7 @@ class Layer:
 
         def take() -> None:
             for result, pairs in quantized:
-                result.take(aside.gather(pairs))
+                result.take(aside.gather(result.part(pairs, aside.threads)))
 
         if quantized:
             self.p.behind.do(take)
@@ -272,31 +305,9 @@ class Layer:
         taps = self.taps[module]
         for tap in taps:
             tap.mode = "record"
-        by_parameter = {target.parameter: target for target in self.targets if target.module == module}
-        first = by_parameter.get("gate_up_proj") or by_parameter["up_proj"]
-        experts_bytes = sum(
-            self.p.checkpoint.tensors[name].nbytes
-            for target in (first, by_parameter["down_proj"])
-            for name in target.source_names
-        )
-        share = experts_bytes / max(1, self.p.bytes[self.index])
-        with ExpertsStage(
-            self.module.get_submodule(self._relative(module)),
-            first,
-            by_parameter["down_proj"],
-            self.results,
-            self.p.checkpoint.read,
-            device=self.p.device,
-            chunk_bytes=self.p.spec.chunk_on(self.p.device),
-            gate_weighted=self.p.spec.gate_weighted,
-            group=self.p.group,
-            behind=self.p.behind,
-            measure=self.p.measure,
-            observe=self.p.observe,
-            tell=lambda done, total: self._tell(share * done / total, f"{module} ({done} of {total} experts)"),
-        ) as stage:
-            self.energy = self._pass()
-            stage.run(taps[0], taps[1] if len(taps) > 1 else None, self.energy)
+        stage = self.experts.pop(module)  # with all that it has of its layer in memory
+        self.energy = self._pass()
+        stage.run(taps[0], taps[1] if len(taps) > 1 else None, self.energy)
 
     def _write(self) -> None:
         """Makes the next layer's inputs."""
@@ -305,9 +316,9 @@ class Layer:
         committing = self.p.kept == self.index
         keep = self.p.keeps(self.index + 1)
         if keep or committing:
-            self.p.settle()
+            self.p.wait_for_kept(durable=keep)
         if keep:
-            self.p.group.barrier()  # what is overwritten here nobody needs once the layers before are in the journal
+            self.p.group.barrier()  # what is overwritten here nobody needs once the inputs kept last are in the journal
         for states in self.p.streams.values():
             states.begin(self.index + 1, keep)
         self._set_taps("replay")

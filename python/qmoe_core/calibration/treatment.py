@@ -13,7 +13,7 @@ import torch
 
 from .. import quantize as methods
 from ..families import Target
-from ..formats import IntMatrix, PackedTensor
+from ..formats import IntMatrix, PackedTensor, TernaryMatrix
 from ..quantize import Matrix, MethodSpec, StackStatistics, TensorReport
 from ..quantize.base import dequantized
 from ..source import CheckedReader
@@ -36,7 +36,12 @@ class StackResult(ABC):
     reports: list[TensorReport] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
-    def take(self, parts: list[Made] | None) -> None:
+    def part(self, made: Made, threads: int) -> Any:
+        """What this process sends of the matrices that it has made, in the form that `take` takes: it is made behind
+        the computation, by as many threads."""
+        return made
+
+    def take(self, parts: list[Any] | None) -> None:
         """Adds matrices, by the process that made them; None on those that do not lead."""
         for made, report in chain.from_iterable(parts or []):
             self.add(made)
@@ -71,32 +76,54 @@ class Treatment(Protocol):
         """An empty result for a stack."""
 
 
+Records = tuple[list[np.ndarray], list[TensorReport]]  # packed, and a report per matrix
+
+
 @dataclass
 class PackedStack(StackResult):
-    """Quantized matrices of a stack."""
+    """Quantized matrices of a stack.
 
-    matrices: list[Matrix] = field(default_factory=list)
+    Matrices in `int` are packed by the process that made them, chunk by chunk, which leaves half of the bytes to send
+    or to keep, and joined in the end. A ternary record has one code for all of its matrices, which must be there first.
+    """
 
-    _codes: np.ndarray | None = None  # of all matrices: one allocation, where many would leave memory full of holes
+    matrices: list[TernaryMatrix] = field(default_factory=list)
+    records: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, made: Matrix) -> None:
-        if self.target.kind == "experts":
-            if self._codes is None:
-                self._codes = np.empty(self.target.shape, dtype=np.uint8)
-            mine = self._codes[len(self.matrices)]
-            if isinstance(made, IntMatrix):
-                mine[:] = made.codes
-                made.codes = mine
+    _trits: np.ndarray | None = None  # of all matrices: one allocation, where many would leave memory full of holes
+
+    def part(self, made: Made, threads: int) -> Made | Records:
+        if not all(isinstance(matrix, IntMatrix) for matrix, _ in made):
+            return made
+        packed = [PackedTensor.pack([matrix for matrix, _ in made], threads).data] if made else []
+        return packed, [report for _, report in made]
+
+    def take(self, parts: list[Made | Records] | None) -> None:
+        for part in parts or []:
+            if isinstance(part, tuple):
+                self.records += part[0]
+                self.reports += part[1]
             else:
-                mine[:] = made.trits.view(np.uint8)
-                made.trits = mine.view(np.int8)
+                super().take([part])
+
+    def add(self, made: TernaryMatrix) -> None:
+        if self.target.kind == "experts":
+            if self._trits is None:
+                self._trits = np.empty(self.target.shape, dtype=np.int8)
+            mine = self._trits[len(self.matrices)]
+            mine[:] = made.trits
+            made.trits = mine
         self.matrices.append(made)
 
     def pack(self) -> PackedTensor:
         """The record of all matrices, which are then gone."""
-        packed = PackedTensor.pack(self.matrices)
+        if len(self.records) == 1:
+            packed = PackedTensor(self.records[0])
+        else:
+            packed = PackedTensor.join(self.records) if self.records else PackedTensor.pack(self.matrices)
         self.matrices.clear()
-        self._codes = None
+        self.records.clear()
+        self._trits = None
         return packed
 
 
