@@ -251,18 +251,16 @@ Bytes slice_experts(const Bytes& bytes, uint64_t first, uint64_t count) {
     return to_array(std::move(out));
 }
 
-Bytes py_join_records(const std::vector<Bytes>& parts) {
+py::tuple py_join_records(const std::vector<Bytes>& parts) {
     std::vector<Record> records;
-    records.reserve(parts.size());
-    for (const Bytes& part : parts) records.push_back(open_record(part, true));
-    std::vector<uint8_t> out;
-    Status status;
-    {
-        const py::gil_scoped_release release;
-        status = join_records(records, out);
+    std::vector<uint64_t> starts;
+    for (const Bytes& part : parts) {
+        records.push_back(open_record(part, false));
+        starts.push_back(records.back().entries().front().offset);
     }
-    check(status);
-    return to_array(std::move(out));
+    std::vector<uint8_t> head;
+    check(join_records(records, head));
+    return py::make_tuple(to_array(std::move(head)), starts);
 }
 
 bool release_memory() {
@@ -300,7 +298,9 @@ PYBIND11_MODULE(_C, m) {
           "One expert as float32 (N, K), by the scalar decoder.");
     m.def("slice_experts", &slice_experts, py::arg("record"), py::arg("first"), py::arg("count"),
           "A record of experts [first, first + count).");
-    m.def("join_records", &py_join_records, py::arg("records"), "One record of the experts of several, in order.");
+    m.def("join_records", &py_join_records, py::arg("records"),
+          "Of one record of the experts of several, in order: what stands before the matrices, and where those begin in "
+          "each of the several. CRCs are not checked.");
     m.def(
         "crc32c",
         [](const Bytes& bytes, uint32_t seed) {

@@ -114,8 +114,8 @@ class ExpertsStage:
         if original is not None:
             original.make_outputs()
         experts = self.first.shape[0]
-        self.counts = torch.stack(self.group.gather_all(tap.counts(experts)))
-        self.rows = sum(self.group.gather_all(tap.counted))
+        seen = self.group.gather_all((tap.counts(experts), tap.counted))
+        self.counts, self.rows = torch.stack([counts for counts, _ in seen]), sum(rows for _, rows in seen)
         pooled = self._pooled(tap) if self._calibrated(self.first) else None
         if self.measure is not None:
             self.gates = self._gates(tap)
@@ -135,7 +135,7 @@ class ExpertsStage:
     def _weights(self, target: Target, work: Round) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Original weights (experts, N, K) float32 on the device: of the experts of this process, and of all of the
         round where every process needs those."""
-        read, mine = self.weights.next(next(self._coming)), work.places(work.shares[self.group.rank])
+        (read,), mine = self.weights.next(next(self._coming)), work.places(work.shares[self.group.rank])
         if not target.sliceable:
             return read[mine], read
         if self.group.size == 1 or not self.whole:
@@ -151,7 +151,7 @@ class ExpertsStage:
             if len(part):
                 self.group.copy_from(stack[work.places(part)], owner)
 
-    def _read(self, target: Target, work: Round) -> torch.Tensor:
+    def _read(self, target: Target, work: Round) -> list[torch.Tensor]:
         """The weights of this process's experts, or of all where none can be read without the others."""
         result, shared = self.results.get(target.name), target.sliceable
         checked = result is not None and (shared or self.group.leads)
@@ -165,7 +165,7 @@ class ExpertsStage:
         matrices = target.matrices(there, mine.start, mine.stop, TOGETHER if weights.is_cuda else 1)
         for place, matrix in zip(weights, matrices, strict=True):
             place.copy_(matrix)
-        return weights
+        return [weights]
 
     def _round(self, work: Round, tap: ExpertsTap, original: ExpertsTap | None, pooled: torch.Tensor | None) -> None:
         experts, start = work.experts, work.experts.start
@@ -413,8 +413,7 @@ class ExpertsStage:
             pairs = treatment.of_stack(own, statistics, target.name) if len(mine) else []
             result.tokens += self._tokens(work.experts).tolist()
         used = torch.empty(len(work.experts), *target.shape[1:], device=self.device)
-        for place, (made, _) in zip(used[work.places(mine)], pairs, strict=True):
-            place.copy_(treatment.restored(made, self.device))
+        treatment.restore(pairs, used[work.places(mine)])
         self._share_out(used, work)
         aside, threads = self.group.aside(), self.group.threads
         self.behind.do(lambda: result.take(aside.gather(result.part(pairs, threads))))

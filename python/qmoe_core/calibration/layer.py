@@ -58,6 +58,10 @@ class Layer:
             if target.name in pipeline.decisions:
                 reader = CheckedReader(pipeline.checkpoint)
                 self.results[target.name] = pipeline.decisions[target.name][1].result(target, reader)
+        self.left_out = [f"{module}.{parameter}" for module in self.fused for parameter in FUSED_PARAMETERS]
+        # What else the layer has, if that is read before it is needed.
+        self.rest = pipeline.skeleton.weights.sources(self.path, self.left_out) if pipeline.weights.ahead else []
+        self.rest_piece = Piece(self._read_rest)
         self.experts = {module: self._experts_stage(module) for module in sorted(self.fused)}
         self.taps: dict[str, list[ExpertsTap]] = {}  # by module: of the compressed layer, and of the original one
         self.quantized: list[tuple[StackResult, Made]] = []  # linear layers, not yet taken
@@ -100,14 +104,17 @@ class Layer:
         )
 
     def pieces(self) -> list[Piece]:
-        """The experts' weights that will be asked for, in that order."""
-        return [piece for stage in self.experts.values() for piece in stage.pieces]
+        """The weights that will be asked for, in that order."""
+        experts = [piece for stage in self.experts.values() for piece in stage.pieces]
+        return [self.rest_piece, *experts] if self.rest else experts
+
+    def _read_rest(self) -> list[torch.Tensor]:
+        return [self.p.checkpoint.read(name).to(self.p.device) for name in self.rest]
 
     @torch.no_grad()
     def run(self) -> LayerResult:
         pipeline = self.p
-        fused = [f"{module}.{parameter}" for module in self.fused for parameter in FUSED_PARAMETERS]
-        replaced = pipeline.skeleton.weights.fill(self.path, fused, pipeline.device, pipeline.dtype)
+        replaced = self._fill()
         try:
             if pipeline.spec.drift:
                 self.original = copy.deepcopy(self.module)
@@ -136,6 +143,16 @@ class Layer:
         return LayerResult(self.index, ordered, self.routed)
 
     # Running the layer.
+
+    def _fill(self) -> dict[str, nn.Parameter]:
+        """Puts into the module all that it has but the experts' weights. Returns what `release` takes."""
+        p = self.p
+        there = dict(zip(self.rest, p.weights.next(self.rest_piece), strict=True)) if self.rest else {}
+
+        def read(name: str, index: int | None) -> torch.Tensor:
+            return there[name] if name in there else p.checkpoint.read(name, index)
+
+        return p.skeleton.weights.fill(self.path, self.left_out, p.device, p.dtype, read)
 
     def _make_taps(self) -> None:
         rows = self.p.ids.numel()
@@ -265,7 +282,9 @@ class Layer:
             else:
                 name = target.source_names[0]
                 pairs = treatment.of_stack(weight[None].to(self.p.device), statistics.of(target), name)
-            used.copy_(treatment.restored(pairs[0][0], used.device))
+            whole = torch.empty(1, *used.shape, device=used.device)
+            treatment.restore(pairs, whole)
+            used.copy_(whole[0])
         group.copy_from(used, owner)
         self.quantized.append((result, pairs))
 

@@ -13,9 +13,9 @@ import torch
 
 from .. import quantize as methods
 from ..families import Target
-from ..formats import IntMatrix, PackedTensor, TernaryMatrix
+from ..formats import IntMatrix, RecordPart, RecordPieces, TernaryMatrix
 from ..quantize import Matrix, MethodSpec, StackStatistics, TensorReport
-from ..quantize.base import dequantized
+from ..quantize.base import dequantize
 from ..source import CheckedReader
 
 Made = list[tuple[Any, TensorReport]]  # by matrix: what a treatment has made of it, which can be pickled, and a report
@@ -69,14 +69,14 @@ class Treatment(Protocol):
     def of_stack(self, weights: torch.Tensor, statistics: StackStatistics, tensor: str) -> Made:
         """Treats float32 weights (E, N, K) on the device of the statistics."""
 
-    def restored(self, made: Any, device: torch.device | str) -> torch.Tensor:
-        """The matrix to go on with, (N, K) float32."""
+    def restore(self, made: Made, into: torch.Tensor) -> None:
+        """The matrices to go on with, into (E, N, K) float32."""
 
     def result(self, target: Target, reader: CheckedReader) -> StackResult:
         """An empty result for a stack."""
 
 
-Records = tuple[list[np.ndarray], list[TensorReport]]  # packed, and a report per matrix
+Packed = tuple[list[RecordPart], list[TensorReport]]  # of some matrices, and a report for each
 
 
 @dataclass
@@ -88,20 +88,20 @@ class PackedStack(StackResult):
     """
 
     matrices: list[TernaryMatrix] = field(default_factory=list)
-    records: list[np.ndarray] = field(default_factory=list)
+    parts: list[RecordPart] = field(default_factory=list)
 
     _trits: np.ndarray | None = None  # of all matrices: one allocation, where many would leave memory full of holes
 
-    def part(self, made: Made, threads: int) -> Made | Records:
+    def part(self, made: Made, threads: int) -> Made | Packed:
         if not all(isinstance(matrix, IntMatrix) for matrix, _ in made):
             return made
-        packed = [PackedTensor.pack([matrix for matrix, _ in made], threads).data] if made else []
+        packed = [RecordPart.pack([matrix for matrix, _ in made], threads)] if made else []
         return packed, [report for _, report in made]
 
-    def take(self, parts: list[Made | Records] | None) -> None:
+    def take(self, parts: list[Made | Packed] | None) -> None:
         for part in parts or []:
             if isinstance(part, tuple):
-                self.records += part[0]
+                self.parts += part[0]
                 self.reports += part[1]
             else:
                 super().take([part])
@@ -115,14 +115,11 @@ class PackedStack(StackResult):
             made.trits = mine
         self.matrices.append(made)
 
-    def pack(self) -> PackedTensor:
+    def pack(self) -> RecordPieces:
         """The record of all matrices, which are then gone."""
-        if len(self.records) == 1:
-            packed = PackedTensor(self.records[0])
-        else:
-            packed = PackedTensor.join(self.records) if self.records else PackedTensor.pack(self.matrices)
+        packed = RecordPieces.join(self.parts or [RecordPart.pack(self.matrices)])
         self.matrices.clear()
-        self.records.clear()
+        self.parts.clear()
         self._trits = None
         return packed
 
@@ -147,8 +144,8 @@ class Rounding:
     def of_stack(self, weights: torch.Tensor, statistics: StackStatistics, tensor: str) -> Made:
         return list(methods.quantize_stack(weights, statistics, self.spec, tensor=tensor))
 
-    def restored(self, made: Matrix, device: torch.device | str) -> torch.Tensor:
-        return dequantized(made, device)
+    def restore(self, made: Made, into: torch.Tensor) -> None:
+        dequantize([matrix for matrix, _ in made], into)
 
     def result(self, target: Target, reader: CheckedReader) -> PackedStack:
         return PackedStack(target, self, reader)

@@ -68,6 +68,18 @@ class WeightReader:
                     replaced[name] = before
         return replaced
 
+    def sources(self, path: str, skip: Iterable[str]) -> list[str]:
+        """The checkpoint tensors that `fill` reads for parameters and buffers of module `path` itself, and not because
+        they are tied to others."""
+        prefix, skipped = f"{path}.", set(skip)
+        return [
+            name
+            for target, patterns in self._groups.items()
+            if any(result.startswith(prefix) and result not in skipped for result in self._results(target, patterns))
+            for names in patterns.values()
+            for name in names
+        ]
+
     def _tied(self, name: str) -> set[str]:
         try:
             return set(self._aliases.get(id(self.model.get_parameter(name)), ())) - {name}

@@ -1,4 +1,4 @@
-"""Reading experts' weights while the GPU works on those before them, also on those of the layer before."""
+"""Reading weights while the GPU works on those before them, also on those of the layer before."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from dataclasses import dataclass
 
 import torch
 
-AHEAD = 2  # stacks of a chunk of experts that are read, or being read, before they are asked for
+AHEAD = 3  # pieces that are read, or being read, before they are asked for: two stacks of a chunk of experts, and
+# what else a layer has
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A stack of weights to be read. Attributes: read: makes it on the device, which the current stream then holds."""
+    """Weights to be read at a time. Attributes: read: makes them on the device, which the current stream then holds."""
 
-    read: Callable[[], torch.Tensor]
+    read: Callable[[], list[torch.Tensor]]
 
 
 class WeightsAhead:
-    """Stacks of weights in the order in which they will be asked for (`plan`). On a GPU a thread reads ahead, and
+    """Pieces of weights in the order in which they will be asked for (`plan`). On a GPU a thread reads ahead, and
     copies in a stream of its own; on a CPU, where the processor computes what would be waited for and memory is scarce,
     each is read when it is asked for."""
 
@@ -29,9 +30,14 @@ class WeightsAhead:
         self._device = torch.device(device)
         self._thread: ThreadPoolExecutor | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._ready: deque[tuple[Piece, Future[tuple[torch.Tensor, torch.cuda.Event]]]] = deque()
+        self._ready: deque[tuple[Piece, Future[tuple[list[torch.Tensor], torch.cuda.Event]]]] = deque()
         if self._device.type == "cuda":
             self._thread, self._stream = ThreadPoolExecutor(1), torch.cuda.Stream(self._device)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether anything is read before it is asked for."""
+        return self._thread is not None
 
     def clear(self) -> None:
         """Forgets what is planned."""
@@ -48,8 +54,8 @@ class WeightsAhead:
         self._left.extend(pieces)
         self._submit()
 
-    def next(self, piece: Piece) -> torch.Tensor:
-        """The next stack, which is this one. Raises whatever reading raises."""
+    def next(self, piece: Piece) -> list[torch.Tensor]:
+        """The next piece, which is this one. Raises whatever reading raises."""
         if self._thread is None:
             self._left.remove(piece)
             return piece.read()
@@ -63,7 +69,8 @@ class WeightsAhead:
         self._submit()
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(copied)
-        weights.record_stream(stream)  # its memory is not used again before this stream is done with it
+        for tensor in weights:
+            tensor.record_stream(stream)  # its memory is not used again before this stream is done with it
         return weights
 
     def _submit(self) -> None:
@@ -72,7 +79,7 @@ class WeightsAhead:
             self._ready.append((piece, self._thread.submit(self._in_stream, piece)))
 
     @torch.no_grad()
-    def _in_stream(self, piece: Piece) -> tuple[torch.Tensor, torch.cuda.Event]:
+    def _in_stream(self, piece: Piece) -> tuple[list[torch.Tensor], torch.cuda.Event]:
         with torch.cuda.stream(self._stream):
             weights = piece.read()
             return weights, self._stream.record_event()  # type: ignore[union-attr]
