@@ -298,9 +298,10 @@ PYBIND11_MODULE(_C, m) {
           "One expert as float32 (N, K), by the scalar decoder.");
     m.def("slice_experts", &slice_experts, py::arg("record"), py::arg("first"), py::arg("count"),
           "A record of experts [first, first + count).");
-    m.def("join_records", &py_join_records, py::arg("records"),
-          "Of one record of the experts of several, in order: what stands before the matrices, and where those begin in "
-          "each of the several. CRCs are not checked.");
+    m.def(
+        "join_records", &py_join_records, py::arg("records"),
+        "Of one record of the experts of several, in order: what stands before the matrices, and where those begin in "
+        "each of the several. CRCs are not checked.");
     m.def(
         "crc32c",
         [](const Bytes& bytes, uint32_t seed) {

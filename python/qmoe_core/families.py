@@ -147,6 +147,7 @@ class ModelLayout:
     targets: tuple[Target, ...]  # in run-time order
     roles: dict[str, str]  # checkpoint tensor name -> role
     runtime_names: dict[str, str]  # checkpoint tensor name -> run-time name
+    patterns: dict[str, str]  # checkpoint tensor name -> conversion pattern, of those that one has
 
 
 def build_meta_model(directory: Path) -> PreTrainedModel:
@@ -262,6 +263,7 @@ def analyze(directory: Path, shapes: dict[str, tuple[int, ...]]) -> ModelLayout:
     groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     role_of: dict[str, str] = {}
     runtime: dict[str, str] = {}
+    conversions: dict[str, str] = {}
     for name in sorted(shapes, key=dot_natural_key):
         target, pattern = mapping.lookup(name)
         if target is None:
@@ -270,6 +272,8 @@ def analyze(directory: Path, shapes: dict[str, tuple[int, ...]]) -> ModelLayout:
         groups[target][pattern or ""].append(name)
         role_of[name] = roles.role(target)
         runtime[name] = target
+        if pattern is not None:
+            conversions[name] = pattern
 
     _check_complete(model, mapping, set(groups))
     targets = []
@@ -287,7 +291,7 @@ def analyze(directory: Path, shapes: dict[str, tuple[int, ...]]) -> ModelLayout:
                 role = roles.role(f"{path}.weight")
                 targets.append(Target(path, "weight", "linear", role, shape, (("", (names[0],)),)))
     architecture = type(model).__name__
-    return ModelLayout(model.config.model_type, architecture, tuple(targets), role_of, runtime)
+    return ModelLayout(model.config.model_type, architecture, tuple(targets), role_of, runtime, conversions)
 
 
 def _fused_target(

@@ -29,6 +29,7 @@ from .. import _C
 from ..behind import Behind
 from ..families import Reader, Target
 from ..quantize.base import StackStatistics
+from ..quantize.feedback_cuda import reserve_host
 from .distributed import Group, Round, rounds
 from .sums import ROWS, add_products, add_squares, complete
 from .tap import ExpertsTap
@@ -103,6 +104,13 @@ class ExpertsStage:
         self.weights = weights
         self.pieces = [Piece(partial(self._read, target, work)) for work in self.rounds for target in (first, down)]
         self._coming = iter(self.pieces)
+
+    def reserve(self) -> None:
+        """Page-locked host memory for what the GPU will make of a chunk, before there is anything."""
+        most = max(len(work.shares[self.group.rank]) for work in self.rounds)
+        targets = [target for target in (self.first, self.down) if self._calibrated(target) and self.measure is None]
+        sizes = [most * self.results[target.name].treatment.locked_bytes(target) for target in targets]
+        reserve_host([size for size in sizes if size], self.device)
 
     def run(self, tap: ExpertsTap, original: ExpertsTap | None, energy: float) -> None:
         """Fills `tap.outputs`, and those of `original`, the same module in the uncompressed model, if given. `energy`:

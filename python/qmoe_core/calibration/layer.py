@@ -103,6 +103,10 @@ class Layer:
             tell=lambda done, total: self._tell(share * done / total, f"{module} ({done} of {total} experts)"),
         )
 
+    def reserve(self) -> None:
+        for stage in self.experts.values():
+            stage.reserve()
+
     def pieces(self) -> list[Piece]:
         """The weights that will be asked for, in that order."""
         experts = [piece for stage in self.experts.values() for piece in stage.pieces]

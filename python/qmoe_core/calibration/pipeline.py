@@ -201,7 +201,10 @@ class Pipeline:
         self.kept, self.keep, self._kept_at = layer, None, time.monotonic()
         self.weights.clear()
         self._coming.clear()
-        self._layer(layer)  # its weights are read meanwhile
+        if layer < self.count:
+            coming = self._layer(layer)  # its weights are read meanwhile
+            if self.device.startswith("cuda"):
+                self.behind.do(coming.reserve)
         for states in self.streams.values():
             states.begin(layer, False)
         with self.skeleton.surroundings():

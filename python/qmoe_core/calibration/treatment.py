@@ -72,6 +72,9 @@ class Treatment(Protocol):
     def restore(self, made: Made, into: torch.Tensor) -> None:
         """The matrices to go on with, into (E, N, K) float32."""
 
+    def locked_bytes(self, target: Target) -> int:
+        """Of page-locked host memory that `of_stack` takes on a GPU, for each matrix of the target, about."""
+
     def result(self, target: Target, reader: CheckedReader) -> StackResult:
         """An empty result for a stack."""
 
@@ -146,6 +149,9 @@ class Rounding:
 
     def restore(self, made: Made, into: torch.Tensor) -> None:
         dequantize([matrix for matrix, _ in made], into)
+
+    def locked_bytes(self, target: Target) -> int:
+        return target.shape[1] * target.shape[2]  # codes
 
     def result(self, target: Target, reader: CheckedReader) -> PackedStack:
         return PackedStack(target, self, reader)

@@ -11,20 +11,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import QmoeError
-from ..families import NameMapping, Reader
+from ..families import ModelLayout, NameMapping, Reader
 from ..source import SourceCheckpoint
 
 
 class WeightReader:
     """Knows which checkpoint tensors make which parameters and buffers of `model`, by transformers' own conversions."""
 
-    def __init__(self, model: PreTrainedModel, checkpoint: SourceCheckpoint) -> None:
+    def __init__(self, model: PreTrainedModel, checkpoint: SourceCheckpoint, layout: ModelLayout) -> None:
+        """`layout`: of the model; it knows most of the names already."""
         self.model, self.checkpoint = model, checkpoint
         self._mapping = NameMapping(model)
         # Run-time name (of a conversion with several results: the first) -> conversion pattern -> checkpoint names.
         self._groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for name in checkpoint.ordered_names():
-            target, pattern = self._mapping.lookup(name)
+            target: str | None = layout.runtime_names.get(name)
+            pattern = layout.patterns.get(name)
+            if target is None:
+                target, pattern = self._mapping.lookup(name)
             if target is not None:
                 self._groups[target][pattern or ""].append(name)
         self._aliases: dict[int, list[str]] = defaultdict(list)  # tied parameters

@@ -151,6 +151,9 @@ class Pruning:
         for place, (matrix, _) in zip(into, made, strict=True):
             place.copy_(torch.from_numpy(matrix.data).view(self.dtype).to(into.device))
 
+    def locked_bytes(self, target: Target) -> int:
+        return 0
+
     def result(self, target: Target, reader: CheckedReader) -> PrunedStack:
         """Raises `E_LAYOUT`, `E_SHAPE` where it is not known how the weight goes back into the checkpoint."""
         inversion = None if self.shards is None else Inversion(target, self._shapes)
