@@ -21,12 +21,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,12 +36,28 @@ from common import write_results
 DTYPE = torch.bfloat16
 POOL = 1 << 25  # normal numbers that all weights are taken from: to draw billions of them takes minutes
 EXPERTS = 16  # of a shard
+WRITERS = 4  # shards that are written at the same time
+
+
+def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file of bfloat16 tensors, written from where they are."""
+    header, end = dict[str, Any](), 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": [*tensor.shape], "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def make(directory: Path, config: Qwen3MoeConfig) -> None:
     """Writes the checkpoint, some experts a shard."""
     directory.mkdir(parents=True)
     config.save_pretrained(directory)
+    writers = ThreadPoolExecutor(WRITERS)
     hidden, heads, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     head, width = config.head_dim, config.moe_intermediate_size
     generator = torch.Generator().manual_seed(0)
@@ -49,13 +66,18 @@ def make(directory: Path, config: Qwen3MoeConfig) -> None:
     def normal(*shape: int) -> torch.Tensor:
         """From anywhere in the pool on, and round it."""
         count, first = math.prod(shape), int(torch.randint(POOL, (), generator=generator))
+        if first + count <= POOL:
+            return pool[first : first + count].view(shape)
         rounds = -(-(first + count) // POOL)
-        return torch.cat([pool] * rounds)[first : first + count].view(shape).clone()
+        return torch.cat([pool] * rounds)[first : first + count].view(shape)
 
     weight_map: dict[str, str] = {}
+    writing: deque[Future[None]] = deque()
 
     def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, directory / name)
+        while len(writing) >= WRITERS:
+            writing.popleft().result()
+        writing.append(writers.submit(write_shard, directory / name, dict(tensors)))
         weight_map.update(dict.fromkeys(tensors, name))
         tensors.clear()
 
@@ -84,6 +106,9 @@ def make(directory: Path, config: Qwen3MoeConfig) -> None:
         "model-rest.safetensors",
         {"model.embed_tokens.weight": normal(config.vocab_size, hidden), "model.norm.weight": norm},
     )
+    for shard in writing:
+        shard.result()
+    writers.shutdown()
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 

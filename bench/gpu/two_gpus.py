@@ -62,6 +62,7 @@ def work(source: Path, output: Path, arguments: argparse.Namespace) -> None:
     report = compress(source, output, recipe, calibration=spec, device=arguments.device, progress=progress)
     if arguments.profile:
         profile.disable()
+        arguments.profile.mkdir(parents=True, exist_ok=True)
         with open(arguments.profile / f"{output.name}-{rank}.txt", "w") as file:
             for order in ("tottime", "cumtime"):
                 pstats.Stats(profile, stream=file).sort_stats(order).print_stats(70)

@@ -251,6 +251,18 @@ Bytes slice_experts(const Bytes& bytes, uint64_t first, uint64_t count) {
     return to_array(std::move(out));
 }
 
+py::tuple py_join_records(const std::vector<Bytes>& parts) {
+    std::vector<Record> records;
+    std::vector<uint64_t> starts;
+    for (const Bytes& part : parts) {
+        records.push_back(open_record(part, false));
+        starts.push_back(records.back().entries().front().offset);
+    }
+    std::vector<uint8_t> head;
+    check(join_records(records, head));
+    return py::make_tuple(to_array(std::move(head)), starts);
+}
+
 bool release_memory() {
 #if defined(__GLIBC__)
     const py::gil_scoped_release release;
@@ -286,6 +298,10 @@ PYBIND11_MODULE(_C, m) {
           "One expert as float32 (N, K), by the scalar decoder.");
     m.def("slice_experts", &slice_experts, py::arg("record"), py::arg("first"), py::arg("count"),
           "A record of experts [first, first + count).");
+    m.def(
+        "join_records", &py_join_records, py::arg("records"),
+        "Of one record of the experts of several, in order: what stands before the matrices, and where those begin in "
+        "each of the several. CRCs are not checked.");
     m.def(
         "crc32c",
         [](const Bytes& bytes, uint32_t seed) {

@@ -27,16 +27,16 @@ uint32_t header_crc(std::span<const uint8_t> head) noexcept {
     return crc32c(head.subspan(kCrcAt + 4), crc32c(zero, before));
 }
 
-// Lays out the head in front of the already padded matrices.
+// Lays out the head in front of the already padded matrices, which end at `total`.
 void finish(std::vector<uint8_t>& out, uint64_t rows, uint64_t cols, std::span<const SpecBytes> specs,
-            std::span<const RecordEntry> entries) {
+            std::span<const RecordEntry> entries, uint64_t total) {
     std::memcpy(out.data(), "QMOE", 4);
     store<uint16_t>(out.data() + 4, kRecordVersion);
     store<uint32_t>(out.data() + 8, static_cast<uint32_t>(entries.size()));
     store<uint32_t>(out.data() + 12, static_cast<uint32_t>(specs.size()));
     store<uint64_t>(out.data() + 16, rows);
     store<uint64_t>(out.data() + 24, cols);
-    store<uint64_t>(out.data() + 32, out.size());
+    store<uint64_t>(out.data() + 32, total);
     uint8_t* p = out.data() + kHeaderBytes;
     for (const SpecBytes& spec : specs) {
         std::memcpy(p, spec.data(), kSpecBytes);
@@ -205,7 +205,51 @@ Status Record::slice_experts(uint64_t first, uint64_t count, std::vector<uint8_t
         out.insert(out.end(), bytes_.begin() + static_cast<ptrdiff_t>(from),
                    bytes_.begin() + static_cast<ptrdiff_t>(to));
         for (RecordEntry& entry : entries) entry.offset = entry.offset - from + data_at;
-        finish(out, rows_, cols_, specs, entries);
+        finish(out, rows_, cols_, specs, entries, out.size());
+        return {};
+    } catch (const std::bad_alloc&) {
+        return Status::error(Code::kNoSpace, "record: out of memory");
+    }
+}
+
+Status join_records(std::span<const Record> records, std::vector<uint8_t>& head) {
+    if (records.empty()) return Status::error(Code::kShape, "record: no experts");
+    const uint64_t rows = records.front().rows(), cols = records.front().cols();
+    uint64_t experts = 0;
+    for (const Record& record : records) {
+        if (record.rows() != rows) return Status::mismatch(Code::kShape, "records: rows", 0, rows, record.rows());
+        if (record.cols() != cols) return Status::mismatch(Code::kShape, "records: columns", 0, cols, record.cols());
+        experts += record.experts();
+    }
+    if (experts > kMaxExperts)
+        return Status::mismatch(Code::kLimit, "record: too many experts", 0, kMaxExperts, experts);
+    try {
+        std::vector<SpecBytes> specs;
+        std::vector<RecordEntry> entries;
+        entries.reserve(experts);
+        std::vector<uint32_t> renumbered;
+        for (const Record& record : records) {
+            renumbered.clear();
+            for (size_t s = 0; s < record.spec_count(); ++s) {
+                const auto same = [&](const SpecBytes& known) { return std::ranges::equal(known, record.spec(s)); };
+                const auto found = std::find_if(specs.begin(), specs.end(), same);
+                renumbered.push_back(static_cast<uint32_t>(found - specs.begin()));
+                if (found == specs.end()) std::copy_n(record.spec(s).data(), kSpecBytes, specs.emplace_back().data());
+            }
+            for (RecordEntry entry : record.entries()) {
+                entry.spec = renumbered[entry.spec];
+                entries.push_back(entry);
+            }
+        }
+        head.assign(ceil_div(tables_end(specs.size(), experts), kRecordAlign) * kRecordAlign, 0);
+        uint64_t at = head.size();
+        size_t e = 0;
+        for (const Record& record : records) {
+            const uint64_t from = record.entries().front().offset;
+            for (const size_t end = e + record.experts(); e < end; ++e) entries[e].offset += at - from;
+            at += record.bytes().size() - from;
+        }
+        finish(head, rows, cols, specs, entries, at);
         return {};
     } catch (const std::bad_alloc&) {
         return Status::error(Code::kNoSpace, "record: out of memory");
@@ -266,7 +310,7 @@ Status build_record(std::span<const MatrixInput> inputs, std::vector<uint8_t>& o
                 if (first + i == 0) out.reserve(out.size() + encoded[0].size() * inputs.size() * 9 / 8);
             }
         }
-        finish(out, rows, cols, specs, entries);
+        finish(out, rows, cols, specs, entries, out.size());
         return {};
     } catch (const std::bad_alloc&) {
         return Status::error(Code::kNoSpace, "record: out of memory");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ def build_record(rows: int, cols: int, matrices: list[dict[str, Any]], threads: 
 def inspect_record(record: NDArray[np.uint8], verify: bool = False) -> dict[str, Any]: ...
 def decode_record(record: NDArray[np.uint8], expert: int, check_crc: bool = True) -> NDArray[np.float32]: ...
 def slice_experts(record: NDArray[np.uint8], first: int, count: int) -> NDArray[np.uint8]: ...
+def join_records(records: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.uint8], list[int]]: ...
 def linear(
     packed: int,
     nbytes: int,

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+SWITCH_SECONDS = 0.0002  # that a thread may keep the interpreter while another one waits for it
+
+
+@contextlib.contextmanager
+def quick_switches() -> Iterator[None]:
+    """For the block, threads that run Python behind another one keep that one waiting for `SWITCH_SECONDS` at most,
+    not for the 5 ms that Python allows: long enough for a GPU that it feeds to run dry each time."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 class Behind:
@@ -17,21 +35,30 @@ class Behind:
         """`ahead`: how many things may wait or be under way."""
         self.ahead = ahead
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._pending: deque[Future[None]] = deque()
+        self._pending: deque[Future[Any]] = deque()
         self._failed = False
 
-    def do(self, work: Callable[[], None]) -> None:
-        """Only one thread may call this."""
+    def do(self, work: Callable[[], T]) -> Future[T | None]:
+        """Only one thread may call this. Returns what `result` takes."""
         while len(self._pending) >= self.ahead:
             self._pending[0].result()
             self._pending.popleft()
-        self._pending.append(self._thread.submit(self._unless_failed, work))
+        future = self._thread.submit(self._unless_failed, work)
+        self._pending.append(future)
+        return future
 
-    def _unless_failed(self, work: Callable[[], None]) -> None:
+    def result(self, future: Future[T | None]) -> T | None:
+        """What a thing that was to be done has returned, once it is. Any thread may call this."""
+        value = future.result()
+        if self._failed:  # then it was not done, or what raised was behind it
+            self.wait()
+        return value
+
+    def _unless_failed(self, work: Callable[[], T]) -> T | None:
         if self._failed:
-            return
+            return None
         try:
-            work()
+            return work()
         except BaseException:
             self._failed = True
             raise

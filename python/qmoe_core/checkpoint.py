@@ -439,7 +439,7 @@ class _Job:
         matrices.clear()
         writer.write(packed.data.data)
         writer.end_tensor()
-        entry = packed_entry(self.checkpoint, target, spec, packed, reports, reader.crcs)
+        entry = packed_entry(self.checkpoint, target, spec, packed.nbytes, crc32c(packed.data), reports, reader.crcs)
         self.done_bytes += entry["source_bytes"]
         return entry
 

@@ -81,19 +81,22 @@ class Target:
         """Whether some of the matrices can be read without the others."""
         return self.converter is None or self._by_expert()
 
-    def matrices(self, read: Reader, first: int = 0, last: int | None = None) -> Iterator[torch.Tensor]:
+    def matrices(
+        self, read: Reader, first: int = 0, last: int | None = None, together: int = 1
+    ) -> Iterator[torch.Tensor]:
         """Yields matrices `first` to `last` (all E by default) as float32 (N, K), reading as little at a time as the
-        layout allows: one expert's tensors, or one slice of a fused tensor; only where the conversion mixes experts,
-        everything. Raises `E_SHAPE`."""
+        layout allows: the tensors of `together` experts, or one slice of a fused tensor; only where the conversion
+        mixes experts, everything. Raises `E_SHAPE`."""
         experts = range(first, self.shape[0] if last is None else last)
         if self.converter is None:
             (_, (name,)) = self.sources[0]
             for expert in experts:
                 yield self._oriented(read(name, expert if self.kind == "experts" else None))
         elif self._by_expert():
-            for expert in experts:
-                parts = {pattern: [read(names[expert], None)] for pattern, names in self.sources}
-                yield self._oriented(self.converted(parts)[0])
+            for at in range(experts.start, experts.stop, together):  # the conversion's Python takes its time each time
+                some = slice(at, min(at + together, experts.stop))
+                parts = {pattern: [read(name, None) for name in names[some]] for pattern, names in self.sources}
+                yield from map(self._oriented, self.converted(parts))
         else:
             whole = self.converted({pattern: [read(name, None) for name in names] for pattern, names in self.sources})
             for expert in experts:
@@ -144,6 +147,7 @@ class ModelLayout:
     targets: tuple[Target, ...]  # in run-time order
     roles: dict[str, str]  # checkpoint tensor name -> role
     runtime_names: dict[str, str]  # checkpoint tensor name -> run-time name
+    patterns: dict[str, str]  # checkpoint tensor name -> conversion pattern, of those that one has
 
 
 def build_meta_model(directory: Path) -> PreTrainedModel:
@@ -259,6 +263,7 @@ def analyze(directory: Path, shapes: dict[str, tuple[int, ...]]) -> ModelLayout:
     groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     role_of: dict[str, str] = {}
     runtime: dict[str, str] = {}
+    conversions: dict[str, str] = {}
     for name in sorted(shapes, key=dot_natural_key):
         target, pattern = mapping.lookup(name)
         if target is None:
@@ -267,6 +272,8 @@ def analyze(directory: Path, shapes: dict[str, tuple[int, ...]]) -> ModelLayout:
         groups[target][pattern or ""].append(name)
         role_of[name] = roles.role(target)
         runtime[name] = target
+        if pattern is not None:
+            conversions[name] = pattern
 
     _check_complete(model, mapping, set(groups))
     targets = []
@@ -284,7 +291,7 @@ def analyze(directory: Path, shapes: dict[str, tuple[int, ...]]) -> ModelLayout:
                 role = roles.role(f"{path}.weight")
                 targets.append(Target(path, "weight", "linear", role, shape, (("", (names[0],)),)))
     architecture = type(model).__name__
-    return ModelLayout(model.config.model_type, architecture, tuple(targets), role_of, runtime)
+    return ModelLayout(model.config.model_type, architecture, tuple(targets), role_of, runtime, conversions)
 
 
 def _fused_target(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from . import _C
 from .errors import QmoeError
+from .store import crc32c, crc32c_joined
 
 INT_BITS = (2, 3, 4, 8)
 INT_GROUPS = (0, 16, 32, 64, 128)
@@ -213,8 +214,8 @@ class PackedTensor:
         object.__setattr__(self, "info", _C.inspect_record(self.data))
 
     @classmethod
-    def pack(cls, matrices: Sequence[Matrix]) -> PackedTensor:
-        """Encode matrices of equal shape; their formats may differ."""
+    def pack(cls, matrices: Sequence[Matrix], threads: int = 0) -> PackedTensor:
+        """Encode matrices of equal shape; their formats may differ. The bytes do not depend on `threads` (0: all)."""
         if not matrices:
             raise QmoeError("E_SHAPE", "nothing to pack")
         rows, cols = matrices[0].shape
@@ -223,7 +224,7 @@ class PackedTensor:
                 raise QmoeError(
                     "E_SHAPE", f"matrix {index} differs in shape", expected=(rows, cols), actual=matrix.shape
                 )
-        return cls(_C.build_record(rows, cols, [matrix._fields() for matrix in matrices]))
+        return cls(_C.build_record(rows, cols, [matrix._fields() for matrix in matrices], threads))
 
     @property
     def experts(self) -> int:
@@ -258,3 +259,42 @@ class PackedTensor:
     def slice_experts(self, first: int, count: int) -> PackedTensor:
         """Experts [first, first + count) without decoding, as expert parallelism wants them."""
         return PackedTensor(_C.slice_experts(self.data, first, count))
+
+
+@dataclass(frozen=True)
+class RecordPart:
+    """A packed record that is to become part of a longer one. Attributes: data: uint8 (bytes,), sound. crc32c: of its
+    matrices' bytes, which are all behind its head."""
+
+    data: NDArray[np.uint8]
+    crc32c: int
+
+    @classmethod
+    def pack(cls, matrices: Sequence[Matrix], threads: int = 0) -> RecordPart:
+        """As `PackedTensor.pack`."""
+        packed = PackedTensor.pack(matrices, threads)
+        return cls(packed.data, crc32c(packed.data[packed.info["entries"][0]["offset"] :]))
+
+
+@dataclass(frozen=True)
+class RecordPieces:
+    """A packed record as pieces of bytes that come one after the other. Attributes: pieces: uint8 (bytes,) each.
+    crc32c: of all."""
+
+    pieces: list[NDArray[np.uint8]]
+    crc32c: int
+
+    @classmethod
+    def join(cls, parts: Sequence[RecordPart]) -> RecordPieces:
+        """The record of the matrices of all parts, in order; none of them is copied. Of `int` matrices it is the one
+        that `PackedTensor.pack` makes of all of them at once. Raises `E_SHAPE`."""
+        head, starts = _C.join_records([part.data for part in parts])
+        pieces, crc = [head], crc32c(head)
+        for part, start in zip(parts, starts, strict=True):
+            pieces.append(part.data[start:])
+            crc = crc32c_joined(crc, part.crc32c, pieces[-1].nbytes)
+        return cls(pieces, crc)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ class SourceTensor:
 
     @property
     def elements(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def _weight_files(directory: Path) -> tuple[list[str], dict[str, str]]:
         weight_map = load_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise QmoeError("E_CORRUPT", "the index has no weight_map of strings", file=directory / INDEX)
-        for name in weight_map.values():
+        for name in dict.fromkeys(weight_map.values()):
             if name.endswith(PICKLES):
                 raise QmoeError("E_UNSAFE_SOURCE", "the index names a pickle file", file=directory / INDEX, actual=name)
             if not name.endswith(".safetensors") or Path(name).name != name:
@@ -120,6 +121,7 @@ class SourceCheckpoint:
         self.directory = Path(directory)
         self.tensors: dict[str, SourceTensor] = {}
         self._files: dict[str, Any] = {}  # shard name -> open _C.SafetensorsFile
+        self._ordered: list[str] = []
         if self.directory.suffix in PICKLES:
             raise QmoeError("E_UNSAFE_SOURCE", "pickle files can run code and are never opened", file=directory)
         if not self.directory.is_dir():
@@ -172,7 +174,9 @@ class SourceCheckpoint:
 
     def ordered_names(self) -> list[str]:
         """Tensor names with numbers in numeric order: layer 2 before layer 10."""
-        return sorted(self.tensors, key=_natural)
+        if not self._ordered:  # of thousands of names that takes a while
+            self._ordered = sorted(self.tensors, key=_natural)
+        return [*self._ordered]
 
     def read_range(self, tensor: SourceTensor, first: int, count: int) -> np.ndarray:
         """Bytes [first, first + count) of a tensor as uint8. Raises `E_IO` if the file has shrunk since it was

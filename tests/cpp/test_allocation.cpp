@@ -102,6 +102,11 @@ TEST_SUITE("allocation") {
             Buffer out;
             return record.slice_experts(1, 1, out);
         });
+        const std::vector<Record> several = {record, record};
+        total += starve([&] {
+            Buffer head;
+            return join_records(several, head);
+        });
         total += starve([&] { return record.verify(); });
         std::vector<float> out(9 * 70), x(2 * 70, 1.0f);
         total += starve([&] { return record.decode_rows(1, 0, 9, out.data()); });

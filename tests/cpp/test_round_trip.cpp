@@ -128,6 +128,55 @@ TEST_SUITE("round trip") {
         CHECK(slice == test::build({matrices[1], matrices[2], matrices[3]}));
     }
 
+    TEST_CASE("records joined hold the matrices of all; of int ones it is the record built of them at once") {
+        for (uint64_t seed = 0; seed < 60; ++seed) {
+            CAPTURE(seed);
+            Random random(3000 + seed);
+            const uint64_t rows = 1 + random.below(70), cols = 1 + random.below(200), parts = 1 + random.below(4);
+            const bool ints = random.below(2) == 0;
+            std::vector<Matrix> all;
+            std::vector<Buffer> bytes;
+            for (uint64_t part = 0; part < parts; ++part) {
+                std::vector<Matrix> some;
+                for (uint64_t e = 0, count = 1 + random.below(4); e < count; ++e)
+                    some.push_back(ints ? test::int_matrix(random, rows, cols, random.below(2) == 0 ? 4 : 2, 32, true,
+                                                           ScaleType::kFloat16)
+                                        : test::random_matrix(random, rows, cols));
+                bytes.push_back(test::build(some));
+                all.insert(all.end(), some.begin(), some.end());
+            }
+            std::vector<Record> records(parts);
+            for (uint64_t part = 0; part < parts; ++part)
+                REQUIRE(Record::open(bytes[part], records[part]).code == Code::kOk);
+            Buffer joined;
+            REQUIRE(join_records(records, joined).code == Code::kOk);
+            for (const Record& part : records) {
+                const auto matrices = part.bytes().subspan(part.entries().front().offset);
+                joined.insert(joined.end(), matrices.begin(), matrices.end());
+            }
+            Record record;
+            REQUIRE(Record::open(joined, record).code == Code::kOk);
+            REQUIRE(record.verify().code == Code::kOk);
+            check_values(record, all);
+            if (ints) CHECK(joined == test::build(all));
+        }
+    }
+
+    TEST_CASE("records of other shapes do not join, nor none at all") {
+        Random random(16);
+        const Buffer a = test::build({test::int_matrix(random, 6, 70, 4, 32, true, ScaleType::kFloat16)});
+        const Buffer b = test::build({test::int_matrix(random, 7, 70, 4, 32, true, ScaleType::kFloat16)});
+        const Buffer c = test::build({test::int_matrix(random, 6, 71, 4, 32, true, ScaleType::kFloat16)});
+        std::vector<Record> records(3);
+        REQUIRE(Record::open(a, records[0]).code == Code::kOk);
+        REQUIRE(Record::open(b, records[1]).code == Code::kOk);
+        REQUIRE(Record::open(c, records[2]).code == Code::kOk);
+        Buffer out;
+        CHECK(join_records(std::vector{records[0], records[1]}, out).code == Code::kShape);
+        CHECK(join_records(std::vector{records[0], records[2]}, out).code == Code::kShape);
+        CHECK(join_records({}, out).code == Code::kShape);
+    }
+
     TEST_CASE("rows decode alone as they do together") {
         for (const Buffer& bytes : {test::small_int_record(), test::small_ternary_record()}) {
             Record record;

@@ -61,6 +61,17 @@ void use(const Record& record) {
     std::vector<float> again(values.size());
     expect(sliced.decode_rows(0, 0, rows, again.data()).ok(), "a slice does not decode");
     expect(values == again, "a slice decodes to other values");
+    // Joined with itself, whatever its tables are.
+    const std::vector<Record> twice = {record, record};
+    Buffer joined;
+    expect(join_records(twice, joined).ok(), "an opened record does not join");
+    for (const Record& part : twice) {
+        const auto matrices = part.bytes().subspan(part.entries().front().offset);
+        joined.insert(joined.end(), matrices.begin(), matrices.end());
+    }
+    Record both;
+    expect(Record::open(joined, both).ok(), "a joined record does not open");
+    expect(!strict || both.verify().ok(), "a joined record of strict ones is not strict");
     if (record.rows() * record.cols() <= (1u << 18)) multiply(record);
 }
 

@@ -247,3 +247,12 @@ def test_refusals() -> None:
     assert call(precision=given["precision"].cpu()) == "E_NO_KERNEL"
     assert call(grid=object()) == "E_NO_KERNEL"
     assert call(columns=slice(0, 129)) == "E_SHAPE"
+
+
+def test_what_is_reserved_on_the_host_holds_what_comes() -> None:
+    feedback_cuda.reserve_host([1 << 20, 1 << 16], "cuda")
+    feedback_cuda.reserve_host([], "cuda")
+    for count in (1 << 20, 1 << 16):
+        there = torch.randint(-128, 128, (count,), dtype=torch.int8, device="cuda")
+        here = feedback_cuda.to_host(there)
+        assert here.is_pinned() and torch.equal(here, there.cpu())

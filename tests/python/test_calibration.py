@@ -164,8 +164,8 @@ def test_statistics_are_those_of_the_whole_model(family, sources, tokens, seen, 
     """With weights left as they are, the streamed layers see what the whole model's layers see."""
     model, directory = sources(family)
 
-    def keep(pipeline_stage, target, chunk, weights, statistics):
-        original(pipeline_stage, target, chunk, weights, statistics)
+    def keep(pipeline_stage, target, chunk, own, weights, statistics):
+        original(pipeline_stage, target, chunk, own, weights, statistics)
         return weights
 
     from qmoe_core.calibration.experts import ExpertsStage

@@ -63,8 +63,11 @@ def test_reading_one_expert_at_a_time_or_one_slice(saved):
                 largest = max(largest, tensor.numel())
                 return tensor
 
-            list(target.matrices(read))
+            alone = list(target.matrices(read))
             assert largest <= target.shape[1] * target.shape[2]
+            for together in (2, 100):
+                some = list(target.matrices(source.read, 1, together=together))
+                assert len(some) == target.shape[0] - 1 and all(map(torch.equal, some, alone[1:]))
 
 
 ROLE_PARTS = {

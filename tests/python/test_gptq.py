@@ -11,7 +11,7 @@ import torch
 from qmoe_core.errors import QmoeError
 from qmoe_core.formats import IntFormat, IntMatrix, PackedTensor, TernaryFormat
 from qmoe_core.quantize import MethodSpec, StackStatistics, feedback, quantize, quantize_stack
-from qmoe_core.quantize.base import dequantized
+from qmoe_core.quantize.base import dequantize, dequantized
 from qmoe_core.quantize.feedback import descend, factorize, output_error, retarget, round_with_feedback
 from qmoe_core.quantize.gptq import lean_on_pooled
 from qmoe_core.quantize.grids import IntGrid, TernaryGrid
@@ -354,3 +354,24 @@ def test_dequantized_on_a_device_has_the_bits_of_numpy(format, shape):
         for device in devices:
             there = dequantized(matrix, device)
             assert there.device.type == device and there.cpu().numpy().tobytes() == matrix.dequantize().tobytes()
+
+
+@pytest.mark.parametrize("format", [*FORMATS, IntFormat(3, 0, False), IntFormat(2, 16, half_step=True)],
+                         ids=lambda f: f.name)  # fmt: skip
+@pytest.mark.parametrize("shape", [(3, 4, 256), (2, 5, 70)])
+def test_stacks_are_dequantized_at_once_or_one_by_one(format, shape):
+    weight, statistics = problem(shape)
+    matrices = [matrix for matrix, _ in quantize_stack(weight, statistics, MethodSpec("gptq", format))]
+    apart = [dataclasses.replace(matrix, **{"codes" if hasattr(matrix, "codes") else "trits": codes_of(matrix).copy()})
+             for matrix in matrices]  # fmt: skip
+    wanted = np.stack([matrix.dequantize() for matrix in matrices])
+    for some, order in [(matrices, wanted), (apart, wanted), (matrices[::-1], wanted[::-1])]:
+        for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+            out = torch.full(shape, torch.nan, device=device)
+            dequantize(some, out)
+            assert out.cpu().numpy().tobytes() == np.ascontiguousarray(order).tobytes()
+    dequantize([], torch.empty(0, 3, 4))
+
+
+def codes_of(matrix):
+    return matrix.codes if hasattr(matrix, "codes") else matrix.trits

@@ -62,4 +62,9 @@ class Record {
 // Matrices of one format with equal parameters share one spec.
 Status build_record(std::span<const MatrixInput> inputs, std::vector<uint8_t>& out, int threads = 1);
 
+// What stands before the matrices of several records, all (N, K), where these are to lie one behind the other as one
+// record: its header and tables, up to the first matrix. Equal specs become one. So where specs are parameters only
+// (`int`), it is the record that was built of all matrices at once.
+Status join_records(std::span<const Record> records, std::vector<uint8_t>& head);
+
 }  // namespace qmoe

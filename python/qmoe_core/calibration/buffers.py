@@ -2,7 +2,8 @@
 a kill.
 
 Files are written with `pwrite` and never through a memory map: on a full disk a map kills the process with SIGBUS, a
-write returns an error. Their blocks are reserved when they are made, so that a disk too small is found at the start.
+write returns an error. Their blocks are reserved when they are made, so that a disk too small is found at the start;
+where they are not needed at once, behind the computation of the first layer.
 """
 
 from __future__ import annotations
@@ -45,11 +46,19 @@ class _File:
             self.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 os.ftruncate(self.fd, nbytes)
-                if nbytes:
-                    os.posix_fallocate(self.fd, 0, nbytes)
             except BaseException:
                 os.close(self.fd)
                 raise
+
+    def reserve(self) -> None:
+        """What it raises leaves the file closed."""
+        try:
+            with io_errors(self.path):
+                if self.nbytes:
+                    os.posix_fallocate(self.fd, 0, self.nbytes)
+        except BaseException:
+            self.close()
+            raise
 
     def read(self, offset: int, out: np.ndarray) -> None:
         """Fills a contiguous uint8 array."""
@@ -116,6 +125,7 @@ class RowBuffer:
             with io_errors(spill):
                 spill.unlink(missing_ok=True)  # a new file reads as zeros
             self._file = _File(spill, self.nbytes)
+            self._file.reserve()
 
     def write(self, first: int, values: torch.Tensor) -> None:
         """Rows from `first` on: values (n, width), any float type, any device."""
@@ -184,7 +194,8 @@ class States:
     def __init__(
         self, directory: Path, name: str, windows: int, shape: tuple[int, ...], budget: Budget, device: str = "cpu"
     ) -> None:
-        """Reserves both files. Raises `E_NO_SPACE`, `E_IO`."""
+        """Reserves both files, behind the computation if the states fit in memory: then `begin` raises. Raises
+        `E_NO_SPACE`, `E_IO`."""
         self.windows, self.shape = windows, shape
         self._window_bytes = 4 * int(np.prod(shape))
         nbytes = windows * self._window_bytes
@@ -195,6 +206,10 @@ class States:
         self.in_memory = self._memory is not None
         self._current, self._kept = 0, not self.in_memory
         self._crc = 0
+        for file in self._files:
+            self._behind.do(file.reserve)
+        if not self.in_memory:
+            self._behind.wait()
 
     def begin(self, layer: int, keep: bool) -> None:
         """Layer `layer` - 1 writes what layer `layer` will read (0: the embeddings); `keep`: into a file, too."""

@@ -82,10 +82,12 @@ class Group:
 
     Attributes:
         rank: number of this process. size: how many there are. Process 0 leads: it alone writes the output.
+        threads: how many this one should use for what the processor does behind the computation; 0 for all.
     """
 
     rank = 0
     size = 1
+    threads = 0
 
     @property
     def leads(self) -> bool:
@@ -106,6 +108,9 @@ class Group:
 
     def use(self, device: str) -> None:
         """Prepares exchanges between devices: "cuda" is one for each process, numbered by LOCAL_RANK."""
+
+    def end_devices(self) -> None:
+        """Says that there will be no exchange between devices until `use` is called again."""
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Adds up the tensor over all processes, in place; returns it."""
@@ -164,11 +169,14 @@ class Processes(Group):
         import torch.distributed as dist
 
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        self.threads = max(1, len(os.sched_getaffinity(0)) // here)
         self._dist, self._store = dist, store
         self._cpu: Any = dist.new_group(backend="gloo", timeout=ENDLESS)
         self._cuda: Any = None
         self._connecting: threading.Thread | None = None  # NCCL
         self._unconnected: RuntimeError | None = None  # why it could not
+        self._ending: threading.Thread | None = None  # NCCL's connections
         self._fate = Fate()
         self._aside: Processes | None = None
         self._signs: dict[int, tuple[bytes, float]] = {}
@@ -204,6 +212,8 @@ class Processes(Group):
                     actual=f"{count} devices",
                 )
         torch.cuda.set_device(self.local_rank)
+        if self._ending is not None:
+            self._ending.join()
         if self._cuda is None:
             self._cuda = self._dist.new_group(backend="nccl", timeout=ENDLESS)
             # NCCL connects at the first exchange and waits for the others there: better now, when all are known to be,
@@ -218,6 +228,19 @@ class Processes(Group):
             torch.cuda.synchronize()
         except RuntimeError as error:
             self._unconnected = error
+
+    def end_devices(self) -> None:
+        """NCCL takes a while for that: a thread waits."""
+        if self._cuda is not None:
+            group, self._cuda = self._cuda, None
+
+            def end() -> None:
+                torch.cuda.set_device(self.local_rank)
+                with contextlib.suppress(RuntimeError):  # another process has failed, which it will tell itself
+                    self._dist.destroy_process_group(group)
+
+            self._ending = threading.Thread(target=end, daemon=True)
+            self._ending.start()
 
     # Exchanges.
 
@@ -380,6 +403,8 @@ class Processes(Group):
     def close(self, whole: bool) -> None:
         """Ends the exchanges; with `whole` also the process group below them. Never waits for a process that failed."""
         if self._fate.error is None:
+            if self._ending is not None:
+                self._ending.join()
             for group in (self._cuda, self._cpu, None if self._aside is None else self._aside._cpu):
                 if group is not None:
                     self._dist.destroy_process_group(group)

@@ -9,15 +9,17 @@ matter which implementation of experts transformers would have chosen, nothing p
 Gating and biases are the module's own, as in `runtime.experts`.
 
 Several processes hold different tokens. Each adds up its own and quantizes its own experts, a chunk of them at a time
-(`distributed.rounds`): it reads their weights, gets the sums of all processes for these, and gives weights and result
-to all, since every process needs all weights for its tokens. Chunks, and with them what is pooled, are those of a
-single process. What is quantized goes to the leading process behind the computation.
+(`distributed.rounds`): it reads their weights, gets the sums of all processes for these, and gives the result to all,
+since every process needs all quantized weights for its tokens; the original ones only where something is compared with
+them. Chunks, and with them what is pooled, are those of a single process. What is quantized goes to the leading process
+behind the computation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,15 +29,17 @@ from .. import _C
 from ..behind import Behind
 from ..families import Reader, Target
 from ..quantize.base import StackStatistics
+from ..quantize.feedback_cuda import reserve_host
 from .distributed import Group, Round, rounds
 from .sums import ROWS, add_products, add_squares, complete
 from .tap import ExpertsTap
 from .treatment import Made, StackResult
-from .weights_ahead import WeightsAhead
+from .weights_ahead import Piece, WeightsAhead
 
 SAMPLE = 1024  # tokens of an expert that tell how much its rows matter
 # Bytes of what goes into down that are kept from its statistics for its outputs, on the host and on a GPU.
 KEPT, KEPT_ON_GPU = 128 << 20, 2 << 30
+TOGETHER = 8  # experts whose weights are converted at once on a GPU, where memory for them is no matter
 
 
 # Takes a target, some of its matrices (E', N, K) float32, their statistics with `row_importance`, and by what to
@@ -58,6 +62,7 @@ class ExpertsStage:
         down: Target,
         results: dict[str, StackResult],
         read: Reader,
+        weights: WeightsAhead,
         *,
         device: str,
         chunk_bytes: int,
@@ -65,6 +70,7 @@ class ExpertsStage:
         tell: Callable[[int, int], None],
         group: Group,
         behind: Behind,
+        drift: bool = False,
         measure: Measure | None = None,
         observe: Observe | None = None,
     ) -> None:
@@ -72,10 +78,11 @@ class ExpertsStage:
         Args:
             module: the experts module, on meta but for biases and children, which are on `device`.
             first, down: its stacks. results: by target name, for those that are to be quantized.
-            read: reads source tensors.
+            read: reads source tensors. weights: reads ahead what `pieces` names, in that order.
             tell: called with experts done and in total.
             group: the processes that share the tokens.
             behind: the thread that uses `group.aside()`.
+            drift: `run` will be given the original's inputs.
             measure: gets the matrices and their statistics, and nothing is quantized.
             observe: gets the outputs of all experts for the tokens of this process.
         """
@@ -91,15 +98,19 @@ class ExpertsStage:
         if not (first.sliceable and down.sliceable):
             self.chunk = experts  # reading some of them means reading all of them
         self.rounds = rounds(experts, self.chunk, group.size)
-        self.weights = WeightsAhead(self._read, [(t, work) for work in self.rounds for t in (first, down)], device)
+        kept = not {first.name, down.name} <= results.keys()
+        # Whether every process needs the original weights of all experts, or each only those that it quantizes.
+        self.whole = drift or kept or measure is not None or (self._calibrated(first) and self._weighs_rows(first))
+        self.weights = weights
+        self.pieces = [Piece(partial(self._read, target, work)) for work in self.rounds for target in (first, down)]
+        self._coming = iter(self.pieces)
 
-    def __enter__(self) -> ExpertsStage:
-        """From here on weights may be read."""
-        self.weights.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.weights.close()
+    def reserve(self) -> None:
+        """Page-locked host memory for what the GPU will make of a chunk, before there is anything."""
+        most = max(len(work.shares[self.group.rank]) for work in self.rounds)
+        targets = [target for target in (self.first, self.down) if self._calibrated(target) and self.measure is None]
+        sizes = [most * self.results[target.name].treatment.locked_bytes(target) for target in targets]
+        reserve_host([size for size in sizes if size], self.device)
 
     def run(self, tap: ExpertsTap, original: ExpertsTap | None, energy: float) -> None:
         """Fills `tap.outputs`, and those of `original`, the same module in the uncompressed model, if given. `energy`:
@@ -111,8 +122,8 @@ class ExpertsStage:
         if original is not None:
             original.make_outputs()
         experts = self.first.shape[0]
-        self.counts = torch.stack(self.group.gather_all(tap.counts(experts)))
-        self.rows = sum(self.group.gather_all(tap.counted))
+        seen = self.group.gather_all((tap.counts(experts), tap.counted))
+        self.counts, self.rows = torch.stack([counts for counts, _ in seen]), sum(rows for _, rows in seen)
         pooled = self._pooled(tap) if self._calibrated(self.first) else None
         if self.measure is not None:
             self.gates = self._gates(tap)
@@ -129,34 +140,45 @@ class ExpertsStage:
     def _weighs_rows(self, target: Target) -> bool:
         return self.measure is not None or self.results[target.name].treatment.weighs_rows
 
-    def _weights(self, target: Target, work: Round) -> torch.Tensor:
-        """Original weights (experts, N, K) float32 on the device. Every process reads those of its own experts, and the
-        others get them from it, unless none can be read without all others."""
-        weights = self.weights.next(target, work)
-        for owner, part in enumerate(work.shares if target.sliceable else []):
-            if len(part):
-                self.group.copy_from(weights[work.places(part)], owner)
-        return weights
+    def _weights(self, target: Target, work: Round) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Original weights (experts, N, K) float32 on the device: of the experts of this process, and of all of the
+        round where every process needs those."""
+        (read,), mine = self.weights.next(next(self._coming)), work.places(work.shares[self.group.rank])
+        if not target.sliceable:
+            return read[mine], read
+        if self.group.size == 1 or not self.whole:
+            return read, read if self.group.size == 1 else None
+        weights = torch.empty(len(work.experts), *target.shape[1:], device=self.device)
+        weights[mine] = read
+        self._share_out(weights, work)
+        return weights[mine], weights
 
-    def _read(self, target: Target, work: Round) -> torch.Tensor:
-        """The same, but only those filled in that this process reads."""
+    def _share_out(self, stack: torch.Tensor, work: Round) -> None:
+        """Gives every process all experts' entries of a stack, of which each has its own."""
+        for owner, part in enumerate(work.shares):
+            if len(part):
+                self.group.copy_from(stack[work.places(part)], owner)
+
+    def _read(self, target: Target, work: Round) -> list[torch.Tensor]:
+        """The weights of this process's experts, or of all where none can be read without the others."""
         result, shared = self.results.get(target.name), target.sliceable
         checked = result is not None and (shared or self.group.leads)
         read = result.reader.read if checked and result is not None else self.read
-        weights = torch.empty(len(work.experts), *target.shape[1:], device=self.device)
         mine = work.shares[self.group.rank] if shared else work.experts
+        weights = torch.empty(len(mine), *target.shape[1:], device=self.device)
 
         def there(name: str, index: int | None) -> torch.Tensor:
             return read(name, index).to(self.device)  # as stored, which is half of the bytes or less
 
-        matrices = target.matrices(there, mine.start, mine.stop)
-        for place, matrix in zip(weights[work.places(mine)], matrices, strict=True):
+        matrices = target.matrices(there, mine.start, mine.stop, TOGETHER if weights.is_cuda else 1)
+        for place, matrix in zip(weights, matrices, strict=True):
             place.copy_(matrix)
-        return weights
+        return [weights]
 
     def _round(self, work: Round, tap: ExpertsTap, original: ExpertsTap | None, pooled: torch.Tensor | None) -> None:
         experts, start = work.experts, work.experts.start
-        up, down = self._weights(self.first, work), self._weights(self.down, work)
+        own_up, up = self._weights(self.first, work)
+        own_down, down = self._weights(self.down, work) if self.whole else (None, None)
         share = self._share(work)
         statistics = None
         if self._calibrated(self.first):
@@ -164,8 +186,9 @@ class ExpertsStage:
                 work, self.first.shape[2], tap, original, lambda e, x: x, lambda e, x: x, pooled, self.rows
             )
             if self._weighs_rows(self.first):
+                assert up is not None and down is not None
                 statistics = replace(statistics, row_importance=share * self._importance(work, tap, up, down))
-        up_used = self._quantize(self.first, work, up, statistics)
+        up_used = self._quantize(self.first, work, own_up, up, statistics)
         del statistics
         statistics = None
         kept: dict[int, torch.Tensor] = {}
@@ -184,15 +207,18 @@ class ExpertsStage:
                 tap,
                 original,
                 hidden,
-                lambda e, x: self._hidden(e, x, up[e - start]),
+                lambda e, x: self._hidden(e, x, up[e - start]),  # type: ignore[index]
                 None,
                 0,
             )
-            statistics = replace(statistics, row_importance=share.expand(-1, down.shape[1]))
-        down_used = self._quantize(self.down, work, down, statistics)
+            statistics = replace(statistics, row_importance=share.expand(-1, self.down.shape[1]))
+        if own_down is None:  # later than it must be: what is read ahead has had more time
+            own_down, down = self._weights(self.down, work)
+        down_used = self._quantize(self.down, work, own_down, down, statistics)
         del statistics
         self._outputs(experts, tap, up_used, down_used, kept)
         if original is not None:
+            assert up is not None and down is not None
             self._outputs(experts, original, up, down, {})
 
     # What an expert computes.
@@ -370,17 +396,19 @@ class ExpertsStage:
         return importance[work.places(work.shares[self.group.rank])]
 
     def _quantize(
-        self, target: Target, work: Round, weights: torch.Tensor, statistics: StackStatistics | None
+        self,
+        target: Target,
+        work: Round,
+        own: torch.Tensor,
+        weights: torch.Tensor | None,
+        statistics: StackStatistics | None,
     ) -> torch.Tensor:
-        """Quantizes the matrices of a target, each process its own, and returns the weights to go on with, all
-        of them, which are the given ones where the target is kept."""
-        result = self.results.get(target.name)
-        if result is None:
-            return weights
-        mine = work.shares[self.group.rank]
-        own = weights[work.places(mine)]
-        if self.measure is not None:
-            if statistics is not None and len(mine):
+        """Quantizes the matrices of a target, each process its `own`, and returns the weights to go on with, all of
+        them, which are the original `weights` where the target is kept."""
+        result, mine = self.results.get(target.name), work.shares[self.group.rank]
+        if result is None or self.measure is not None:
+            assert weights is not None
+            if result is not None and self.measure is not None and statistics is not None and len(mine):
                 self.measure(target, own, statistics, self.gates[mine.start : mine.stop])
             return weights
         treatment = result.treatment
@@ -392,12 +420,9 @@ class ExpertsStage:
         else:
             pairs = treatment.of_stack(own, statistics, target.name) if len(mine) else []
             result.tokens += self._tokens(work.experts).tolist()
-        used = torch.empty_like(weights)
-        for place, (made, _) in zip(used[work.places(mine)], pairs, strict=True):
-            place.copy_(treatment.restored(made, self.device))
-        for owner, part in enumerate(work.shares):
-            if len(part):
-                self.group.copy_from(used[work.places(part)], owner)
-        aside = self.group.aside()
-        self.behind.do(lambda: result.take(aside.gather(pairs)))
+        used = torch.empty(len(work.experts), *target.shape[1:], device=self.device)
+        treatment.restore(pairs, used[work.places(mine)])
+        self._share_out(used, work)
+        aside, threads = self.group.aside(), self.group.threads
+        self.behind.do(lambda: result.take(aside.gather(result.part(pairs, threads))))
         return used

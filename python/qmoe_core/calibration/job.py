@@ -17,6 +17,7 @@ the activations of their windows only, which must be durable as well before the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from ..behind import Behind
+from ..behind import Behind, quick_switches
 from ..errors import QmoeError
 from ..families import ModelLayout, Target
-from ..formats import PackedTensor
+from ..formats import RecordPieces
 from ..journal import Journal
 from ..plan import PackedItem, Plan
 from ..progress import ProgressEvent
@@ -40,6 +41,8 @@ from .layer import LayerResult
 from .pipeline import Decisions, Pipeline, check_device
 from .spec import CalibrationSpec, CalibrationTokens, load_tokens
 from .treatment import PackedStack, Rounding
+
+DELETING = 8  # files at a time: some file systems take as long to give up a large one as to write it
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ class CalibratedRecords:
         self.decisions = _decisions(items)
         self._numbers = {item.plan.name: number for number, item in enumerate(items)}
         self._entries: dict[str, dict[str, Any]] = {}  # by packed name, as a shard's step has them
+        self._fresh: dict[str, RecordPieces] = {}  # those of the layer that was just made
         self._deleting = Behind(ahead=16)  # gigabytes take a file system a while
 
     def _file(self, name: str) -> Path:
@@ -173,6 +177,10 @@ class CalibratedRecords:
     def copy(self, target: Target, writer: ShardWriter) -> dict[str, Any]:
         """Writes the record into a shard. Returns its entry for the journal. Raises `E_CORRUPT`."""
         entry, crc = self._entries[target.packed_name], 0
+        if target.packed_name in self._fresh:
+            for piece in self._fresh[target.packed_name].pieces:
+                writer.write(piece.data)
+            return entry
         file = self._file(target.packed_name)
         for chunk in read_chunks(file):
             crc = crc32c(chunk, crc)
@@ -216,6 +224,7 @@ class CalibratedRecords:
         def keep(result: LayerResult, layers: int, states: list[dict[str, int]], _: list[None]) -> None:
             self._keep(result, layers, states)
             advance()
+            self._fresh.clear()
 
         start = self.calibration.group.from_leader(Start(len(steps), steps[-1]["states"] if steps else []))
         run_layers(
@@ -228,6 +237,7 @@ class CalibratedRecords:
             start,
             lambda: self._start_anew(discard),
             keep,
+            last=True,
         )
         self._deleting.do(partial(remove_activations, self.journal.path))
 
@@ -237,12 +247,14 @@ class CalibratedRecords:
         for stack in result.stacks:
             assert isinstance(stack, PackedStack) and isinstance(stack.treatment, Rounding)
             packed = stack.pack()
-            write_atomic(self._file(stack.target.packed_name), iter([packed.data.data]))
+            self._fresh[stack.target.packed_name] = packed
+            write_atomic(self._file(stack.target.packed_name), iter([piece.data for piece in packed.pieces]))
             records[stack.target.packed_name] = packed_entry(
                 self.checkpoint,
                 stack.target,
                 stack.treatment.spec,
-                packed,
+                packed.nbytes,
+                packed.crc32c,
                 stack.reports,
                 stack.reader.crcs,
                 stack.tokens,
@@ -285,15 +297,16 @@ def resumable(journal: Journal, kind: str) -> list[dict[str, Any]]:
 def remove_activations(directory: Path) -> None:
     """Deletes the activations of a finished run over the layers."""
     with io_errors(directory):
-        for pattern in ("activations-*", "experts-*"):
-            for file in directory.glob(pattern):
-                file.unlink()
+        _delete([file for pattern in ("activations-*", "experts-*") for file in directory.glob(pattern)])
 
 
 def _delete(files: list[Path]) -> None:
-    for file in files:
+    def delete(file: Path) -> None:
         with io_errors(file):
             file.unlink(missing_ok=True)
+
+    with ThreadPoolExecutor(DELETING) as threads:
+        list(threads.map(delete, files))
 
 
 @dataclass(frozen=True)
@@ -329,6 +342,7 @@ def follow(
         start,
         lambda: None,
         lambda *_: None,
+        last=True,
     )
 
 
@@ -345,25 +359,30 @@ def run_layers(
     measure: Measure | None = None,
     observe: Observe | None = None,
     found: Callable[[LayerResult], Any] = lambda _: None,
+    last: bool = False,
 ) -> None:
     """Runs the layers from `start`, or all of them (after `start_anew`) where the activations of any process are not
     sound. `keep` takes each layer's results on the leading process, once all processes have made theirs durable, in a
     thread behind the computation (`Pipeline.keeping`): the layer, how many there are, the CRC32Cs of all processes'
-    activations, and what `found` says on each of them. `measure`, `observe`: see `Pipeline`."""
+    activations, and what `found` says on each of them. `measure`, `observe`: see `Pipeline`. `last`: no other run will
+    follow."""
     group, spec = calibration.group, calibration.spec
-    with Pipeline(
-        checkpoint,
-        layout,
-        decisions,
-        calibration.tokens.ids,
-        spec,
-        calibration.device,
-        directory,
-        tell,
-        group,
-        measure,
-        observe,
-    ) as pipeline:
+    with (
+        quick_switches(),
+        Pipeline(
+            checkpoint,
+            layout,
+            decisions,
+            calibration.tokens.ids,
+            spec,
+            calibration.device,
+            directory,
+            tell,
+            group,
+            measure,
+            observe,
+        ) as pipeline,
+    ):
         first = start.layer
         states = start.states[group.rank] if start.states else {}
         if not all(group.gather_all(pipeline.begin(first, states))):
@@ -372,29 +391,35 @@ def run_layers(
             pipeline.begin(0, {})
         for result in pipeline.layers(first):
             kept = pipeline.writes(result.index) and pipeline.kept == result.index + 1
-            pipeline.behind.do(partial(_finish, pipeline, result, kept, found(result), keep))
+            finished = pipeline.behind.do(partial(_finish, pipeline, result, kept, found(result), keep))
+            if kept:
+                pipeline.keep = finished
+        if last:
+            group.end_devices()
         pipeline.settle()
     group.barrier()  # nobody uses files any more
 
 
-def _finish(pipeline: Pipeline, result: LayerResult, kept: bool, part: Any, keep: Keep) -> None:
-    """Makes a layer durable: on all processes the next one's inputs, if `kept`, and on the leading one the rest."""
+def _finish(pipeline: Pipeline, result: LayerResult, kept: bool, part: Any, keep: Keep) -> Future[None] | None:
+    """Makes a layer durable: on all processes the next one's inputs, if `kept`, and on the leading one the rest, in
+    `Pipeline.keeping`."""
     states = pipeline.commit() if kept else {}
     gathered = pipeline.aside.gather((states, part, [stack.reader.pieces for stack in result.stacks]))
     if gathered is None:
-        return
+        return None
     for _, _, read in gathered[1:]:
         for stack, pieces in zip(result.stacks, read, strict=True):
             stack.reader.add(pieces)
     states_of, parts = [states for states, _, _ in gathered], [part for _, part, _ in gathered]
-    pipeline.keeping.do(partial(keep, result, pipeline.count, states_of, parts))
+    return pipeline.keeping.do(partial(keep, result, pipeline.count, states_of, parts))
 
 
 def packed_entry(
     checkpoint: SourceCheckpoint,
     target: Target,
     spec: MethodSpec,
-    packed: PackedTensor,
+    nbytes: int,
+    crc: int,
     reports: list[TensorReport],
     sources: dict[str, int],
     tokens: list[int] | None = None,
@@ -412,7 +437,7 @@ def packed_entry(
         "method": spec.method,
         "formats": dict(total.formats),
         "sources": sources,
-        **_rounded(total, packed.nbytes),
+        **_rounded(total, nbytes),
     }
     if total.relative_output_error is not None:
         entry["relative_output_error"] = float(f"{total.relative_output_error:.7g}")
@@ -429,8 +454,8 @@ def packed_entry(
             ],
         }
     return {
-        "nbytes": packed.nbytes,
-        "crc32c": crc32c(packed.data),
+        "nbytes": nbytes,
+        "crc32c": crc,
         "source_bytes": sum(checkpoint.tensors[name].nbytes for name in target.source_names),
         "packed": entry,
     }

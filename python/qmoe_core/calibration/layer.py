@@ -21,6 +21,7 @@ from .linears import LinearStatistics
 from .skeleton import replaced_forwards
 from .tap import ExpertsTap
 from .treatment import Made, StackResult
+from .weights_ahead import Piece
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -57,6 +58,11 @@ class Layer:
             if target.name in pipeline.decisions:
                 reader = CheckedReader(pipeline.checkpoint)
                 self.results[target.name] = pipeline.decisions[target.name][1].result(target, reader)
+        self.left_out = [f"{module}.{parameter}" for module in self.fused for parameter in FUSED_PARAMETERS]
+        # What else the layer has, if that is read before it is needed.
+        self.rest = pipeline.skeleton.weights.sources(self.path, self.left_out) if pipeline.weights.ahead else []
+        self.rest_piece = Piece(self._read_rest)
+        self.experts = {module: self._experts_stage(module) for module in sorted(self.fused)}
         self.taps: dict[str, list[ExpertsTap]] = {}  # by module: of the compressed layer, and of the original one
         self.quantized: list[tuple[StackResult, Made]] = []  # linear layers, not yet taken
         self.energy = 0.0  # of the layer's output, per token, without the routed experts
@@ -70,11 +76,49 @@ class Layer:
         here = int(pipeline.bytes[self.index] * part)
         pipeline.tell(self.done + here, sum(pipeline.bytes), detail)
 
+    def _experts_stage(self, module: str) -> ExpertsStage:
+        by_parameter = {target.parameter: target for target in self.targets if target.module == module}
+        first = by_parameter.get("gate_up_proj") or by_parameter["up_proj"]
+        experts_bytes = sum(
+            self.p.checkpoint.tensors[name].nbytes
+            for target in (first, by_parameter["down_proj"])
+            for name in target.source_names
+        )
+        share = experts_bytes / max(1, self.p.bytes[self.index])
+        return ExpertsStage(
+            self.module.get_submodule(self._relative(module)),
+            first,
+            by_parameter["down_proj"],
+            self.results,
+            self.p.checkpoint.read,
+            self.p.weights,
+            device=self.p.device,
+            chunk_bytes=self.p.spec.chunk_on(self.p.device),
+            gate_weighted=self.p.spec.gate_weighted,
+            group=self.p.group,
+            behind=self.p.behind,
+            drift=self.p.spec.drift,
+            measure=self.p.measure,
+            observe=self.p.observe,
+            tell=lambda done, total: self._tell(share * done / total, f"{module} ({done} of {total} experts)"),
+        )
+
+    def reserve(self) -> None:
+        for stage in self.experts.values():
+            stage.reserve()
+
+    def pieces(self) -> list[Piece]:
+        """The weights that will be asked for, in that order."""
+        experts = [piece for stage in self.experts.values() for piece in stage.pieces]
+        return [self.rest_piece, *experts] if self.rest else experts
+
+    def _read_rest(self) -> list[torch.Tensor]:
+        return [self.p.checkpoint.read(name).to(self.p.device) for name in self.rest]
+
     @torch.no_grad()
     def run(self) -> LayerResult:
         pipeline = self.p
-        fused = [f"{module}.{parameter}" for module in self.fused for parameter in FUSED_PARAMETERS]
-        replaced = pipeline.skeleton.weights.fill(self.path, fused, pipeline.device, pipeline.dtype)
+        replaced = self._fill()
         try:
             if pipeline.spec.drift:
                 self.original = copy.deepcopy(self.module)
@@ -103,6 +147,16 @@ class Layer:
         return LayerResult(self.index, ordered, self.routed)
 
     # Running the layer.
+
+    def _fill(self) -> dict[str, nn.Parameter]:
+        """Puts into the module all that it has but the experts' weights. Returns what `release` takes."""
+        p = self.p
+        there = dict(zip(self.rest, p.weights.next(self.rest_piece), strict=True)) if self.rest else {}
+
+        def read(name: str, index: int | None) -> torch.Tensor:
+            return there[name] if name in there else p.checkpoint.read(name, index)
+
+        return p.skeleton.weights.fill(self.path, self.left_out, p.device, p.dtype, read)
 
     def _make_taps(self) -> None:
         rows = self.p.ids.numel()
@@ -232,7 +286,9 @@ class Layer:
             else:
                 name = target.source_names[0]
                 pairs = treatment.of_stack(weight[None].to(self.p.device), statistics.of(target), name)
-            used.copy_(treatment.restored(pairs[0][0], used.device))
+            whole = torch.empty(1, *used.shape, device=used.device)
+            treatment.restore(pairs, whole)
+            used.copy_(whole[0])
         group.copy_from(used, owner)
         self.quantized.append((result, pairs))
 
@@ -242,7 +298,7 @@ class Layer:
 
         def take() -> None:
             for result, pairs in quantized:
-                result.take(aside.gather(pairs))
+                result.take(aside.gather(result.part(pairs, aside.threads)))
 
         if quantized:
             self.p.behind.do(take)
@@ -272,31 +328,9 @@ class Layer:
         taps = self.taps[module]
         for tap in taps:
             tap.mode = "record"
-        by_parameter = {target.parameter: target for target in self.targets if target.module == module}
-        first = by_parameter.get("gate_up_proj") or by_parameter["up_proj"]
-        experts_bytes = sum(
-            self.p.checkpoint.tensors[name].nbytes
-            for target in (first, by_parameter["down_proj"])
-            for name in target.source_names
-        )
-        share = experts_bytes / max(1, self.p.bytes[self.index])
-        with ExpertsStage(
-            self.module.get_submodule(self._relative(module)),
-            first,
-            by_parameter["down_proj"],
-            self.results,
-            self.p.checkpoint.read,
-            device=self.p.device,
-            chunk_bytes=self.p.spec.chunk_on(self.p.device),
-            gate_weighted=self.p.spec.gate_weighted,
-            group=self.p.group,
-            behind=self.p.behind,
-            measure=self.p.measure,
-            observe=self.p.observe,
-            tell=lambda done, total: self._tell(share * done / total, f"{module} ({done} of {total} experts)"),
-        ) as stage:
-            self.energy = self._pass()
-            stage.run(taps[0], taps[1] if len(taps) > 1 else None, self.energy)
+        stage = self.experts.pop(module)  # with all that it has of its layer in memory
+        self.energy = self._pass()
+        stage.run(taps[0], taps[1] if len(taps) > 1 else None, self.energy)
 
     def _write(self) -> None:
         """Makes the next layer's inputs."""
@@ -305,9 +339,9 @@ class Layer:
         committing = self.p.kept == self.index
         keep = self.p.keeps(self.index + 1)
         if keep or committing:
-            self.p.settle()
+            self.p.wait_for_kept(durable=keep)
         if keep:
-            self.p.group.barrier()  # what is overwritten here nobody needs once the layers before are in the journal
+            self.p.group.barrier()  # what is overwritten here nobody needs once the inputs kept last are in the journal
         for states in self.p.streams.values():
             states.begin(self.index + 1, keep)
         self._set_taps("replay")

@@ -13,7 +13,7 @@ What is to be durable of a layer becomes so behind the computation of the next o
 processes have made of it, then `keeping` packs and writes that, while the next layer's is collected. Quantized matrices
 wait in `behind`, too, those of two chunks of experts at most. Activations are made durable every now and then only:
 those of a fast layer are gigabytes that would take longer to write than to make again. No layer overwrites durable ones
-before all that came before it is durable.
+before later ones are durable, and all that came before those.
 
 Several processes (`distributed.py`) have a contiguous part of the windows each, with the activations of these, and
 nothing else is divided up but reading the experts' weights and the quantization. All sums are sums over the processes,
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from .probes import Probes
 from .skeleton import Arguments, Skeleton, cast_arguments, same_arguments
 from .spec import CalibrationSpec
 from .treatment import Treatment
+from .weights_ahead import WeightsAhead
 
 KEEP_SECONDS = 10.0  # a kill loses at most so much of finished work, and the layer that it comes in
 AHEAD = 4  # things that wait in `Pipeline.behind`: two for every chunk of experts
@@ -71,7 +73,9 @@ class Pipeline:
         count: how many layers are run: those up to the last one with a calibrated method. What is to be compressed
             behind them (with data-free methods) is left to the caller.
         behind: does things in a thread. aside: `group`, for use by that thread. keeping: what that thread passes on.
-        kept: the layer whose inputs are the last that are to become durable, or that all began with.
+        kept: the layer whose inputs are the last that are to become durable, or that all began with. keep: makes them
+            so, in `behind`; on the leading process its result is what is then done in `keeping`. None: they are.
+        weights: reads experts' weights ahead.
     """
 
     def __init__(
@@ -139,6 +143,8 @@ class Pipeline:
         self.budget = Budget(spec.buffer_bytes)
         self.streams: dict[str, States] = {}
         self.kept, self._kept_at = 0, time.monotonic()
+        self.keep: Future[Future[None] | None] | None = None
+        self.weights, self._coming = WeightsAhead(device), dict[int, Layer]()
         self.behind, self.keeping, self.aside = Behind(ahead=AHEAD), Behind(ahead=1), group.aside()
 
     def _layer_bytes(self, layout: ModelLayout) -> list[int]:
@@ -158,6 +164,7 @@ class Pipeline:
     def close(self) -> None:
         for behind in (self.behind, self.keeping):
             behind.close(drop=self.group.size > 1)  # a finished layer is worth keeping, but others may have failed
+        self.weights.close()
         for states in self.streams.values():
             states.close()
 
@@ -165,6 +172,13 @@ class Pipeline:
         """Waits until all that is under way behind the computation is done."""
         self.behind.wait()
         self.keeping.wait()  # only `behind` adds to it
+
+    def wait_for_kept(self, durable: bool) -> None:
+        """Waits until the inputs of `kept` are in the files; `durable`: and on the leading process until the journal
+        says so."""
+        noted = None if self.keep is None else self.behind.result(self.keep)
+        if durable and noted is not None:
+            self.keeping.result(noted)
 
     # Activations.
 
@@ -184,7 +198,13 @@ class Pipeline:
         whose CRC32C by stream are `crcs`. False if that is not sound."""
         names = ["compressed", "original"] if self.spec.drift else ["compressed"]
         suffix, self.arguments = self.group.suffix, {}
-        self.kept, self._kept_at = layer, time.monotonic()
+        self.kept, self.keep, self._kept_at = layer, None, time.monotonic()
+        self.weights.clear()
+        self._coming.clear()
+        if layer < self.count:
+            coming = self._layer(layer)  # its weights are read meanwhile
+            if self.device.startswith("cuda"):
+                self.behind.do(coming.reserve)
         for states in self.streams.values():
             states.begin(layer, False)
         with self.skeleton.surroundings():
@@ -215,13 +235,22 @@ class Pipeline:
     def layers(self, start: int) -> Iterator[LayerResult]:
         """Runs the layers from `start`, whose inputs `begin` has made available. Before the next one is asked for,
         `commit` must be under way in `behind`, where the layer `keeps` what it has written."""
-        done = sum(self.bytes[:start])
         for index in range(start, self.count):
-            result = Layer(self, index, done).run()
+            layer = self._layer(index)
+            if index + 1 < self.count:
+                self._layer(index + 1)
+            result = layer.run()
+            del self._coming[index], layer
             if self.probes is not None and index + 1 == self.count:
                 result = replace(result, gains=self._gains(self.probes))
             yield result
-            done += self.bytes[index]
+
+    def _layer(self, index: int) -> Layer:
+        """A layer that comes next or behind that; reading its weights is planned."""
+        if index not in self._coming and index < self.count:
+            self._coming[index] = Layer(self, index, sum(self.bytes[:index]))
+            self.weights.plan(self._coming[index].pieces())
+        return self._coming[index]
 
     def writes(self, index: int) -> bool:
         """Whether a layer makes inputs of the next one; behind the last layer nobody needs them, but measuring takes

@@ -52,7 +52,7 @@ class Skeleton:
                 config.output_router_logits = False
         self.path = self._find_layers(layout)
         self.layers: list[nn.Module] = list(self.model.get_submodule(self.path))  # type: ignore[call-overload]
-        self.weights = WeightReader(self.model, checkpoint)
+        self.weights = WeightReader(self.model, checkpoint, layout)
         compute_buffers(self.model, device)
 
     def _find_layers(self, layout: ModelLayout) -> str:
@@ -139,17 +139,24 @@ class Skeleton:
         raise self._refuse("does not pass each layer's output to the next")
 
     def _trace(self, ids: torch.Tensor, as_tuple: bool) -> tuple[torch.Tensor, list[Arguments]]:
-        calls: list[tuple[int, torch.Tensor, Arguments]] = []
+        calls: list[tuple[int, Arguments]] = []
+        given: list[tuple[torch.Tensor, int, torch.Tensor]] = []  # the first layer's input, its version, and a copy
+        changed: list[int] = []
 
         def recorder(index: int) -> Any:
             def forward(*arguments: Any, **named: Any) -> Any:
                 named = dict(named)
                 hidden = arguments[0] if arguments else named.pop("hidden_states")
-                if not isinstance(hidden, torch.Tensor) or (calls and hidden.shape != calls[0][1].shape):
+                if not isinstance(hidden, torch.Tensor) or (given and hidden.shape != given[0][0].shape):
                     raise _WrongReturn
                 if len(arguments) > 1:
                     raise self._refuse("passes its layers further arguments by position")
-                calls.append((index, hidden.clone(), named))
+                if not given:
+                    given.append((hidden, hidden._version, hidden.clone()))
+                first, version, copy = given[0]
+                if (hidden is not first or hidden._version != version) and not torch.equal(hidden, copy):
+                    changed.append(index)
+                calls.append((index, named))
                 return (hidden,) if as_tuple else hidden
 
             return forward
@@ -157,12 +164,11 @@ class Skeleton:
         decoder = self.model.get_submodule(self.path.rpartition(".")[0])
         with replaced_forwards({layer: recorder(index) for index, layer in enumerate(self.layers)}), torch.no_grad():
             decoder(input_ids=ids.to(self.device), use_cache=False)
-        if [index for index, _, _ in calls] != list(range(len(self.layers))):
+        if [index for index, _ in calls] != list(range(len(self.layers))):
             raise self._refuse("does not call its layers once each, in order")
-        first = calls[0][1]
-        if not all(torch.equal(hidden, first) for _, hidden, _ in calls):
+        if changed:
             raise self._refuse("changes activations between its layers")
-        return first.float(), [named for _, _, named in calls]
+        return given[0][2].float(), [named for _, named in calls]
 
     def _refuse(self, what: str) -> QmoeError:
         return QmoeError(

@@ -33,7 +33,7 @@ class CalibrationSpec:
             On CUDA each kind of them lies on the device instead where it takes at most an eighth of the free memory
             there. None of this changes the result.
         chunk_bytes: memory for the Hessians and float32 weights of the experts that are quantized together; None for
-            512 MiB on a CPU and 4 GiB on CUDA. Each of several processes holds the weights of as many such chunks as
+            512 MiB on a CPU and 5 GiB on CUDA. Each of several processes holds the weights of as many such chunks as
             there are processes.
         gate_weighted: scale every token's row by its routing weight g, so that an expert's Hessian is the sum of
             g^2 x x^T: the error that remains in the layer's output instead of that in the expert's own. Pooled sums
@@ -72,7 +72,7 @@ class CalibrationSpec:
         """`chunk_bytes`, or what None means on this device."""
         if self.chunk_bytes is not None:
             return self.chunk_bytes
-        return 4 << 30 if device.startswith("cuda") else 512 << 20
+        return 5 << 30 if device.startswith("cuda") else 512 << 20
 
 
 @dataclass(frozen=True)

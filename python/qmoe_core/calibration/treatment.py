@@ -13,9 +13,9 @@ import torch
 
 from .. import quantize as methods
 from ..families import Target
-from ..formats import IntMatrix, PackedTensor
+from ..formats import IntMatrix, RecordPart, RecordPieces, TernaryMatrix
 from ..quantize import Matrix, MethodSpec, StackStatistics, TensorReport
-from ..quantize.base import dequantized
+from ..quantize.base import dequantize
 from ..source import CheckedReader
 
 Made = list[tuple[Any, TensorReport]]  # by matrix: what a treatment has made of it, which can be pickled, and a report
@@ -36,7 +36,12 @@ class StackResult(ABC):
     reports: list[TensorReport] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
-    def take(self, parts: list[Made] | None) -> None:
+    def part(self, made: Made, threads: int) -> Any:
+        """What this process sends of the matrices that it has made, in the form that `take` takes: it is made behind
+        the computation, by as many threads."""
+        return made
+
+    def take(self, parts: list[Any] | None) -> None:
         """Adds matrices, by the process that made them; None on those that do not lead."""
         for made, report in chain.from_iterable(parts or []):
             self.add(made)
@@ -64,39 +69,61 @@ class Treatment(Protocol):
     def of_stack(self, weights: torch.Tensor, statistics: StackStatistics, tensor: str) -> Made:
         """Treats float32 weights (E, N, K) on the device of the statistics."""
 
-    def restored(self, made: Any, device: torch.device | str) -> torch.Tensor:
-        """The matrix to go on with, (N, K) float32."""
+    def restore(self, made: Made, into: torch.Tensor) -> None:
+        """The matrices to go on with, into (E, N, K) float32."""
+
+    def locked_bytes(self, target: Target) -> int:
+        """Of page-locked host memory that `of_stack` takes on a GPU, for each matrix of the target, about."""
 
     def result(self, target: Target, reader: CheckedReader) -> StackResult:
         """An empty result for a stack."""
 
 
+Packed = tuple[list[RecordPart], list[TensorReport]]  # of some matrices, and a report for each
+
+
 @dataclass
 class PackedStack(StackResult):
-    """Quantized matrices of a stack."""
+    """Quantized matrices of a stack.
 
-    matrices: list[Matrix] = field(default_factory=list)
+    Matrices in `int` are packed by the process that made them, chunk by chunk, which leaves half of the bytes to send
+    or to keep, and joined in the end. A ternary record has one code for all of its matrices, which must be there first.
+    """
 
-    _codes: np.ndarray | None = None  # of all matrices: one allocation, where many would leave memory full of holes
+    matrices: list[TernaryMatrix] = field(default_factory=list)
+    parts: list[RecordPart] = field(default_factory=list)
 
-    def add(self, made: Matrix) -> None:
-        if self.target.kind == "experts":
-            if self._codes is None:
-                self._codes = np.empty(self.target.shape, dtype=np.uint8)
-            mine = self._codes[len(self.matrices)]
-            if isinstance(made, IntMatrix):
-                mine[:] = made.codes
-                made.codes = mine
+    _trits: np.ndarray | None = None  # of all matrices: one allocation, where many would leave memory full of holes
+
+    def part(self, made: Made, threads: int) -> Made | Packed:
+        if not all(isinstance(matrix, IntMatrix) for matrix, _ in made):
+            return made
+        packed = [RecordPart.pack([matrix for matrix, _ in made], threads)] if made else []
+        return packed, [report for _, report in made]
+
+    def take(self, parts: list[Made | Packed] | None) -> None:
+        for part in parts or []:
+            if isinstance(part, tuple):
+                self.parts += part[0]
+                self.reports += part[1]
             else:
-                mine[:] = made.trits.view(np.uint8)
-                made.trits = mine.view(np.int8)
+                super().take([part])
+
+    def add(self, made: TernaryMatrix) -> None:
+        if self.target.kind == "experts":
+            if self._trits is None:
+                self._trits = np.empty(self.target.shape, dtype=np.int8)
+            mine = self._trits[len(self.matrices)]
+            mine[:] = made.trits
+            made.trits = mine
         self.matrices.append(made)
 
-    def pack(self) -> PackedTensor:
+    def pack(self) -> RecordPieces:
         """The record of all matrices, which are then gone."""
-        packed = PackedTensor.pack(self.matrices)
+        packed = RecordPieces.join(self.parts or [RecordPart.pack(self.matrices)])
         self.matrices.clear()
-        self._codes = None
+        self.parts.clear()
+        self._trits = None
         return packed
 
 
@@ -120,8 +147,11 @@ class Rounding:
     def of_stack(self, weights: torch.Tensor, statistics: StackStatistics, tensor: str) -> Made:
         return list(methods.quantize_stack(weights, statistics, self.spec, tensor=tensor))
 
-    def restored(self, made: Matrix, device: torch.device | str) -> torch.Tensor:
-        return dequantized(made, device)
+    def restore(self, made: Made, into: torch.Tensor) -> None:
+        dequantize([matrix for matrix, _ in made], into)
+
+    def locked_bytes(self, target: Target) -> int:
+        return target.shape[1] * target.shape[2]  # codes
 
     def result(self, target: Target, reader: CheckedReader) -> PackedStack:
         return PackedStack(target, self, reader)

@@ -11,20 +11,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import QmoeError
-from ..families import NameMapping, Reader
+from ..families import ModelLayout, NameMapping, Reader
 from ..source import SourceCheckpoint
 
 
 class WeightReader:
     """Knows which checkpoint tensors make which parameters and buffers of `model`, by transformers' own conversions."""
 
-    def __init__(self, model: PreTrainedModel, checkpoint: SourceCheckpoint) -> None:
+    def __init__(self, model: PreTrainedModel, checkpoint: SourceCheckpoint, layout: ModelLayout) -> None:
+        """`layout`: of the model; it knows most of the names already."""
         self.model, self.checkpoint = model, checkpoint
         self._mapping = NameMapping(model)
         # Run-time name (of a conversion with several results: the first) -> conversion pattern -> checkpoint names.
         self._groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for name in checkpoint.ordered_names():
-            target, pattern = self._mapping.lookup(name)
+            target: str | None = layout.runtime_names.get(name)
+            pattern = layout.patterns.get(name)
+            if target is None:
+                target, pattern = self._mapping.lookup(name)
             if target is not None:
                 self._groups[target][pattern or ""].append(name)
         self._aliases: dict[int, list[str]] = defaultdict(list)  # tied parameters
@@ -67,6 +71,18 @@ class WeightReader:
                 if before is not None:
                     replaced[name] = before
         return replaced
+
+    def sources(self, path: str, skip: Iterable[str]) -> list[str]:
+        """The checkpoint tensors that `fill` reads for parameters and buffers of module `path` itself, and not because
+        they are tied to others."""
+        prefix, skipped = f"{path}.", set(skip)
+        return [
+            name
+            for target, patterns in self._groups.items()
+            if any(result.startswith(prefix) and result not in skipped for result in self._results(target, patterns))
+            for names in patterns.values()
+            for name in names
+        ]
 
     def _tied(self, name: str) -> set[str]:
         try:

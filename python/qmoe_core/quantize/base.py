@@ -12,7 +12,7 @@ matrix       `IntMatrix` or `TernaryMatrix`
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -179,24 +179,69 @@ def measure(weight: np.ndarray, matrix: Matrix) -> TensorReport:
 
 def dequantized(matrix: Matrix, device: torch.device | str) -> torch.Tensor:
     """`matrix.dequantize()`, the same bits, computed on a device: (N, K) float32. Codes and scales travel there."""
+    out = torch.empty(1, *matrix.shape, device=device)
+    _values([matrix], [array[None] if array is not None else None for array in _arrays(matrix)], out)
+    return out[0]
 
-    def there(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
 
+def dequantize(matrices: Sequence[Matrix], into: torch.Tensor) -> None:
+    """Fills `into` (E, N, K) float32, contiguous and on any device, with the values of its matrices: `dequantized` of
+    each, but all at once where they are alike and their arrays are the entries of stacks."""
+    arrays = list(zip(*map(_arrays, matrices), strict=True)) if len({m.format for m in matrices}) == 1 else []
+    stacks = [_stack(entries) for entries in arrays]
+    if stacks and all(stack is not None or of[0] is None for stack, of in zip(stacks, arrays, strict=True)):
+        _values(matrices, stacks, into)
+        return
+    for place, matrix in zip(into, matrices, strict=True):
+        place.copy_(dequantized(matrix, into.device))
+
+
+def _arrays(matrix: Matrix) -> tuple[np.ndarray | None, ...]:
     if isinstance(matrix, TernaryMatrix):
-        signs, levels = there(matrix.trits), there(matrix.levels)
-        high = levels[:, -1:]
-        low = -high if levels.shape[1] == 1 else levels[:, :1]
-        return torch.where(signs > 0, high, torch.where(signs < 0, low, torch.zeros_like(high)))
-    format, columns = matrix.format, matrix.shape[1]
-    scales = there(matrix.scales)
-    stored = torch.full_like(scales, 2.0 ** (format.bits - 1)) if matrix.zeros is None else there(matrix.zeros).float()
+        return matrix.trits, matrix.levels
+    return matrix.codes, matrix.scales, matrix.zeros
+
+
+def _stack(entries: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """The array that these are the entries of, all and in order, or None."""
+    first = entries[0]
+    whole = None if first is None else first.base
+    if first is None or not isinstance(whole, np.ndarray) or whole.dtype != first.dtype:
+        return None
+    if whole.shape != (len(entries), *first.shape) or not whole.flags.c_contiguous:
+        return None
+    step = whole.strides[0]
+    for place, entry in enumerate(entries):
+        if entry is None or entry.base is not whole or entry.ctypes.data != whole.ctypes.data + place * step:
+            return None
+    return whole
+
+
+def _values(matrices: Sequence[Matrix], stacks: Sequence[np.ndarray | None], out: torch.Tensor) -> None:
+    """Values of matrices of one format, whose arrays (`_arrays`) are those stacks, into (E, N, K)."""
+
+    def there(array: np.ndarray | None) -> torch.Tensor:
+        assert array is not None
+        return torch.from_numpy(array).to(out.device)
+
+    format = matrices[0].format
+    if isinstance(format, TernaryFormat):
+        signs, levels = there(stacks[0]), there(stacks[1])
+        high = levels[..., -1:]
+        low = -high if levels.shape[2] == 1 else levels[..., :1]
+        torch.where(signs > 0, high, torch.where(signs < 0, low, torch.zeros_like(high)), out=out)
+        return
+    columns = out.shape[2]
+    codes, scales = there(stacks[0]), there(stacks[1])
+    stored = there(stacks[2]).float() if format.zero_point else torch.full_like(scales, 2.0 ** (format.bits - 1))
+    zero = stored + format.zero_offset
     width = min(format.group or columns, columns)
     if columns % width == 0:
-        grouped = there(matrix.codes).unflatten(1, (-1, width))
-        return (grouped - (stored + format.zero_offset).unsqueeze(2)).mul_(scales.unsqueeze(2)).flatten(1)
-    scale, zero = (of.repeat_interleave(width, dim=1)[:, :columns] for of in (scales, stored + format.zero_offset))
-    return (there(matrix.codes) - zero).mul_(scale)
+        grouped = out.view(*out.shape[:2], -1, width)
+        torch.sub(codes.view_as(grouped), zero.unsqueeze(3), out=grouped).mul_(scales.unsqueeze(3))
+        return
+    scale, zero = (of.repeat_interleave(width, dim=2)[..., :columns] for of in (scales, zero))
+    torch.sub(codes, zero, out=out).mul_(scale)
 
 
 def need_int(spec: MethodSpec) -> IntFormat:

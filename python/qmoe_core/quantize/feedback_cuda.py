@@ -6,6 +6,7 @@ No kernel call waits for the device, and each can be captured in a CUDA graph.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,6 +89,14 @@ def ternary_sums(grid: TernaryGrid, weight: torch.Tensor, precision: torch.Tenso
 def _on_gpu(tensor: torch.Tensor) -> None:
     if not tensor.is_cuda:
         raise QmoeError("E_NO_KERNEL", "cuda: not on a CUDA device", actual=str(tensor.device))
+
+
+def reserve_host(sizes: Iterable[int], device: torch.device | str) -> None:
+    """Page-locked memory for `to_host`, of so many bytes each: to lock it takes a GPU longer than to fill it. It stays
+    with torch's allocator."""
+    with torch.cuda.device(device):
+        kept = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
+        kept.clear()
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -147,8 +147,12 @@ class Pruning:
             for e in range(len(weights))
         ]  # fmt: skip
 
-    def restored(self, made: PrunedMatrix, device: torch.device | str) -> torch.Tensor:
-        return torch.from_numpy(made.data).view(self.dtype).to(device).float()
+    def restore(self, made: Made, into: torch.Tensor) -> None:
+        for place, (matrix, _) in zip(into, made, strict=True):
+            place.copy_(torch.from_numpy(matrix.data).view(self.dtype).to(into.device))
+
+    def locked_bytes(self, target: Target) -> int:
+        return 0
 
     def result(self, target: Target, reader: CheckedReader) -> PrunedStack:
         """Raises `E_LAYOUT`, `E_SHAPE` where it is not known how the weight goes back into the checkpoint."""
