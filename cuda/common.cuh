@@ -43,6 +43,17 @@ __device__ inline float to_float(T x) {
         return x;
 }
 
+// Bytes of a (0 to 3) and b (4 to 7), chosen by the four lowest hexadecimal digits of `digits`, none of which is above 7.
+__device__ inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t digits) {
+#ifdef __CUDA_ARCH__
+    uint32_t out;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(digits));
+    return out;
+#else
+    return __byte_perm(a, b, digits);
+#endif
+}
+
 inline Status runtime_status(cudaError_t error) noexcept {
     return error == cudaSuccess ? Status{} : Status::error(Code::kNoKernel, cudaGetErrorString(error));
 }

@@ -234,9 +234,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 found = row | {"fits": True, "batch": batch, **about, **measure(model, batch, arguments.tokens, device)}
                 if bandwidth is not None:
                     found["gib"] = torch.cuda.memory_allocated() / 2**30
-                    found["share"] = (
-                        about["bytes_per_token"] / bandwidth / found["step_seconds"] if batch == 1 else None
-                    )
+                    found["reading_seconds"] = about["bytes_per_token"] / bandwidth
                     found["copy_bytes_per_second"] = bandwidth
                 rows.append(found)
                 print(found, flush=True)

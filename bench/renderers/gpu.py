@@ -71,12 +71,16 @@ def two_gpus(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def header(tokens: list[int]) -> str:
+    return " | ".join(f"{n} token{'s' * (n > 1)}" for n in tokens)
+
+
 def int_linear(result: dict[str, Any]) -> list[str]:
     """Products of int matrices and few tokens on a GPU (bench/gpu/int_linear.py)."""
     tokens = sorted({row["tokens"] for row in result["rows"]})
     cells = {(*row["shape"], row["format"], row["tokens"]): row for row in result["rows"]}
     lines = [
-        "| N x K | format | " + " | ".join(f"{n} token{'s' * (n > 1)}" for n in tokens) + " | of a copy's bytes/s |",
+        f"| N x K | format | {header(tokens)} | of a copy's bytes/s |",
         "|---|---|" + "---:|" * (len(tokens) + 1),
     ]
     for rows, cols, kind in dict.fromkeys(key[:3] for key in cells):
@@ -97,7 +101,7 @@ def int_experts(result: dict[str, Any]) -> list[str]:
     tokens = sorted({row["tokens"] for row in result["rows"]})
     cells = {(row["model"], row["format"], row["tokens"]): row for row in result["rows"]}
     lines = [
-        "| layer of | format | " + " | ".join(f"{n} token{'s' * (n > 1)}" for n in tokens) + " |",
+        f"| layer of | format | {header(tokens)} |",
         "|---|---|" + "---:|" * len(tokens),
     ]
     for model, kind in dict.fromkeys(key[:2] for key in cells):
@@ -114,7 +118,65 @@ def int_experts(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def ternary(result: dict[str, Any]) -> list[str]:
+    """Linear layers and layers of experts of ternary matrices on a GPU (bench/gpu/ternary.py)."""
+    tokens = sorted({row["tokens"] for row in result["rows"]})
+    cells = {(*row["shape"], row["zeros"], row["tokens"]): row for row in result["rows"]}
+    lines = [
+        f"| N x K | zeros | bits per weight | {header(tokens)} | `int2` |",
+        "|---|---:|---:|" + "---:|" * (len(tokens) + 1),
+    ]
+    for rows, cols, zeros in dict.fromkeys(key[:3] for key in cells):
+        of = [cells[rows, cols, zeros, n] for n in tokens]
+        shown = " | ".join(f"{row['median_us']:.1f} ({row['speedup']:.2f}x)" for row in of)
+        int2 = f"{of[0]['int2_us']:.1f}" if of[0]["int2_us"] else ""
+        lines.append(f"| {rows} x {cols} | {zeros:.1%} | {of[0]['bits']:.3f} | {shown} | {int2} |")
+    counts = sorted({row["tokens"] for row in result["layers"]})
+    by_layer = {(row["model"], row["zeros"], row["tokens"]): row for row in result["layers"]}
+    lines += [
+        "",
+        f"| layer of | zeros | bits per weight | {header(counts)} |",
+        "|---|---:|---:|" + "---:|" * len(counts),
+    ]
+    for model, zeros in dict.fromkeys(key[:2] for key in by_layer):
+        of = [by_layer[model, zeros, n] for n in counts]
+        shown = " | ".join(f"{row['median_us']:.0f} ({row['speedup']:.2f}x)" for row in of)
+        lines.append(f"| {model} | {zeros:.1%} | {of[0]['bits']:.3f} | {shown} |")
+    lines += [
+        "",
+        "Microseconds in a CUDA graph, and how many times as fast as bfloat16: cuBLAS, and grouped products with their "
+        f"gate, routing and sums left out. The last column is one token's. {origin(result)}",
+    ]
+    return lines
+
+
+def generation(result: dict[str, Any]) -> list[str]:
+    """Models of real configurations, token by token on one GPU (bench/gpu/generation.py)."""
+    lines = [
+        "| model | parameters | experts | sequences | tokens/s | GiB in use | of the time, reading weights |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        if not row["fits"]:
+            lines.append(f"| {row['model']} | | {row['experts']} | does not fit | | | |")
+            continue
+        reading = row["bytes_per_token"] / row["copy_bytes_per_second"] / row["step_seconds"]
+        share = f"{reading:.0%}" if row["batch"] == 1 else ""
+        lines.append(
+            f"| {row['model']} | {row['parameters'] / 1e9:.0f} G | {row['experts']} | {row['batch']} "
+            f"| {row['tokens_per_second']:.1f} | {row['gib']:.1f} | {share} |"
+        )
+    lines += [
+        "",
+        "A step of decoding in a CUDA graph, the rest of the model in bfloat16; random weights, 88.5 % zeros. The last "
+        f"column: what a token reads, at a copy's bytes per second. {origin(result)}",
+    ]
+    return lines
+
+
 RENDERERS = {
+    "ternary-gpu": ternary,
+    "generation-gpu": generation,
     "gptq-gpu": gptq_gpu,
     "two-gpus": two_gpus,
     "int-linear-gpu": int_linear,

@@ -61,10 +61,15 @@ struct TernaryTile {
     static constexpr uint32_t kZero = 0x10, kHigh = 0x32, kLow = 0x76;
 };
 
-// Stages of activations: those of a chunk that is multiplied, of the one before, and of some that are on their way.
+// Chunks that are multiplied at once: a step takes hundreds of cycles, however short it is.
 template <int kN>
-inline constexpr uint32_t kTernaryStages = kN == 16    ? 8
-                                           : kN <= 64  ? 6
+inline constexpr uint32_t kTernaryChunksAtOnce = kN <= 64    ? 4
+                                                 : kN == 128 ? 2
+                                                             : 1;
+// Stages of activations: those of chunks that are multiplied, and of some that are on their way.
+template <int kN>
+inline constexpr uint32_t kTernaryStages = kN <= 32    ? 12
+                                           : kN == 64  ? 8
                                            : kN == 128 ? 5
                                                        : 3;
 template <int kN>
@@ -269,8 +274,15 @@ __device__ __forceinline__ void decode(const TernaryTiles& p, const TernaryUnit&
                reinterpret_cast<const uint32_t*>(unit.matrix + p.bases_at)[group] + at % p.group_rows;
         if (k < k_end) next = start - unit.begin + chunk * TernaryTile::kChunk;
     }
+    // Quads come from the second-level cache while others are walked, and there long before: no more than four warps wait
+    // for memory here.
+    constexpr uint32_t kAhead = 8;
     const auto quad = [&](uint32_t i) { return i < k_end ? from[i * p.group_rows] : uint4{}; };
+    const auto soon = [&](uint32_t i) {
+        if (i < k_end) bring_near(from + i * p.group_rows);
+    };
     uint4 now = quad(k), ahead = quad(k + 1), further = quad(k + 2);
+    for (uint32_t i = 3; i < kAhead; ++i) soon(k + i);
     uint32_t done = next;  // what lies before this position is there
     uint32_t filled = chunk;
     while (true) {
@@ -296,6 +308,7 @@ __device__ __forceinline__ void decode(const TernaryTiles& p, const TernaryUnit&
             if (!kGuarded || behind <= room) {
                 next = done = ++k < k_end ? behind : last;
                 now = ahead, ahead = further, further = quad(k + 2);
+                soon(k + kAhead - 1);
             } else {
                 done = room;  // the rest of the quad's symbols come when there is room for them
             }
@@ -348,7 +361,7 @@ struct TernaryLevels {
         }
         return out;
     }
-    __device__ __forceinline__ uint32_t pair(uint32_t bytes) const { return __byte_perm(zero_high, low_low, bytes); }
+    __device__ __forceinline__ uint32_t pair(uint32_t bytes) const { return permuted(zero_high, low_low, bytes); }
 };
 
 template <typename T, int kN>
@@ -390,15 +403,26 @@ class TernaryMultiplier {
             __syncwarp();
         };
         float sums[kN / 8][4] = {};
-        for (uint32_t i = 0; i < kStages - 2; ++i) bring(chunk_ + i);
+        for (uint32_t i = 0; i < kStages - kPerStep; ++i) bring(chunk_ + i);
+        uint32_t before = 0;  // chunks of the step before
 #pragma unroll 1
-        for (; chunk_ < last; ++chunk_) step(row, levels, sums, chunk_ > first, bring);
-        end_products(chunks > 0);
+        for (; chunk_ + kPerStep <= last; chunk_ += kPerStep) {
+            step<kPerStep>(row, levels, sums, before, bring);
+            before = kPerStep;
+        }
+        if constexpr (kPerStep > 1) {
+#pragma unroll 1
+            for (; chunk_ < last; ++chunk_) {
+                step<1>(row, levels, sums, before, bring);
+                before = 1;
+            }
+        }
+        end_products(before);
         leave(p, unit, schedule, is_first, levels, sums);
     }
 
   private:
-    static constexpr uint32_t kStages = kTernaryStages<kN>;
+    static constexpr uint32_t kStages = kTernaryStages<kN>, kPerStep = kTernaryChunksAtOnce<kN>;
     using CopyTo = SharedCopy<TernaryTile::kMultipliers>;
 
     static __device__ __forceinline__ uint4 zeros() {
@@ -414,62 +438,77 @@ class TernaryMultiplier {
         return TernaryLevels::of<T>(at < p.rows ? reinterpret_cast<const uint32_t*>(unit.matrix + p.levels_at)[at] : 0);
     }
 
-    // The products of the chunk before, if it is of this unit, are done, and its activations not needed any more.
-    __device__ __forceinline__ void end_products(bool there) const {
+    // The products of the `before` chunks before are done, and their activations not needed any more.
+    __device__ __forceinline__ void end_products(uint32_t before) const {
         wait_for_products<0>();
         __syncwarp();
-        if (lane_ == 0 && there) stage_empty_[(chunk_ - 1) % kStages].arrive();
+        if (lane_ < before) stage_empty_[(chunk_ - 1 - lane_) % kStages].arrive();
     }
 
-    // Begins the products of a chunk.
-    template <typename Bring>
+    // Begins the products of some chunks.
+    template <uint32_t kChunks, typename Bring>
     __device__ __forceinline__ void step(uint32_t row, const TernaryLevels (&levels)[2], float (&sums)[kN / 8][4],
-                                         bool not_first, const Bring& bring) const {
-        const uint32_t place = TernaryRing::place(chunk_);
-        ring_.full[place].wait(TernaryRing::parity(chunk_));
-        uint4 bytes[2];
+                                         uint32_t before, const Bring& bring) const {
+        uint4 bytes[kChunks][2];
 #pragma unroll
-        for (uint32_t i = 0; i < 2; ++i) {
-            const uint32_t r = row + 8 * i;  // as odd as row
-            const uint32_t at = (place * TernaryTile::kChunk + TernaryRing::shift(r)) % TernaryTile::kRing;
-            uint4* const there = reinterpret_cast<uint4*>(ring_.bytes + r * TernaryTile::kRing + at + lane_ % 4 * 16);
-            bytes[i] = *there;
-            *there = zeros();
-        }
-        __syncwarp();
-        if (lane_ == 0) ring_.empty[place].arrive();
-        end_products(not_first);
-        const uint32_t words[2][4] = {{bytes[0].x, bytes[0].y, bytes[0].z, bytes[0].w},
-                                      {bytes[1].x, bytes[1].y, bytes[1].z, bytes[1].w}};
-        uint32_t operand[4][4];
-#pragma unroll
-        for (uint32_t j = 0; j < 4; ++j)
+        for (uint32_t c = 0; c < kChunks; ++c) {
+            const uint32_t place = TernaryRing::place(chunk_ + c);
+            ring_.full[place].wait(TernaryRing::parity(chunk_ + c));
 #pragma unroll
             for (uint32_t i = 0; i < 2; ++i) {
-                operand[j][i] = levels[i].pair(words[i][j]);
-                operand[j][i + 2] = levels[i].pair(words[i][j] >> 16);
+                const uint32_t r = row + 8 * i;  // as odd as row
+                const uint32_t at = (place * TernaryTile::kChunk + TernaryRing::shift(r)) % TernaryTile::kRing;
+                uint4* const there =
+                    reinterpret_cast<uint4*>(ring_.bytes + r * TernaryTile::kRing + at + lane_ % 4 * 16);
+                bytes[c][i] = *there;
+                *there = zeros();
             }
-        const uint32_t here = chunk_ % kStages;
-        stage_full_[here].wait(chunk_ / kStages % 2);
+        }
+        __syncwarp();
+        if (lane_ < kChunks) ring_.empty[TernaryRing::place(chunk_ + lane_)].arrive();
+        end_products(before);
+        uint32_t operand[kChunks][4][4];
+#pragma unroll
+        for (uint32_t c = 0; c < kChunks; ++c)
+#pragma unroll
+            for (uint32_t i = 0; i < 2; ++i) {
+                const uint32_t words[4] = {bytes[c][i].x, bytes[c][i].y, bytes[c][i].z, bytes[c][i].w};
+#pragma unroll
+                for (uint32_t j = 0; j < 4; ++j) {
+                    operand[c][j][i] = levels[i].pair(words[j]);
+                    operand[c][j][i + 2] = levels[i].pair(words[j] >> 16);
+                }
+            }
+#pragma unroll
+        for (uint32_t c = 0; c < kChunks; ++c) {
+            const uint32_t there = chunk_ + c;
+            stage_full_[there % kStages].wait(there / kStages % 2);
+        }
         if constexpr (kHasWarpgroups) {
             begin_products();
-            const uint64_t x = swizzled_operand(stage(here));
 #pragma unroll
-            for (uint32_t j = 0; j < 4; ++j) multiply<T, kN>(sums, operand[j], x + 2 * j);
+            for (uint32_t c = 0; c < kChunks; ++c) {
+                const uint64_t x = swizzled_operand(stage((chunk_ + c) % kStages));
+#pragma unroll
+                for (uint32_t j = 0; j < 4; ++j) multiply<T, kN>(sums, operand[c][j], x + 2 * j);
+            }
             commit_products();
         } else {
 #pragma unroll
-            for (uint32_t n = 0; n < kN / 8; ++n)
+            for (uint32_t c = 0; c < kChunks; ++c)
 #pragma unroll
-                for (uint32_t j = 0; j < 4; ++j) {
-                    const auto at = [&](uint32_t half) {
-                        return *reinterpret_cast<const uint32_t*>(stage(here) + (8 * n + lane_ / 4) * 128 +
-                                                                  (2 * j + half ^ lane_ / 4) * 16 + lane_ % 4 * 4);
-                    };
-                    mma<T>(sums[n], operand[j], at(0), at(1));
-                }
+                for (uint32_t n = 0; n < kN / 8; ++n)
+#pragma unroll
+                    for (uint32_t j = 0; j < 4; ++j) {
+                        const auto at = [&](uint32_t half) {
+                            return *reinterpret_cast<const uint32_t*>(
+                                stage((chunk_ + c) % kStages) + (8 * n + lane_ / 4) * 128 +
+                                ((2 * j + half) ^ lane_ / 4) * 16 + lane_ % 4 * 4);
+                        };
+                        mma<T>(sums[n], operand[c][j], at(0), at(1));
+                    }
         }
-        bring(chunk_ + kStages - 2);
+        for (uint32_t c = 0; c < kChunks; ++c) bring(chunk_ + c + kStages - kPerStep);
     }
 
     // Brings sums to where they belong, sixteen tokens at a time, by way of shared memory.
@@ -527,7 +566,12 @@ class TernaryMultiplier {
             values[i] = (values[i] + (bias != nullptr ? to_float(bias[i]) : 0.0f)) * weight;
         if (schedule == nullptr && p.splits == 1) {
             T* const y = static_cast<T*>(call_.y) + uint64_t{to} * p.rows + row;
-            for (uint32_t i = 0; i < count; ++i) y[i] = from_float<T>(values[i]);
+            T rounded[4];
+            for (uint32_t i = 0; i < 4; ++i) rounded[i] = from_float<T>(values[i]);
+            if (p.rows % 4 == 0 && reinterpret_cast<uintptr_t>(call_.y) % 8 == 0)
+                *reinterpret_cast<uint2*>(y) = *reinterpret_cast<const uint2*>(rounded);
+            else
+                for (uint32_t i = 0; i < count; ++i) y[i] = rounded[i];
             return;
         }
         float* const y = p.sums + (uint64_t{unit.split} * call_.tokens + to) * p.rows + row;

@@ -84,28 +84,9 @@ Status with_tile(uint64_t tokens, const Device& device, const With& with) noexce
     return Status::error(Code::kNoKernel, "cuda: shared memory of a block is too small for many tokens");
 }
 
-uint64_t tile_of(uint64_t tokens, const Device& device) noexcept {
-    uint64_t tile = 0;
-    const Status ignored = with_tile(tokens, device, [&]<uint32_t kN>() {
-        tile = kN;
-        return Status{};
-    });
-    return ignored.ok() ? tile : 0;
-}
-
 // Tokens of a product, most often: some experts have more than others.
 uint64_t tokens_of_expert(const TernaryExperts& e) noexcept {
     return ceil_div(2 * e.tokens * e.top_k, e.first.experts);
-}
-
-// Where decoding once per tile is faster than reading again and again.
-bool takes_many(const TernaryLinear& linear, const Device& device) noexcept {
-    if (linear.kernel != Kernel::kAuto) return linear.kernel == Kernel::kManyTokens;
-    return linear.tokens > 8 && tile_of(linear.tokens, device) != 0;
-}
-bool takes_many(const TernaryExperts& e, const Device& device) noexcept {
-    if (e.kernel != Kernel::kAuto) return e.kernel == Kernel::kManyTokens;
-    return e.tokens * e.top_k > 4 * e.first.experts && tile_of(tokens_of_expert(e), device) != 0;
 }
 
 Status tiles_of(const TernaryStack& stack, TernaryTiles& p) noexcept {
@@ -253,7 +234,7 @@ Status linear_workspace_ternary(const TernaryLinear& linear, uint64_t* bytes) no
     Device device{};
     QMOE_TRY(Device::current(device));
     *bytes = 0;
-    if (linear.tokens == 0 || !takes_many(linear, device)) return {};
+    if (linear.tokens == 0 || linear.kernel != Kernel::kManyTokens) return {};
     ManyOfLinear plan;
     QMOE_TRY(plan.make(linear, device));
     *bytes = plan.bytes;
@@ -268,7 +249,7 @@ Status linear_ternary(const TernaryLinear& linear, cudaStream_t stream) noexcept
     QMOE_TRY(projection_of(linear.weight, p));
     Device device{};
     QMOE_TRY(Device::current(device));
-    if (takes_many(linear, device)) return linear_many(linear, device, stream);
+    if (linear.kernel == Kernel::kManyTokens) return linear_many(linear, device, stream);
     call.end = 1;
     p.bias = linear.bias;
     const uint64_t at_once = linear.type == OutputType::kFloat16 ? tokens_at_once<__half>(call, device)
@@ -289,7 +270,7 @@ Status workspace_ternary(const TernaryExperts& experts, uint64_t* bytes) noexcep
     QMOE_TRY(check_experts(experts));
     Device device{};
     QMOE_TRY(Device::current(device));
-    if (!takes_many(experts, device)) {
+    if (experts.kernel != Kernel::kManyTokens) {
         QMOE_TRY(check_choices(experts, kMostChoices));
         *bytes = Workspace(experts).bytes;
         return {};
@@ -306,7 +287,7 @@ Status experts_ternary(const TernaryExperts& e, cudaStream_t stream) noexcept {
     if (e.tokens == 0) return {};
     Device device{};
     QMOE_TRY(Device::current(device));
-    if (takes_many(e, device)) {
+    if (e.kernel == Kernel::kManyTokens) {
         QMOE_TRY(check_choices(e, kMostChoicesOfMany));
         return experts_many(e, device, stream);
     }

@@ -58,7 +58,7 @@ struct TernaryStack {
 // that can, kernels begin to read them before that one has ended.
 
 // Which kernel of several: for few tokens, that reads weights again for every few of them, or for many, that decodes them
-// once per tile into operands of tensor cores. Of int matrices there is the one for few only.
+// once per tile into operands of tensor cores. Of int matrices there is the one for few only, and kAuto is that one.
 enum class Kernel : uint8_t { kAuto, kFewTokens, kManyTokens };
 
 // y (tokens, rows) = x (tokens, cols) times the transpose of a stack's one matrix, plus bias (rows) where it is not null;

@@ -4,10 +4,10 @@ A device holds a record's run-time layout and not the record: int matrices as th
 as streams, others as stored. The record itself may stay in CPU memory (`PackedModule` sees to that), so that weights
 are on the device once.
 
-Ternary weights are multiplied as they are, int ones by few tokens. Int ones by many tokens, float32 activations, layers
-whose projections differ in kind, and matrices without a kernel of their own (int with groups of 16 columns or float32
-scales, records of several kinds) are decoded one at a time, and the product is left to torch; which experts those are
-has to be known on the host, so that such a call cannot be captured in a CUDA graph.
+Few tokens are multiplied by the packed weights. Many tokens, float32 activations, layers whose projections differ in
+kind, and matrices without a kernel of their own (int with groups of 16 columns or float32 scales, records of several
+kinds) decode one matrix at a time and leave the product to torch; which experts those are has to be known on the host,
+so that such a call cannot be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from ..errors import QmoeError
 from .gating import Gating
 from .layouts import DTYPES, cached
 
-# Up to here packed int weights are read again and again; beyond, decoding them once is faster.
+# Up to here packed weights are read again and again; beyond, decoding them once is faster.
 FEW_TOKENS, FEW_CHOICES = 64, 1024
-# Choices of one call of the kernels for ternary experts, which decode by themselves.
-MOST_CHOICES = 16384
+FEW_TERNARY_TOKENS = 32  # of a linear layer
 
 
 class Stack:
@@ -134,16 +133,14 @@ def linear(x: torch.Tensor, packed: torch.Tensor, out_features: int, compute: st
     stack = _stack_for(rows, packed, out_features)
     if stack.experts != 1:
         raise QmoeError("E_SHAPE", "a linear layer is a record of one matrix", expected=1, actual=stack.experts)
-    ternary = isinstance(stack.matrix, _C.CudaTernary)
-    packed_product = x.dtype != torch.float32 and (ternary or len(rows) <= FEW_TOKENS)
-    if stack.matrix is None or stack.weights is None or not packed_product:
+    most = FEW_TERNARY_TOKENS if isinstance(stack.matrix, _C.CudaTernary) else FEW_TOKENS
+    few = len(rows) <= min(most, FEW_TOKENS) and x.dtype != torch.float32
+    if stack.matrix is None or stack.weights is None or not few:
         return torch.nn.functional.linear(x, stack.dense(0, x.dtype))
     out = x.new_empty(len(rows), out_features)
     with torch.cuda.device(x.device):
-        nbytes = stack.matrix.linear_workspace(len(rows)) if isinstance(stack.matrix, _C.CudaTernary) else 0
-        workspace = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
         pointers = stack.weights.data_ptr(), rows.data_ptr(), 0, out.data_ptr()
-        stack.matrix.linear(*pointers, len(rows), DTYPES[x.dtype], _stream(), workspace.data_ptr(), nbytes)
+        stack.matrix.linear(*pointers, len(rows), DTYPES[x.dtype], _stream())
     return out.view(*x.shape[:-1], out_features)
 
 
@@ -152,7 +149,7 @@ def experts(
     first_bias: torch.Tensor | None, second_bias: torch.Tensor | None, order: str, activation: str, clamped: bool,
     alpha: float, limit: float, compute: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    """`ops.experts`: one launch where weights are ternary or tokens are few, else expert by expert.
+    """`ops.experts`: one launch where tokens are few, else expert by expert.
 
     Raises:
         QmoeError: E_VALUE for ids, weights or biases on another device than x, where their addresses mean nothing;
@@ -173,15 +170,10 @@ def experts(
                             actual=tuple(bias.shape))  # fmt: skip
     gating = Gating(order, activation, clamped, alpha, limit)
     biases = [None if bias is None else bias.to(x.dtype).contiguous() for bias in (first_bias, second_bias)]
-    few = len(x) <= FEW_TOKENS and ids.numel() <= FEW_CHOICES
-    kinds = {type(stack.matrix) for stack in stacks}
-    if x.dtype != torch.float32 and (kinds == {_C.CudaTernary} or (few and kinds == {_C.CudaInt})):
-        tokens = MOST_CHOICES // max(1, ids.shape[1])
-        parts = [
-            _experts_at_once(own.contiguous(), chosen.contiguous(), by.contiguous(), stacks, gating, biases)
-            for own, chosen, by in zip(x.split(tokens), ids.split(tokens), weights.split(tokens), strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    few = len(x) <= FEW_TOKENS and ids.numel() <= FEW_CHOICES and x.dtype != torch.float32
+    alike = stacks[0].matrix is not None and type(stacks[0].matrix) is type(stacks[1].matrix)
+    if few and alike:
+        return _experts_at_once(x.contiguous(), ids.contiguous(), weights, stacks, gating, biases)
     return _experts_in_turn(x, ids, weights, stacks, gating, biases)
 
 
@@ -200,7 +192,7 @@ def _experts_at_once(
         assert isinstance(first.matrix, _C.CudaInt) and isinstance(second.matrix, _C.CudaInt)
         layer = _C.CudaIntExperts(first.matrix, second.matrix, *gate)
     pointers = [0 if bias is None else bias.data_ptr() for bias in biases]
-    weights = weights if weights.dtype in DTYPES else weights.float()
+    weights = weights.contiguous() if weights.dtype in DTYPES else weights.float()
     tokens, top_k = ids.shape
     out = torch.empty_like(x)
     workspace = torch.empty(layer.workspace(tokens, top_k), dtype=torch.uint8, device=x.device)

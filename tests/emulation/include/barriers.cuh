@@ -35,6 +35,7 @@ struct SharedCopy {
     }
 };
 
+inline void bring_near(const void*) {}
 inline void publish_to_copies() {}
 
 }  // namespace qmoe::cuda
