@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "formats/ternary.h"
+#include "formats/ternary_streams.h"
 #include "qmoe/matmul.h"
 #include "surgery.h"
 #include "testing.h"
@@ -79,6 +80,18 @@ TEST_SUITE("garbage") {
                     REQUIRE(
                         (v == 0.0f || v == layout.low(view.data.data(), r) || v == layout.high(view.data.data(), r)));
                 }
+
+            // What GPUs multiply by is the same.
+            cuda::StreamsShape shape{};
+            std::vector<uint8_t> streams;
+            REQUIRE(cuda::ternary_streams_shape(record, shape).ok());
+            REQUIRE(cuda::ternary_streams(record, shape, streams).ok());
+            std::vector<int8_t> signs(rows * cols);
+            std::vector<float> levels(2 * rows);
+            const auto matrix = std::span(streams).subspan(static_cast<size_t>(test::get<uint64_t>(streams, 0)));
+            ternary_streams_decode(TernaryStreams(shape), matrix, signs.data(), levels.data());
+            for (size_t i = 0; i < signs.size(); ++i)
+                REQUIRE(again[i] == (signs[i] == 0 ? 0.0f : levels[i / cols * 2 + (signs[i] > 0 ? 1 : 0)]));
         }
         // Noise is hardly ever a stream that an encoder writes, except where a matrix costs no bits at all.
         MESSAGE(strict_refusals, " of 10000 refused by verify");
