@@ -82,6 +82,18 @@ Status ternary_experts(const TernaryExperts& experts, void* stream) noexcept {
     return experts_ternary(experts, static_cast<cudaStream_t>(stream));
 }
 
+Status ternary_census(const int8_t* trits, uint64_t rows, uint64_t cols, uint64_t* counts, void* stream) noexcept {
+    return census_ternary(trits, rows, cols, counts, static_cast<cudaStream_t>(stream));
+}
+
+Status ternary_code(const TernaryEncode& encode, void* stream) noexcept {
+    return code_ternary(encode, static_cast<cudaStream_t>(stream));
+}
+
+Status ternary_words(const TernaryEncode& encode, void* stream) noexcept {
+    return words_ternary(encode, static_cast<cudaStream_t>(stream));
+}
+
 constexpr Api kApi{.version = kApiVersion,
                    .device_count = device_count,
                    .device_info = device_info,
@@ -97,6 +109,10 @@ constexpr Api kApi{.version = kApiVersion,
                    .ternary_linear = ternary_linear,
                    .ternary_workspace = workspace_ternary,
                    .ternary_experts = ternary_experts,
+                   .ternary_census = ternary_census,
+                   .ternary_scratch = ternary_encode_scratch,
+                   .ternary_code = ternary_code,
+                   .ternary_words = ternary_words,
                    .round_block = round_block_on,
                    .choose_grid = choose_grid_on,
                    .ternary_sums = ternary_sums_on};

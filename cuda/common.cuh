@@ -93,6 +93,11 @@ Status linear_workspace_ternary(const TernaryLinear& linear, uint64_t* bytes) no
 Status linear_ternary(const TernaryLinear& linear, cudaStream_t stream) noexcept;
 Status workspace_ternary(const TernaryExperts& experts, uint64_t* bytes) noexcept;
 Status experts_ternary(const TernaryExperts& experts, cudaStream_t stream) noexcept;
+Status census_ternary(const int8_t* trits, uint64_t rows, uint64_t cols, uint64_t* counts,
+                      cudaStream_t stream) noexcept;
+uint64_t ternary_encode_scratch(const uint8_t* spec, uint64_t matrices, uint64_t rows, uint64_t cols) noexcept;
+Status code_ternary(const TernaryEncode& encode, cudaStream_t stream) noexcept;
+Status words_ternary(const TernaryEncode& encode, cudaStream_t stream) noexcept;
 Status round_block(const RoundBlock& block, cudaStream_t stream) noexcept;
 Status choose_grid(const ChooseGrid& grid, cudaStream_t stream) noexcept;
 Status ternary_sums(const TernarySums& sums, cudaStream_t stream) noexcept;

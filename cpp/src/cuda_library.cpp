@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 
 #include "formats/ternary.h"
 #include "qmoe/cuda.h"
@@ -63,6 +64,14 @@ Status ternary_decoding_table(std::span<const uint8_t, kSpecBytes> spec, std::sp
     if (out.size() != kStates) return Status::mismatch(Code::kShape, "ternary table", 0, kStates, out.size());
     const TernaryTable table(spec.data());
     std::copy(table.entry.begin(), table.entry.end(), out.begin());
+    return {};
+}
+
+Status ternary_encoding_tables(std::span<const uint8_t, kSpecBytes> spec, std::vector<uint8_t>& out) {
+    if (load<uint16_t>(spec.data()) != kTernaryId) return Status::error(Code::kUnknown, "not a ternary spec");
+    const TernaryEncodingTables tables(spec.data());
+    out.resize(sizeof tables);
+    std::memcpy(out.data(), &tables, sizeof tables);
     return {};
 }
 

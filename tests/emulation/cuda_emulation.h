@@ -242,6 +242,18 @@ inline bool __any_sync(uint32_t, bool value) {
 inline bool __all_sync(uint32_t, bool value) {
     return __reduce_min_sync(~0u, value ? 1 : 0) != 0;
 }
+inline uint32_t __ballot_sync(uint32_t, bool value) {
+    uint32_t votes = 0;
+    const std::vector<uint64_t> all = emulation::Grid::current().exchange(value ? 1 : 0);
+    for (size_t i = 0; i < all.size(); ++i) votes |= static_cast<uint32_t>(all[i] != 0) << i;
+    return votes;
+}
+template <typename T>
+T atomicAdd(T* to, T more) {
+    const T before = *to;
+    *to += more;
+    return before;
+}
 inline uint32_t atomicOr(uint32_t* to, uint32_t bits) {
     const uint32_t before = *to;
     *to |= bits;

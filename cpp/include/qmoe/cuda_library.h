@@ -21,6 +21,10 @@ const Api* library(std::string& reason);
 // ternary spec.
 Status ternary_decoding_table(std::span<const uint8_t, kSpecBytes> spec, std::span<uint32_t> out) noexcept;
 
+// The encoder's tables for the device, bytes of a size that the spec does not change (src/formats/ternary.h). E_UNKNOWN:
+// not a ternary spec.
+Status ternary_encoding_tables(std::span<const uint8_t, kSpecBytes> spec, std::vector<uint8_t>& out);
+
 // How the ternary matrices of a stack are laid out on a device (src/formats/ternary_streams.h).
 struct StreamsShape {
     uint64_t rows, cols;  // N, K

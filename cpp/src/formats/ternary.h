@@ -78,6 +78,14 @@ struct TernaryTable {
     std::array<uint32_t, kStates> entry;
     explicit TernaryTable(const uint8_t* spec) noexcept;
 };
+// tANS encoding. For symbol v in state x (4096..8191), (x + delta[v]) >> 16 bits leave, then next[start[v] + (x >> bits)]
+// is the state. symbol_of: by packed trits; those without slots are the escape's.
+struct TernaryEncodingTables {
+    std::array<uint32_t, kSymbols + 1> delta;
+    std::array<int32_t, kSymbols + 1> start;
+    std::array<uint16_t, kStates> next, symbol_of;
+    explicit TernaryEncodingTables(const uint8_t* spec) noexcept;
+};
 // A cache of the tables of recently used specs; safe to call from any thread.
 std::shared_ptr<const TernaryTable> ternary_table(const uint8_t* spec);
 
@@ -115,11 +123,11 @@ struct TernaryLayout {
     }
     QMOE_INLINE uint64_t col(uint32_t lane) const noexcept { return lane % segments * segment_cols; }
     // Row groups of a block that still have a row in round j; each has `segments` lanes at work.
-    uint32_t live_groups(uint64_t block, uint32_t j) const noexcept {
+    QMOE_INLINE uint32_t live_groups(uint64_t block, uint32_t j) const noexcept {
         const uint64_t base = row(block, 0, j), groups = kLanes / segments;
         return base >= rows ? 0u : static_cast<uint32_t>(rows - base < groups ? rows - base : groups);
     }
-    uint64_t rows_in_block(uint64_t block) const noexcept {
+    QMOE_INLINE uint64_t rows_in_block(uint64_t block) const noexcept {
         const uint64_t left = rows - block * block_rows;
         return left < block_rows ? left : block_rows;
     }

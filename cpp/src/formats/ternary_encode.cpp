@@ -215,39 +215,6 @@ void choose_geometry(uint64_t rows, uint64_t cols, double bits_per_weight, SpecB
     store<uint16_t>(spec.data() + kRowsPerLaneAt, static_cast<uint16_t>(per_lane));
 }
 
-// tANS encoding: for symbol v in state x (4096..8191), (x + delta) >> 16 bits leave, then next[start + (x >> bits)] is
-// the state.
-struct EncodingTable {
-    struct Symbol {
-        uint32_t delta;
-        int32_t start;
-    };
-    std::array<Symbol, kSymbols + 1> symbol;
-    std::array<uint16_t, kStates> next;
-
-    explicit EncodingTable(const uint8_t* spec) {
-        const auto freq = ternary_frequencies(spec);
-        std::array<uint16_t, kStates> symbol_of;
-        ternary_spread(freq, symbol_of);
-        std::array<uint32_t, kSymbols + 1> fill;
-        uint32_t sum = 0;
-        for (uint32_t v = 0; v <= kSymbols; ++v) {
-            const uint32_t f = freq[v];
-            fill[v] = sum;
-            if (f != 0) {
-                const uint32_t most =
-                    kStateBits - (f == 1 ? 0u : 32u - static_cast<uint32_t>(__builtin_clz(f - 1)) - 1u);
-                symbol[v] =
-                    f == 1 ? Symbol{(kStateBits << 16) - kStates, static_cast<int32_t>(sum) - 1}
-                           : Symbol{(most << 16) - (f << most), static_cast<int32_t>(sum) - static_cast<int32_t>(f)};
-            }
-            sum += f;
-        }
-        for (uint32_t state = 0; state < kStates; ++state)
-            next[fill[symbol_of[state]]++] = static_cast<uint16_t>(state + kStates);
-    }
-};
-
 // Codes blocks in three passes: every lane backwards (tANS), every lane's bits into the words that its reader will want
 // in turn, and the words of all lanes into the order in which a reader asks for them. Chains of dependent steps are what
 // this costs, and branches that go either way: lanes go several at a time, and what may or may not be written is written
@@ -262,11 +229,7 @@ class BlockEncoder {
           packed_(kLanes * lane_steps_),
           bits_(kLanes * lane_steps_),
           counts_(kLanes * lane_steps_),
-          escapes_(lane_steps_) {
-        const auto freq = ternary_frequencies(spec);
-        for (uint32_t p = 0; p < symbol_of_.size(); ++p)
-            symbol_of_[p] = freq[kSymbolOfPacked[p]] != 0 ? kSymbolOfPacked[p] : static_cast<uint16_t>(kSymbols);
-    }
+          escapes_(lane_steps_) {}
 
     Status encode(const MatrixInput& in, uint64_t block, std::vector<uint8_t>& out) {
         const uint32_t groups = kLanes / layout_.segments, lanes = layout_.live_groups(block, 0) * layout_.segments;
@@ -306,13 +269,12 @@ class BlockEncoder {
     }
 
     QMOE_INLINE void code(uint32_t lane, uint64_t t, uint32_t& x) noexcept {
-        const uint32_t v = symbol_of_[packed_[lane * lane_steps_ + t]];
-        const EncodingTable::Symbol& symbol = table_.symbol[v];
-        const uint32_t count = (x + symbol.delta) >> 16;
+        const uint32_t v = table_.symbol_of[packed_[lane * lane_steps_ + t]];
+        const uint32_t count = (x + table_.delta[v]) >> 16;
         bits_[lane * lane_steps_ + t] = static_cast<uint16_t>(x & ((1u << count) - 1));
         counts_[t * kLanes + lane] = static_cast<uint8_t>(count | (v == kSymbols ? kEscaped : 0u));
         escapes_[t] = static_cast<uint8_t>(escapes_[t] | (v == kSymbols));
-        x = table_.next[static_cast<size_t>(symbol.start + static_cast<int32_t>(x >> count))];
+        x = table_.next[static_cast<size_t>(table_.start[v] + static_cast<int32_t>(x >> count))];
     }
 
     // Lanes [first, last), at most kAtOnce, from their ends; `state` is what their readers begin with.
@@ -394,9 +356,8 @@ class BlockEncoder {
     static constexpr uint32_t kEscaped = 0x80;
 
     const TernaryLayout& layout_;
-    EncodingTable table_;
-    std::array<uint16_t, 1u << kRawBits> symbol_of_;  // kSymbols for those without slots
-    uint64_t lane_steps_;                             // symbols of a full lane
+    TernaryEncodingTables table_;
+    uint64_t lane_steps_;  // symbols of a full lane
     std::vector<int8_t> padded_;
     std::vector<uint16_t> packed_, bits_;  // by lane, then step: packed trits, and the state bits of the step
     std::vector<uint8_t> counts_,
@@ -406,6 +367,30 @@ class BlockEncoder {
 };
 
 }  // namespace
+
+TernaryEncodingTables::TernaryEncodingTables(const uint8_t* spec) noexcept {
+    const auto freq = ternary_frequencies(spec);
+    std::array<uint16_t, kStates> symbol_of_state;
+    ternary_spread(freq, symbol_of_state);
+    std::array<uint32_t, kSymbols + 1> fill;
+    uint32_t sum = 0;
+    for (uint32_t v = 0; v <= kSymbols; ++v) {
+        const uint32_t f = freq[v];
+        fill[v] = sum;
+        delta[v] = 0, start[v] = 0;
+        if (f == 1) {
+            delta[v] = (kStateBits << 16) - kStates, start[v] = static_cast<int32_t>(sum) - 1;
+        } else if (f != 0) {
+            const uint32_t most = kStateBits - (31u - static_cast<uint32_t>(__builtin_clz(f - 1)));
+            delta[v] = (most << 16) - (f << most), start[v] = static_cast<int32_t>(sum) - static_cast<int32_t>(f);
+        }
+        sum += f;
+    }
+    for (uint32_t state = 0; state < kStates; ++state)
+        next[fill[symbol_of_state[state]]++] = static_cast<uint16_t>(state + kStates);
+    for (uint32_t p = 0; p < kStates; ++p)
+        symbol_of[p] = freq[kSymbolOfPacked[p]] != 0 ? kSymbolOfPacked[p] : static_cast<uint16_t>(kSymbols);
+}
 
 Status ternary_make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& spec, int threads) {
     const MatrixInput& first = *inputs.front();

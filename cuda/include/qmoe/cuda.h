@@ -113,6 +113,21 @@ using IntExperts = Experts<IntStack>;
 using TernaryLinear = Linear<TernaryStack>;
 using TernaryExperts = Experts<TernaryStack>;
 
+// Ternary matrices to be encoded on the device as one spec says (FORMAT.md), bit for bit as the CPU does. Two calls:
+// ternary_code() finds out how many words each matrix's payload has, the last of its offsets, and ternary_words() writes
+// them, behind each other from each matrix's first word on.
+struct TernaryEncode {
+    uint8_t spec[kSpecBytes];
+    const int8_t* trits;  // device: (matrices, rows, cols), -1, 0 or 1
+    uint64_t matrices, rows, cols;
+    const void* tables;           // device: ternary_encoding_tables() of qmoe/cuda_library.h
+    uint32_t* offsets;            // device, out: (matrices, blocks + 1), as stored
+    uint16_t* words;              // device, out
+    const uint64_t* first_words;  // device: by matrix
+    void* scratch;                // device, 4-byte aligned: the same for both calls
+    uint64_t scratch_bytes;       // ternary_scratch() at least
+};
+
 // Choices (tokens * top_k) that a call for experts may have, by the kernel for few and for many.
 inline constexpr uint64_t kMostChoices = 1024, kMostChoicesOfMany = 16384;
 
@@ -140,6 +155,13 @@ struct Api {
     Status (*ternary_linear)(const TernaryLinear& linear, void* stream) noexcept;
     Status (*ternary_workspace)(const TernaryExperts& experts, uint64_t* bytes) noexcept;
     Status (*ternary_experts)(const TernaryExperts& experts, void* stream) noexcept;
+    // counts (29) on the device: symbols of all rows by class, the first one's left 0, and behind them how many have
+    // something that is no trit.
+    Status (*ternary_census)(const int8_t* trits, uint64_t rows, uint64_t cols, uint64_t* counts,
+                             void* stream) noexcept;
+    uint64_t (*ternary_scratch)(const uint8_t* spec, uint64_t matrices, uint64_t rows, uint64_t cols) noexcept;
+    Status (*ternary_code)(const TernaryEncode& encode, void* stream) noexcept;
+    Status (*ternary_words)(const TernaryEncode& encode, void* stream) noexcept;
     // The inner loops of qmoe/gptq.h, with pointers to device memory; groups have at most kMaxBlockColumns columns.
     Status (*round_block)(const RoundBlock& block, void* stream) noexcept;
     Status (*choose_grid)(const ChooseGrid& grid, void* stream) noexcept;
