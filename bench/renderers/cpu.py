@@ -131,6 +131,32 @@ def cpu_model(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def cpu_errors(result: dict[str, Any]) -> list[str]:
+    """Errors against float64 (bench/cpu/errors.py): the largest over the bits, by instruction set and group."""
+    groups = sorted({row["group"] for row in result["rows"]})
+    heads = [f"{what}, int8, g{group}" for what in ("product", "layer") for group in groups]
+    lines = [
+        "| instruction set | " + " | ".join([*heads, "product, float", "layer, float"]) + " |",
+        "|---|" + "---:|" * (len(heads) + 2),
+    ]
+    for isa in dict.fromkeys(row["isa"] for row in result["rows"]):
+        mine = [row for row in result["rows"] if row["isa"] == isa]
+        cells = [
+            f"{max(row[f'{what}_int8'] for row in mine if row['group'] == group):.2%}"
+            for what in ("product", "layer")
+            for group in groups
+        ]
+        cells += [f"{max(row[f'{what}_float'] for row in mine):.1e}" for what in ("product", "layer")]
+        lines.append(f"| {isa} | " + " | ".join(cells) + " |")
+    bits = ", ".join(str(b) for b in sorted({row["bits"] for row in result["rows"]}))
+    lines += [
+        "",
+        f"Relative error (in norm) against float64 over the decoded weights, the largest of {bits} bits; normal "
+        f"activations, random codes. {origin(result)}",
+    ]
+    return lines
+
+
 def generation(result: dict[str, Any]) -> list[str]:
     """Tokens per second on a CPU (bench/cpu/generation.py)."""
     lines = [
@@ -187,6 +213,7 @@ def experts_vs_bf16(result: dict[str, Any]) -> list[str]:
 RENDERERS = {
     "cpu-kernels": cpu_kernels,
     "cpu-model": cpu_model,
+    "cpu-errors": cpu_errors,
     "generation": generation,
     "experts-vs-bf16": experts_vs_bf16,
 }

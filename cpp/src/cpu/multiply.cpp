@@ -199,6 +199,13 @@ void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64
             table[size](view, advance(x, t), y + t * kUnitRows, kUnitRows);
             t += uint64_t{1} << size;
         }
+        // What is done with the results waits for the last lines of this unit, and the next one for that: its first lines
+        // arrive meanwhile. Worth 1 to 4 % where units are short.
+        if (tokens == 1) {
+            constexpr uint64_t kSome = 16 * kLine;
+            const uint8_t* const next = view.scales + UnitSizes(e, weights.cols()).bytes;
+            for (uint64_t at = 0; at < kSome; at += kLine) __builtin_prefetch(next + at, 0, 3);
+        }
         return;
     }
     thread_local Scratch scratch;
