@@ -42,6 +42,19 @@ def most(row: dict[str, Any], limits: dict[str, float]) -> float:
     return min(arithmetic, limits[f"dram_read/threads:{row['threads']}"] / giga_weights)
 
 
+def weights_per_second(
+    contests: dict[tuple[str, str, str], dict[tuple[int, int], dict[str, Any]]], threads: list[int]
+) -> str:
+    """Of every kind, most bits first: fewer bits are to be faster."""
+    rates: dict[str, str] = {}
+    for (shape, kind, _), cells in contests.items():
+        if shape == "linear":
+            each = [f"{cells[1, t]['ours']['weights_per_second'] / 1e9:.0f}" for t in threads if (1, t) in cells]
+            rates[kind] = " / ".join(each)
+    order = ["int8_g128", "int4_g128", "int3_g128", "int2_g128", "ternary"]
+    return ", ".join(f"{kind.replace('_', ' ')} {rates[kind]}" for kind in order if kind in rates)
+
+
 def cpu_kernels(result: dict[str, Any]) -> list[str]:
     """Our CPU kernels as multiples of llama.cpp's (bench/cpu/compare.py): "1.8x / 1.7x" on 1 and on 2 threads."""
     what = {
@@ -81,30 +94,26 @@ def cpu_kernels(result: dict[str, Any]) -> list[str]:
 
     counts = [0, 0, 0]  # aims, met, beyond the limits
 
-    def share(side: str) -> Callable[[dict[str, Any]], str]:
-        return lambda row: f"{row[side]['share_of_read_limit']:.0%}"
-
     lines = [
-        "| ours | rival | "
-        + " | ".join(f"{n} token{'s' * (n > 1)}" for n in batches)
-        + " | of the read limit | rival |",
-        "|---|---|" + "---:|" * (len(batches) + 2),
+        "| ours | rival | " + " | ".join(f"{n} token{'s' * (n > 1)}" for n in batches) + " |",
+        "|---|---|" + "---:|" * len(batches),
     ]
     previous = ""
     for (shape, kind, rival), cells in sorted(contests.items(), key=lambda item: list(what).index(item[0][0])):
         if shape != previous:
-            lines.append(f"| **{what[shape]}** |" + " |" * (len(batches) + 3))
+            lines.append(f"| **{what[shape]}** |" + " |" * (len(batches) + 1))
             previous = shape
         row_cells = [contest(cells, n) for n in batches]
-        row_cells += [join(cells, 1, share("ours")), join(cells, 1, share("theirs"))]
         lines.append(f"| {kind.replace('_', ' ')} | {rival} | " + " | ".join(row_cells) + " |")
     reads = " / ".join(f"{limits[f'dram_read/threads:{t}']:.1f}" for t in threads)
     lines += [
         "",
         f"How many times as fast as llama.cpp (ggml {result['ggml']}, its fastest buffer type), on "
         f"{' / '.join(map(str, threads))} threads: medians of {result['repetitions']} alternate repetitions, weights "
-        f"cold. The last columns are the stored bytes that one token reads per second, as a share of what the machine "
-        f"reads at most ({reads} GB/s). Load average before: {result['load_average_before'][0]:g}. {origin(result)}",
+        f"cold. The machine reads {reads} GB/s at most. Load average before: {result['load_average_before'][0]:g}. "
+        f"{origin(result)}",
+        "",
+        f"One token through the matrix, G weights per second: {weights_per_second(contests, threads)}.",
         "",
         f"Bold: {counts[1]} of {counts[0]} aims, met with either number of threads. In brackets: an aim that was not "
         f"reached, and where it lies beyond the machine ({counts[2]} of them), its limit: the rival's time over what "
@@ -127,6 +136,33 @@ def cpu_model(result: dict[str, Any]) -> list[str]:
         "",
         f"Cycles per 64-byte line of packed codes, predicted for {result['core']} / measured ({result['isa']}, weights "
         f"in the second-level cache). {origin(result)}",
+    ]
+    return lines
+
+
+def cpu_read_limit(result: dict[str, Any]) -> list[str]:
+    """One token's share of the read limit (bench/cpu/read_limit.py)."""
+    threads = sorted({row["threads"] for row in result["rows"]})
+    shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
+    cells = {(row["kind"], row["shape"], row["threads"]): row for row in result["rows"]}
+    names = {"linear": "matrix 4096 x 14336", "layer": "layer, 8 of 128 experts"}
+    heads = [f"{names[shape]}: {what}" for shape in shapes for what in ("of the read limit (range)", "weights a byte")]
+    lines = ["| weights | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for kind in dict.fromkeys(row["kind"] for row in result["rows"]):
+        shown = []
+        for shape in shapes:
+            rows = [cells[kind, shape, t] for t in threads]
+            ranges = [f"{row['share_range'][0]:.0%} to {row['share_range'][1]:.0%}" for row in rows]
+            shares = [f"{row['share_of_read_limit']:.0%} ({range_})" for row, range_ in zip(rows, ranges, strict=True)]
+            density = [row["share_of_read_limit"] * row["weights"] / row["stored_bytes"] for row in rows]
+            shown += [" / ".join(shares), " / ".join(f"{value:.1f}" for value in density)]
+        lines.append(f"| {kind.replace('_', ' ')} | " + " | ".join(shown) + " |")
+    lines += [
+        "",
+        f"One token on {' / '.join(map(str, threads))} threads, medians of {result['repetitions']} repetitions; each "
+        "product is followed by a plain read of as many bytes, and weights are those multiplied while the read takes "
+        f"in a byte. Load average before: {result['load_average_before'][0]:g}: other work takes from rates and hardly "
+        f"from shares. {origin(result)}",
     ]
     return lines
 
@@ -214,6 +250,7 @@ RENDERERS = {
     "cpu-kernels": cpu_kernels,
     "cpu-model": cpu_model,
     "cpu-errors": cpu_errors,
+    "cpu-read-limit": cpu_read_limit,
     "generation": generation,
     "experts-vs-bf16": experts_vs_bf16,
 }
