@@ -83,10 +83,10 @@ def dot_of(codes: str) -> str:
     return "dot_wide" if codes == "int8" else "dot"
 
 
-def emit_flush(out: Source, isa: Isa, trits: bool, scales: str, panels: int, tokens: int,
+def emit_flush(out: Source, isa: Isa, trits: bool, zeros: str, scales: str, panels: int, tokens: int,
                sums: dict[tuple[int, int, int], list[str]], in_memory: bool) -> None:  # fmt: skip
-    """Sums of a chunk, from which zeros have been subtracted, to floats: total += scale * (sum * activation scale +
-    correction).
+    """Sums of a chunk to floats: total += scale * ((sum - zero * sum of activations) * activation scale + correction).
+    With "constant" zeros nothing is subtracted: sums may have begun with that.
 
     `sums` maps (panel, token, part) to one expression, or for trits to those of high and low. Totals are registers, or
     lie in y where sums fill the registers: compilers would otherwise store the sums in the innermost loop."""
@@ -98,12 +98,16 @@ def emit_flush(out: Source, isa: Isa, trits: bool, scales: str, panels: int, tok
                 out(f"const Floats low{p}_{r} = {scale_load('f32', f's{p} + 64', r, isa)};")
             else:
                 out(f"const Floats scale{p}_{r} = {scale_load(scales, f's{p}', r, isa)};")
+            if zeros == "stored":
+                out(f"const Sums zero{p}_{r} = load_zeros(z{p} + {r * lanes});")
     for t in range(tokens):
         out("{")
         out(f"const ActivationChunk& shared = x.chunks[{t} * x.chunk_stride + chunk];")
         out("const Floats factor = splat(&shared.scale);")
         if not trits:
             out("const Floats correction = splat(&shared.correction);")
+        if zeros == "stored":
+            out("const Sums negative = splat_sum(&shared.negative_sum);")
         for p in range(panels):
             for r in range(isa.parts):
                 parts = sums[p, t, r]
@@ -115,7 +119,8 @@ def emit_flush(out: Source, isa: Isa, trits: bool, scales: str, panels: int, tok
                     value = f"fma(mul(to_floats({high}), factor), high{p}_{r}, {before})"
                     value = f"fma(mul(to_floats({low}), factor), low{p}_{r}, {value})"
                 else:
-                    value = f"fma(to_floats({parts[0]}), factor, correction)"
+                    whole = f"add_product({parts[0]}, zero{p}_{r}, negative)" if zeros == "stored" else parts[0]
+                    value = f"fma(to_floats({whole}), factor, correction)"
                     value = f"fma({value}, scale{p}_{r}, {before})"
                 out(f"store_floats({at}, {value});" if in_memory else f"{total} = {value};")
         out("}")
@@ -127,7 +132,8 @@ def emit_negative_sums(out: Source, zeros: str, tokens: int) -> None:
 
 
 def first_sum(isa: Isa, zeros: str, panel: int, token: int, part: int) -> str:
-    """What the sum begins with whose products are not too large by any factor: minus the zeros' share."""
+    """What the sum begins with whose products are not too large by any factor: minus the zeros' share. That is an
+    instruction less than subtracting it at the end, where there are registers for the zeros of all panels."""
     return f"zeros_times(z{panel} + {part * isa.width // 4}, negative{token})" if zeros == "stored" else "zero_sums()"
 
 
@@ -266,7 +272,7 @@ def emit_direct(out: Source, isa: Isa, codes: str, scales: str, zeros: str, toke
                 a = f"shift_sums<{bits}>({a})" if bits else a
                 expression = a if not expression else f"add({expression}, {a})"
             sums[p, t, r].append(expression)
-    emit_flush(out, isa, trits, scales, tile.panels, tokens, sums, in_memory)
+    emit_flush(out, isa, trits, "constant", scales, tile.panels, tokens, sums, in_memory)
     scale_bytes = 128 if trits else {"f16": 32, "f32": 64}[scales]
     emit_advance(out, tile.panels, zeros, UNIT_PANELS * (scale_bytes + (16 if zeros == "stored" else 0)) // 64)
     out("}")
@@ -320,10 +326,9 @@ def emit_tile(out: Source, isa: Isa, trits: bool, scales: str, zeros: str, tile:
         emit_totals(out, isa, tile.panels, tokens, in_memory=True)
         out("uint32_t within = 0;")
         out("for (uint32_t chunk = 0; chunk < unit.chunks; ++chunk) {")
-        emit_negative_sums(out, zeros, tokens)
         for p, t, r in cells(isa, tile.panels, tokens):
             for level in range(levels):
-                out(f"Sums a{p}_{t}_{r}_{level} = {first_sum(isa, zeros, p, t, r)};")
+                out(f"Sums a{p}_{t}_{r}_{level} = zero_sums();")
         out("const uint32_t steps = chunk + 1 == unit.chunks ? unit.last_steps : unit.steps;")
         out("for (uint32_t step = 0; step < steps; ++step) {")
         for p in range(tile.panels):
@@ -347,7 +352,7 @@ def emit_tile(out: Source, isa: Isa, trits: bool, scales: str, zeros: str, tile:
             (p, t, r): [f"a{p}_{t}_{r}_0"] + ([f"shift_sums<1>(a{p}_{t}_{r}_1)"] if trits else [])
             for p, t, r in cells(isa, tile.panels, tokens)
         }
-        emit_flush(out, isa, trits, scales, tile.panels, tokens, sums, in_memory=True)
+        emit_flush(out, isa, trits, zeros, scales, tile.panels, tokens, sums, in_memory=True)
         emit_advance(out, tile.panels, zeros)
         out("}")
         out("}")
