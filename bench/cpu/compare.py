@@ -4,9 +4,9 @@
 
 The folder holds bench_limits, bench_ggml and bench_kernels (README.md says how they are built). Machines are shared and
 their speed drifts, so nothing is compared over a distance: the kinds of a family (4-bit, say) and their rivals run one
-right after the other and after a measurement of the read limit, then comes the next family, and all of it is repeated,
-every other time in reverse order. A ratio is the median of the ratios within the repetitions. A rival's cell is that of
-its fastest buffer type.
+right after the other, then comes the next family, and all of it is repeated, every other time in reverse order. A ratio
+is the median of the ratios within the repetitions. A rival's cell is that of its fastest buffer type. The read limit is
+measured between our own products of one token (reading.h).
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def measure_cells(program: Path, types: list[str], args: argparse.Namespace, int
         match = CELL.match(entry["name"])
         assert match is not None, entry["name"]
         cell = Cell(match["shape"], match["type"], int(match["tokens"]), int(match["threads"]))
-        into.rates[cell][match["buffer"]] = {name: entry[name] for name in ("flops", "weights", "stored_bytes")}
+        counters = "flops", "weights", "stored_bytes", "read_limit", "share_of_read_limit"
+        into.rates[cell][match["buffer"]] = {name: entry[name] for name in counters if name in entry}
     context: dict[str, str] = report["context"]
     return context
 
@@ -104,8 +105,19 @@ def summary(repetitions: list[Repetition], cell: Cell, buffer: str) -> dict[str,
 
 
 def share_of_limit(repetitions: list[Repetition], cell: Cell, buffer: str) -> float:
-    shares = [r.rates[cell][buffer]["stored_bytes"] / r.limits["dram_read", cell.threads] for r in repetitions]
+    """As measured between the products themselves; of a rival, whose program knows no limit, with what ours read in the
+    same turn."""
+    shares = []
+    for repetition in repetitions:
+        rate = repetition.rates[cell][buffer]
+        ours = next(c for c in repetition.rates if "ours" in repetition.rates[c] and same_place(c, cell))
+        limit = repetition.rates[ours]["ours"]["read_limit"]
+        shares.append(rate.get("share_of_read_limit") or rate["stored_bytes"] / limit)
     return round(statistics.median(shares), 4)
+
+
+def same_place(one: Cell, other: Cell) -> bool:
+    return (one.shape, one.tokens, one.threads) == (other.shape, other.tokens, other.threads)
 
 
 def add_layers(repetition: Repetition) -> None:
@@ -187,7 +199,6 @@ def main() -> None:
             print(f"repetition {number + 1} of {args.repetitions}: {name}", file=sys.stderr)
             kinds, rivals = work[name]
             turn = Repetition()
-            measure_limits(programs["limits"], f"dram_read/.*threads:({'|'.join(map(str, args.threads))})$", 0.1, turn)
             contestants = [("ggml", list(rivals)), ("kernels", kinds)]
             for program, types in contestants[:: -1 if number % 2 else 1]:
                 contexts[program] = measure_cells(programs[program], types, args, turn)
@@ -196,8 +207,16 @@ def main() -> None:
 
     limits = {f"{what}/threads:{threads}": round(rate / 1e9, 2) for (what, threads), rate in everything.limits.items()}
     for threads in args.threads:
-        reads = [turn.limits["dram_read", threads] for repetitions in turns.values() for turn in repetitions]
-        limits[f"dram_read/threads:{threads}"] = round(statistics.median(reads) / 1e9, 2)
+        reads = [
+            rate["read_limit"]
+            for repetitions in turns.values()
+            for turn in repetitions
+            for cell, buffers in turn.rates.items()
+            for rate in buffers.values()
+            if cell.threads == threads and "read_limit" in rate
+        ]
+        if reads:
+            limits[f"dram_read/threads:{threads}"] = round(statistics.median(reads) / 1e9, 2)
     rows = [row for name, (kinds, rivals) in work.items() for row in compare(turns[name], kinds, rivals)]
     for row in rows:
         print(json.dumps(row))

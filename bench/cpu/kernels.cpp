@@ -5,11 +5,13 @@
 //   experts_down/KIND/ours/tokens:T/threads:T   128 experts of 2048 x 768, with the sum by routing weight
 //   layer/KIND/ours/tokens:T/threads:T          both and SwiGLU between them, in one call
 //
-// Counters, per second: weights (that were read), flops, stored_bytes. Weights are cold: copies of them, 700 MB
-// together, take turns (`--copies=N` says otherwise).
+// Counters, per second: weights (that were read), flops, stored_bytes. With one token also read_limit, the bytes per
+// second that plain reads in between got, and share_of_read_limit. Weights are cold: copies of them, 700 MB together,
+// take turns (`--copies=N` says otherwise).
 #include <memory>
 
 #include "ours.h"
+#include "reading.h"
 
 namespace qmoe::bench {
 namespace {
@@ -68,6 +70,16 @@ void check(const Prepacked& weights, const Shape& shape, std::span<const float> 
     }
 }
 
+// Reads as many bytes as a product took `seconds` for, from weights that are not its own and whose turn is far off.
+void follow(benchmark::State& state, ReadLimit& limit, double seconds, const Weights& from, double product_bytes,
+            uint64_t turn, int threads) {
+    const uint64_t bytes = std::min(static_cast<uint64_t>(product_bytes), from.bytes());
+    const uint64_t at = turn * bytes % (from.bytes() - bytes + 1) / 64 * 64;
+    state.PauseTiming();
+    limit.follow(seconds, from.prepacked().data() + at, bytes, threads);
+    state.ResumeTiming();
+}
+
 void measure(benchmark::State& state, const Kind& kind, const Shape& shape, uint64_t tokens, int threads) {
     const Copies& copies = Copies::get(kind, shape);
     const auto routings = random_routings(tokens, shape.experts);
@@ -79,13 +91,19 @@ void measure(benchmark::State& state, const Kind& kind, const Shape& shape, uint
     Work work;
     const double expert_bytes = static_cast<double>(copies[0].bytes()) / static_cast<double>(shape.experts);
     static uint64_t turn = 0;  // goes on where the last run stopped: what that one read last is still in a cache
+    ReadLimit limit;
     for (auto _ : state) {
         ++turn;  // every copy comes once before the routing changes
         const Routing& routing = routings[turn / copies.count() % routings.size()];
+        const double begin = seconds_now();
         call(copies[turn], shape, x.data(), routing, y.data(), threads);
+        if (const double took = seconds_now() - begin; tokens == 1)
+            follow(state, limit, took, copies[turn + copies.count() / 2],
+                   expert_bytes * static_cast<double>(routing.active), turn, threads);
         work.add(shape, routing, expert_bytes);
     }
     work.report(state);
+    limit.report(state);
 }
 
 // The layers of one kind in turn.
@@ -113,18 +131,24 @@ void measure_layer(benchmark::State& state, const Kind& kind, uint64_t tokens, i
     Work work;
     const double bytes = static_cast<double>(layers.first[0]->bytes() + layers.second[0]->bytes()) / 128;
     static uint64_t turn = 0;
+    ReadLimit limit;
     for (auto _ : state) {
         ++turn;
         const size_t copy = turn % layers.first.size(), table = turn / layers.first.size() % routings.size();
+        const double begin = seconds_now();
         must(experts(layers.first[copy]->prepacked(), layers.second[copy]->prepacked(), {}, x.data(),
                      ActivationType::kFloat32, tokens, ids[table].data(), routings[table].weights.data(), kTopK,
                      y.data(), threads),
              "experts");
+        if (const double took = seconds_now() - begin; tokens == 1)
+            follow(state, limit, took, *layers.first[(turn + layers.first.size() / 2) % layers.first.size()],
+                   bytes * static_cast<double>(routings[table].active), turn, threads);
         work.add(layer_shape(), routings[table], bytes);
     }
     for (const float value : y)
         if (!std::isfinite(value)) throw std::runtime_error("a result is not finite");
     work.report(state);
+    limit.report(state);
 }
 
 }  // namespace

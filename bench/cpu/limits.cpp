@@ -14,6 +14,7 @@
 #include <memory>
 
 #include "harness.h"
+#include "reading.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -25,8 +26,6 @@ namespace qmoe::bench {
 namespace {
 
 uint64_t g_bytes = uint64_t{512} << 20;
-
-typedef uint64_t Line __attribute__((vector_size(64), may_alias));
 
 // Memory in huge pages where the system gives them: page walks are not the limit that is looked for.
 class Pages {
@@ -47,25 +46,6 @@ class Pages {
     const char* data_;
     uint64_t bytes_;
 };
-
-// Reads S streams of `length` bytes that start `stride` apart, a line of each in turn. Lines are summed in registers: a
-// sum in memory (which is what DoNotOptimize would make of them in this loop) is slower than the reading.
-template <uint64_t S>
-uint64_t read_streams(const char* data, uint64_t length, uint64_t stride, uint64_t ahead, bool to_l1) {
-    Line sum[S] = {};
-    for (uint64_t at = 0; at < length; at += sizeof(Line))
-#pragma GCC unroll 8
-        for (uint64_t s = 0; s < S; ++s) {
-            const char* p = data + s * stride + at;
-            if (to_l1)  // behind the end it does nothing
-                __builtin_prefetch(p + ahead, 0, 3);
-            else
-                __builtin_prefetch(p + ahead, 0, 2);
-            sum[s] |= *reinterpret_cast<const Line*>(p);
-        }
-    for (uint64_t s = 1; s < S; ++s) sum[0] |= sum[s];
-    return sum[0][0] ^ sum[0][7];
-}
 
 template <uint64_t S>
 void dram_read(benchmark::State& state) {

@@ -24,7 +24,9 @@ void measure_unit(benchmark::State& state, const Kind& kind, uint64_t tokens, bo
     for (uint64_t t = 0; t < tokens; ++t) rows.set(*kernels, t, x.data() + t * shape.cols);
     std::vector<float> y(tokens * kUnitRows);
     const Tuning before = tuning();
-    must(set_tuning({before.prefetch_narrow, before.prefetch_wide, packed ? 1024u : 0u}), "set_tuning");
+    Tuning way = before;
+    way.direct_tokens = packed ? 1024 : 0;
+    must(set_tuning(way), "set_tuning");
     for (auto _ : state) {
         multiply_unit(*kernels, matrix, 0, 0, rows, 0, tokens, y.data());
         benchmark::ClobberMemory();

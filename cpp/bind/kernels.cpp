@@ -176,16 +176,26 @@ void bind_kernels(py::module_& m) {
             const Tuning values = tuning();
             return py::dict(py::arg("prefetch_narrow") = values.prefetch_narrow,
                             py::arg("prefetch_wide") = values.prefetch_wide,
-                            py::arg("direct_tokens") = values.direct_tokens);
+                            py::arg("direct_tokens") = values.direct_tokens,
+                            py::arg("near_narrow") = values.near_narrow, py::arg("near_wide") = values.near_wide);
         },
         "What the kernels over prepacked weights are tuned to; see qmoe/prepacked.h.");
     m.def(
         "set_tuning",
-        [](uint32_t prefetch_narrow, uint32_t prefetch_wide, uint32_t direct_tokens) {
-            check(set_tuning({prefetch_narrow, prefetch_wide, direct_tokens}));
+        [](uint32_t prefetch_narrow, uint32_t prefetch_wide, uint32_t direct_tokens, uint32_t near_narrow,
+           uint32_t near_wide) {
+            check(set_tuning({prefetch_narrow, prefetch_wide, direct_tokens, near_narrow, near_wide}));
         },
-        py::arg("prefetch_narrow"), py::arg("prefetch_wide"), py::arg("direct_tokens"),
-        "Changes it, for this process.");
+        py::arg("prefetch_narrow"), py::arg("prefetch_wide"), py::arg("direct_tokens"), py::arg("near_narrow"),
+        py::arg("near_wide"), "Changes it, for this process.");
+    m.def(
+        "prepacked_shape",
+        [](uintptr_t layout, uint64_t nbytes) {
+            Prepacked weights;
+            check(Prepacked::open({pointer<const uint8_t>(layout), nbytes}, weights));
+            return py::make_tuple(weights.experts(), weights.rows(), weights.cols());
+        },
+        py::arg("layout"), py::arg("nbytes"), "(experts, rows, columns) of a run-time layout.");
     m.def("experts", &run_experts, py::arg("first"), py::arg("first_bytes"), py::arg("second"), py::arg("second_bytes"),
           py::arg("first_bias"), py::arg("second_bias"), py::arg("activation"), py::arg("gated"), py::arg("clamped"),
           py::arg("alpha"), py::arg("limit"), py::arg("precision"), py::arg("x"), py::arg("x_dtype"), py::arg("tokens"),

@@ -85,7 +85,8 @@ def dot_of(codes: str) -> str:
 
 def emit_flush(out: Source, isa: Isa, trits: bool, zeros: str, scales: str, panels: int, tokens: int,
                sums: dict[tuple[int, int, int], list[str]], in_memory: bool) -> None:  # fmt: skip
-    """Sums of a chunk to floats: total += scale * (sum * activation scale + correction - zero * sum of activations).
+    """Sums of a chunk to floats: total += scale * ((sum - zero * sum of activations) * activation scale + correction).
+    With "constant" zeros nothing is subtracted: sums may have begun with that.
 
     `sums` maps (panel, token, part) to one expression, or for trits to those of high and low. Totals are registers, or
     lie in y where sums fill the registers: compilers would otherwise store the sums in the innermost loop."""
@@ -98,14 +99,15 @@ def emit_flush(out: Source, isa: Isa, trits: bool, zeros: str, scales: str, pane
             else:
                 out(f"const Floats scale{p}_{r} = {scale_load(scales, f's{p}', r, isa)};")
             if zeros == "stored":
-                out(f"const Floats zero{p}_{r} = load_bytes_as_floats(z{p} + {r * lanes});")
+                out(f"const Sums zero{p}_{r} = load_zeros(z{p} + {r * lanes});")
     for t in range(tokens):
         out("{")
-        out(f"const Floats factor = splat(x.scale + {t} * x.chunk_stride + chunk);")
+        out(f"const ActivationChunk& shared = x.chunks[{t} * x.chunk_stride + chunk];")
+        out("const Floats factor = splat(&shared.scale);")
         if not trits:
-            out(f"const Floats correction = splat(x.correction + {t} * x.chunk_stride + chunk);")
+            out("const Floats correction = splat(&shared.correction);")
         if zeros == "stored":
-            out(f"const Floats negative = splat(x.negative_sum + {t} * x.chunk_stride + chunk);")
+            out("const Sums negative = splat_sum(&shared.negative_sum);")
         for p in range(panels):
             for r in range(isa.parts):
                 parts = sums[p, t, r]
@@ -117,12 +119,22 @@ def emit_flush(out: Source, isa: Isa, trits: bool, zeros: str, scales: str, pane
                     value = f"fma(mul(to_floats({high}), factor), high{p}_{r}, {before})"
                     value = f"fma(mul(to_floats({low}), factor), low{p}_{r}, {value})"
                 else:
-                    value = f"fma(to_floats({parts[0]}), factor, correction)"
-                    if zeros == "stored":
-                        value = f"fma(zero{p}_{r}, negative, {value})"
+                    whole = f"add_product({parts[0]}, zero{p}_{r}, negative)" if zeros == "stored" else parts[0]
+                    value = f"fma(to_floats({whole}), factor, correction)"
                     value = f"fma({value}, scale{p}_{r}, {before})"
                 out(f"store_floats({at}, {value});" if in_memory else f"{total} = {value};")
         out("}")
+
+
+def emit_negative_sums(out: Source, zeros: str, tokens: int) -> None:
+    for t in range(tokens if zeros == "stored" else 0):
+        out(f"const Sums negative{t} = splat_sum(&x.chunks[{t} * x.chunk_stride + chunk].negative_sum);")
+
+
+def first_sum(isa: Isa, zeros: str, panel: int, token: int, part: int) -> str:
+    """What the sum begins with whose products are not too large by any factor: minus the zeros' share. That is an
+    instruction less than subtracting it at the end, where there are registers for the zeros of all panels."""
+    return f"zeros_times(z{panel} + {part * isa.width // 4}, negative{token})" if zeros == "stored" else "zero_sums()"
 
 
 def emit_totals(out: Source, isa: Isa, panels: int, tokens: int, in_memory: bool) -> None:
@@ -147,12 +159,19 @@ def emit_pointers(out: Source, panels: int, zeros: str) -> None:
             out(f"const uint8_t* z{p} = unit.zeros + (panel + {p}) * unit.zeros_stride;")
 
 
+def emit_prefetch(out: Source, pointer: str, line: int) -> None:
+    """Asks for what lies a line's two distances ahead. Where a processor wants only one of them the other is 0: a line
+    that is asked for where it is read costs a slot of the load units, which have many to spare."""
+    out(f"prefetch_far({pointer} + unit.far + {64 * line});")
+    out(f"prefetch_near({pointer} + unit.near + {64 * line});")
+
+
 def emit_advance(out: Source, panels: int, zeros: str, lines: int = 0) -> None:
     """To the next group at the end of one; `lines`: of scales and zeros that lie between the codes of two groups."""
     out("if (++within < unit.repeat) continue;")
     out("within = 0;")
     for line in range(lines):  # what the codes' own requests leave out
-        out(f"prefetch(c0 + unit.prefetch + {64 * line});")
+        emit_prefetch(out, "c0", line)
     for p in range(panels):
         if lines:
             out(f"c{p} += unit.gap;")
@@ -163,6 +182,16 @@ def emit_advance(out: Source, panels: int, zeros: str, lines: int = 0) -> None:
 
 def cells(isa: Isa, panels: int, tokens: int) -> Iterator[tuple[int, int, int]]:
     return ((p, t, r) for p in range(panels) for t in range(tokens) for r in range(isa.parts))
+
+
+def loads_first(isa: Isa, codes: str, tokens: int, tile: Direct) -> bool:
+    """Whether a step loads the lines of its four panels before it uses any, which takes a register each: AVX-512 has
+    them for one token and lines that make no others. What waits for memory fills the scheduler of the vector units, so
+    loads that stand before it are those that overlap: 3 to 5 % more of the read limit with 2 bits."""
+    sums = tile.panels * (accumulators(codes, tile.spread) + 1)
+    needed = sums + tile.panels + 2 * STEP_QUADS[codes]
+    fits = needed <= isa.registers and STEP_LINES[codes] == 1
+    return fits and isa.vector and isa.parts == 1 and tokens == 1 and tile.panels == UNIT_PANELS
 
 
 def emit_direct(out: Source, isa: Isa, codes: str, scales: str, zeros: str, tokens: int, tile: Direct) -> str:
@@ -191,20 +220,28 @@ def emit_direct(out: Source, isa: Isa, codes: str, scales: str, zeros: str, toke
     emit_totals(out, isa, tile.panels, tokens, in_memory)
     out("uint32_t within = 0;")
     out("for (uint32_t chunk = 0; chunk < unit.chunks; ++chunk) {")
+    emit_negative_sums(out, zeros, tokens)
     for p, t, r in cells(isa, tile.panels, tokens):
         for s in range(tile.spread):
             for level in range(levels):
-                out(f"Sums a{p}_{t}_{r}_{s}_{level} = zero_sums();")
+                start = first_sum(isa, zeros, p, t, r) if s == 0 else "zero_sums()"
+                out(f"Sums a{p}_{t}_{r}_{s}_{level} = {start};")
     out("const uint32_t steps = chunk + 1 == unit.chunks ? unit.last_steps : unit.steps;")
     out("for (uint32_t step = 0; step < steps; ++step) {")
     for t in range(tokens):
         for q in range(quads):
             out(f"const Bytes v{t}_{q} = splat_quad(x{t} + {4 * q});")
+    hoisted = loads_first(isa, codes, tokens, tile)
+    for p in range(tile.panels if hoisted else 0):
+        emit_prefetch(out, f"c{p}", 0)
+        out(f"Bytes l{p}_0_0 = load_bytes(c{p});")
+    if hoisted:
+        out("hold(l0_0_0, l1_0_0, l2_0_0, l3_0_0);")
     for p in range(tile.panels):
-        for line in range(lines):
-            out(f"prefetch(c{p} + unit.prefetch + {64 * line});")
+        for line in range(0 if hoisted else lines):
+            emit_prefetch(out, f"c{p}", line)
         for r in range(isa.parts):
-            for line in range(lines):
+            for line in range(0 if hoisted else lines):
                 out(f"const Bytes l{p}_{r}_{line} = load_bytes(c{p} + {64 * line + width * r});")
             names = [f"l{p}_{r}_{line}" for line in range(lines)]
             for expression, quad, position in codes_of_lines(codes, tile.spread):
@@ -235,7 +272,7 @@ def emit_direct(out: Source, isa: Isa, codes: str, scales: str, zeros: str, toke
                 a = f"shift_sums<{bits}>({a})" if bits else a
                 expression = a if not expression else f"add({expression}, {a})"
             sums[p, t, r].append(expression)
-    emit_flush(out, isa, trits, zeros, scales, tile.panels, tokens, sums, in_memory)
+    emit_flush(out, isa, trits, "constant", scales, tile.panels, tokens, sums, in_memory)
     scale_bytes = 128 if trits else {"f16": 32, "f32": 64}[scales]
     emit_advance(out, tile.panels, zeros, UNIT_PANELS * (scale_bytes + (16 if zeros == "stored" else 0)) // 64)
     out("}")

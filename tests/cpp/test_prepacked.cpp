@@ -400,14 +400,17 @@ TEST_SUITE("matmul") {
     TEST_CASE("tuning changes no result") {
         const Problem p = random_problem(17);
         const std::vector<float> y = run(p, Precision::kInt8, 2);
-        for (const Tuning values : {Tuning{0, 0, 0}, Tuning{4096, 0, 1}, Tuning{64, 128, 1024}}) {
+        for (const Tuning values : {Tuning{0, 0, 0}, Tuning{4096, 0, 1}, Tuning{64, 128, 1024, 192, 64}}) {
             REQUIRE(set_tuning(values).ok());
             CHECK(tuning().prefetch_narrow == values.prefetch_narrow);
             CHECK(tuning().prefetch_wide == values.prefetch_wide);
+            CHECK(tuning().near_narrow == values.near_narrow);
+            CHECK(tuning().near_wide == values.near_wide);
             CHECK(run(p, Precision::kInt8, 2) == y);
         }
         CHECK(set_tuning({1u << 21, 0, 8}).code == Code::kValue);
         CHECK(set_tuning({0, 0, 1025}).code == Code::kValue);
+        CHECK(set_tuning({0, 0, 8, 1u << 21, 0}).code == Code::kValue);
         REQUIRE(set_tuning({}).ok());
     }
 

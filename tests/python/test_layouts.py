@@ -90,3 +90,17 @@ def test_refusals():
     with pytest.raises(QmoeError, match="E_VALUE"):
         ops.experts(x, ids, weights, packed, down, Gating("halves"), compute="stored")
     assert ops.experts(x, ids, weights, packed, down, Gating("halves")).shape == (1, 40)
+
+
+@pytest.mark.parametrize("which", ["first_bias", "second_bias"])
+def test_biases_that_do_not_fit_are_refused(which):
+    # The kernels index biases by the records' experts and rows alone: anything smaller would be read beyond its end.
+    packed, down = packed_of(torch.randn(2, 32, 40)), packed_of(torch.randn(2, 40, 16))
+    x, ids, weights = torch.randn(3, 40), torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    rows = {"first_bias": 32, "second_bias": 40}[which]
+    for shape in ((1, rows), (3, rows), (2, rows - 1), (2, rows + 1), (rows, 2), (2 * rows,), (0,)):
+        with pytest.raises(QmoeError, match="E_SHAPE") as refused:
+            ops.experts(x, ids, weights, packed, down, Gating("halves"), **{which: torch.zeros(shape)})
+        assert (refused.value.expected, refused.value.actual) == ((2, rows), shape)
+    zero = ops.experts(x, ids, weights, packed, down, Gating("halves"), **{which: torch.zeros(2, rows)})
+    torch.testing.assert_close(zero, ops.experts(x, ids, weights, packed, down, Gating("halves")))

@@ -30,26 +30,33 @@ def test_tuning_is_measured_kept_and_taken_over(monkeypatch):
     result = tuning.tune(1, 0.001, said.append)
     assert result.values == _C.tuning()
     assert said
-    for kind in ("prefetch_narrow", "prefetch_wide"):
-        assert set(result.trials[kind]) == set(tuning.PREFETCH)
-        assert result.values[kind] == min(result.trials[kind], key=lambda d: result.trials[kind][d])
-    _C.set_tuning(64, 128, 3)
+    for width in ("narrow", "wide"):
+        far, near = (result.trials[f"{kind}_{width}"] for kind in ("prefetch", "near"))
+        assert set(far) == set(tuning.PREFETCH) and set(near) == set(tuning.NEAR)
+        taken = result.values[f"prefetch_{width}"], result.values[f"near_{width}"]
+        assert 0 in taken
+        best = min([*far.values(), *near.values()])
+        assert (near[taken[1]] if taken[1] else far[taken[0]]) == best
+    _C.set_tuning(64, 128, 3, 0, 64)
     assert tuning.load() and _C.tuning() == result.values
 
 
 def test_values_of_other_machines_stay_and_damaged_files_are_no_files(monkeypatch):
     monkeypatch.setattr(tuning, "machine", lambda: "one")
-    path = tuning.save({"prefetch_narrow": 128, "prefetch_wide": 0, "direct_tokens": 5})
+    others = {"near_narrow": 0, "near_wide": 64}
+    path = tuning.save({"prefetch_narrow": 128, "prefetch_wide": 0, "direct_tokens": 5, **others})
     monkeypatch.setattr(tuning, "machine", lambda: "two")
     assert not tuning.load()
-    values = {"prefetch_narrow": 256, "prefetch_wide": 512, "direct_tokens": 6}
+    values = {"prefetch_narrow": 256, "prefetch_wide": 512, "direct_tokens": 6, **others}
     tuning.save(values)
     assert set(json.loads(path.read_text())["machines"]) == {"one", "two"}
     assert tuning.load() and _C.tuning() == values
     for damaged in (
         "",
         "{",
-        '{"machines": {"two": {"prefetch_narrow": 1e9, "prefetch_wide": 0, "direct_tokens": "x"}}}',
+        '{"machines": {"two": {"prefetch_narrow": 128, "prefetch_wide": 0, "direct_tokens": 5}}}',
+        '{"machines": {"two": {"prefetch_narrow": 1e9, "prefetch_wide": 0, "direct_tokens": "x",'
+        ' "near_narrow": 0, "near_wide": 0}}}',
         "[]",
     ):
         path.write_text(damaged)
@@ -60,11 +67,13 @@ def test_results_do_not_depend_on_it():
     packed = torch.from_numpy(pack(torch.randn(1, 100, 300)).data)
     x = torch.randn(20, 300)
     before = ops.linear(x, packed, 100, "int8")
-    for values in ((0, 0, 0), (4096, 64, 30)):
+    for values in ((0, 0, 0, 0, 0), (4096, 64, 30, 0, 192), (0, 0, 30, 128, 64)):
         _C.set_tuning(*values)
         assert torch.equal(ops.linear(x, packed, 100, "int8"), before)
     with pytest.raises(QmoeError, match="E_VALUE"):
-        _C.set_tuning(1 << 21, 0, 8)
+        _C.set_tuning(1 << 21, 0, 8, 0, 0)
+    with pytest.raises(QmoeError, match="E_VALUE"):
+        _C.set_tuning(0, 0, 8, 0, 1 << 21)
 
 
 def test_the_command(monkeypatch):

@@ -19,7 +19,7 @@ namespace qmoe {
 enum class RowOrder : uint8_t { kPlain, kHalves, kInterleaved };
 
 // What activations are multiplied as. kInt8: int8 with a scale per token and group of at most 128 columns (relative error
-// of a product typically 4e-3). kFloat: float32, exact up to rounding.
+// of a product typically 6e-3). kFloat: float32, exact up to rounding.
 enum class Precision : uint8_t { kInt8, kFloat };
 
 // One prepacked stack of matrices. Borrows the bytes, which must be aligned to 64.
@@ -85,12 +85,16 @@ Status experts(const Prepacked& first, const Prepacked& second, const ExpertsSpe
 
 // What a machine is tuned by: it changes how fast products are, never their results. See `qmoe tune`.
 struct Tuning {
-    // Bytes that weights are asked for ahead of their use, at most 1 MiB; none where the processor does that better itself.
+    // Bytes that weights are asked for ahead of their use into the second-level cache, at most 1 MiB; none where the
+    // processor does that better itself.
     uint32_t prefetch_narrow = 8192;  // of 2 and 3 bits and ternary ones
     uint32_t prefetch_wide = 4096;    // of 4 and 8 bits
     // Up to so many tokens of an expert read its packed lines, four at a time; for more, codes are unpacked once and kept
     // in the second-level cache. At most 1024. What a process starts with depends on the processor.
     uint32_t direct_tokens = 8;
+    // The same distances into the first-level cache.
+    uint32_t near_narrow = 0;
+    uint32_t near_wide = 0;
 };
 Tuning tuning() noexcept;
 // E_VALUE: out of range. Safe to call at any time from any thread.

@@ -73,7 +73,8 @@ void tile(const UnitView& unit, const QuantizedView& x, uint64_t tokens, float* 
                 _tile_stored(3, sums[3], 64);
             }
             asm volatile("" ::: "memory");  // the stores above are not known to the compiler
-            __m512 scale[kPanels], zero[kPanels];
+            __m512 scale[kPanels];
+            __m512i zero[kPanels];
             for (uint32_t p = 0; p < kPanels; ++p) {
                 const uint8_t* const s = scales + p * unit.scales_stride;
                 if constexpr (kScales == Scales::kFloat16)
@@ -81,18 +82,18 @@ void tile(const UnitView& unit, const QuantizedView& x, uint64_t tokens, float* 
                 else
                     scale[p] = _mm512_loadu_ps(s);
                 if constexpr (kZeros == Zeros::kStored)
-                    zero[p] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
-                        _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + p * unit.zeros_stride))));
+                    zero[p] = _mm512_cvtepu8_epi32(
+                        _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + p * unit.zeros_stride)));
             }
             for (uint64_t t = 0; t < count; ++t) {
-                const uint64_t at = (first + t) * x.chunk_stride + chunk;
-                const __m512 factor = _mm512_set1_ps(x.scale[at]), correction = _mm512_set1_ps(x.correction[at]);
+                const ActivationChunk& of = x.chunks[(first + t) * x.chunk_stride + chunk];
+                const __m512 factor = _mm512_set1_ps(of.scale), correction = _mm512_set1_ps(of.correction);
                 for (uint32_t p = 0; p < kPanels; ++p) {
                     float* const to = y + (first + t) * y_stride + p * kPanelRows;
-                    const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums[t / kRows * kPanels + p][t % kRows]));
-                    __m512 value = _mm512_fmadd_ps(sum, factor, correction);
+                    __m512i sum = _mm512_load_si512(sums[t / kRows * kPanels + p][t % kRows]);
                     if constexpr (kZeros == Zeros::kStored)
-                        value = _mm512_fmadd_ps(zero[p], _mm512_set1_ps(x.negative_sum[at]), value);
+                        sum = _mm512_dpwssd_epi32(sum, zero[p], _mm512_set1_epi32(of.negative_sum));
+                    const __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, correction);
                     const __m512 before = chunk == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(to);
                     _mm512_storeu_ps(to, _mm512_fmadd_ps(value, scale[p], before));
                 }

@@ -32,7 +32,8 @@ class Rows {
     uint32_t chunk_ = 0;
     float offset_ = 0.0f;
     std::vector<int8_t> values_;
-    std::vector<float> scales_, floats_;  // scales_: rows x 3 x chunks
+    std::vector<ActivationChunk> scales_;  // rows x chunks
+    std::vector<float> floats_;
 };
 
 // y (tokens, 64) = a unit of `expert` times rows [first, first + tokens) of `rows`.

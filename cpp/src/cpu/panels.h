@@ -67,16 +67,23 @@ struct UnitView {
     uint32_t chunks, steps, last_steps;  // steps of every chunk but the last, and of the last
     uint32_t repeat;                     // chunks of a group
     uint32_t gap;                        // bytes between the codes of two groups
-    uint32_t prefetch;                   // bytes ahead of the line being read
+    uint32_t far, near;                  // bytes ahead of the line being read: asked for into L2, into L1
 };
 
-// Activations of some tokens, quantized: values (tokens, x_stride) int8 in [-127, 127], zero beyond the last column; per
-// token and chunk the scale, the correction -offset * sum and -sum, where sum = scale * (sum of the chunk's values).
+// What a chunk's values of a token share. Stored zeros are subtracted from the sums of products as integers, before
+// anything becomes a float: a weight is scale * (code - zero - offset).
+struct ActivationChunk {
+    float scale;
+    float correction;      // -offset * scale * (sum of the values)
+    int32_t negative_sum;  // -(sum of the values), which fits 16 bits
+};
+
+// Activations of some tokens, quantized: values (tokens, x_stride) int8 in [-127, 127], zero beyond the last column.
 struct QuantizedView {
     const int8_t* x;
     uint64_t x_stride;
-    const float *scale, *correction, *negative_sum;
-    uint64_t chunk_stride;  // floats from a token to the next
+    const ActivationChunk* chunks;
+    uint64_t chunk_stride;  // chunks from a token to the next
 };
 
 // y[t * y_stride + r] = the unit's row r times token t; 64 rows are written.
@@ -96,9 +103,9 @@ struct PanelKernels {
     // Many tokens: [trits or not][scales][zeros].
     TileKernel tile[2][2][2];
     uint32_t tile_panels[2];  // [trits or not]: how many panels such a kernel takes; divides kUnitPanels
-    // One row of activations: cols values to int8 and to the three floats of every chunk.
-    void (*quantize)(const float* x, uint64_t cols, uint32_t chunk, float offset, int8_t* out, float* scale,
-                     float* correction, float* negative_sum) noexcept;
+    // One row of activations: cols values to int8, chunk by chunk.
+    void (*quantize)(const float* x, uint64_t cols, uint32_t chunk, float offset, int8_t* out,
+                     ActivationChunk* chunks) noexcept;
     // Weights of one panel as float32, (chunk * chunks, 16), from unpacked codes.
     void (*dequantize)(const UnitView& unit, uint32_t panel, bool trits, Scales scales, float offset,
                        float* out) noexcept;

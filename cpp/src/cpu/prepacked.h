@@ -65,7 +65,12 @@ inline uint64_t row_of(uint64_t panel, uint32_t r, uint64_t rows, RowOrder order
     return order == RowOrder::kHalves ? panel % 2 * half + row : 2 * row + panel % 2;
 }
 
-inline UnitView unit_view(const Prepacked& weights, uint64_t expert, uint64_t unit, uint32_t prefetch) noexcept {
+// How many bytes ahead weights are asked for: into the second-level cache, and into the first.
+struct Ahead {
+    uint32_t far = 0, near = 0;
+};
+
+inline UnitView unit_view(const Prepacked& weights, uint64_t expert, uint64_t unit, Ahead ahead) noexcept {
     const Prepacked::Expert& e = weights.expert(expert);
     const UnitSizes sizes(e, weights.cols());
     const uint8_t* const scales = weights.data() + e.at + unit * sizes.bytes;
@@ -82,7 +87,8 @@ inline UnitView unit_view(const Prepacked& weights, uint64_t expert, uint64_t un
             static_cast<uint32_t>(sizes.last_steps),
             e.repeat,
             static_cast<uint32_t>(sizes.meta),
-            prefetch};
+            ahead.far,
+            ahead.near};
 }
 
 }  // namespace qmoe

@@ -15,6 +15,14 @@ struct Task {
     uint64_t expert, unit;
 };
 
+// A call keeps its buffers for the next one of the same thread. Activations of one token are a few hundred kilobytes with
+// the rows behind them that a kernel may read: fresh, each of their pages would be a fault and be zeroed at every call.
+struct Buffers {
+    std::vector<Task> tasks;
+    std::vector<Rows> inputs;         // of every expert
+    std::vector<uint32_t> expert_of;  // every token
+};
+
 }  // namespace
 
 Status grouped_linear(const Prepacked& weights, const void* x, ActivationType type, uint64_t tokens,
@@ -31,9 +39,11 @@ Status grouped_linear(const Prepacked& weights, const void* x, ActivationType ty
         const uint64_t row_bytes = rows * activation_bytes(type);
         std::memset(y, 0, from * row_bytes);
         std::memset(static_cast<uint8_t*>(y) + to * row_bytes, 0, (tokens - to) * row_bytes);
-        std::vector<Task> tasks;
-        std::vector<Rows> inputs(weights.experts());
-        std::vector<uint32_t> expert_of(to - from);
+        thread_local Buffers buffers;
+        auto& [tasks, inputs, expert_of] = buffers;  // of the calling thread; workers see it through these references
+        tasks.clear();
+        if (inputs.size() < weights.experts()) inputs.resize(weights.experts());
+        expert_of.resize(to - from);
         for (uint64_t e = 0; e < weights.experts(); ++e) {
             const auto begin = static_cast<uint64_t>(offsets[e]), end = static_cast<uint64_t>(offsets[e + 1]);
             if (begin == end) continue;

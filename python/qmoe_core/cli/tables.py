@@ -138,9 +138,11 @@ def speed(result: GenerateResult) -> str:
 def tuning(result: TuneResult) -> Table:
     """What was tried, and what was taken."""
     rows = []
-    for name, what in (("prefetch_narrow", "2 and 3 bits"), ("prefetch_wide", "4 and 8 bits")):
-        tried = ", ".join(f"{value}: {time * 1e6:.0f} us" for value, time in result.trials[name].items())
-        rows.append((f"prefetch, {what}", f"{result.values[name]} bytes ahead ({tried})"))
+    for width, what in (("narrow", "2 and 3 bits"), ("wide", "4 and 8 bits")):
+        for kind, where in (("prefetch", "second"), ("near", "first")):
+            name = f"{kind}_{width}"
+            tried = ", ".join(f"{value}: {time * 1e6:.0f} us" for value, time in result.trials[name].items())
+            rows.append((f"into the {where}-level cache, {what}", f"{result.values[name]} bytes ahead ({tried})"))
     direct = ", ".join(f"{value}: {ratio:.2f}" for value, ratio in result.trials["direct_tokens"].items())
     rows += [
         ("tokens that read packed lines", f"up to {result.values['direct_tokens']} (time over unpacked: {direct})"),

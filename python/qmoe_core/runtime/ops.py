@@ -200,6 +200,12 @@ def _experts_cpu(
     _check_experts(x, ids, weights, first, second, compute)
     x, ids, weights = x.contiguous(), ids.contiguous(), weights.float().contiguous()
     layouts = layout_of(first.contiguous(), order), layout_of(second.contiguous(), "plain")
+    for layout, bias in zip(layouts, (first_bias, second_bias), strict=True):
+        if bias is None:
+            continue
+        expected = _C.prepacked_shape(layout.data_ptr(), layout.numel())[:2]
+        if tuple(bias.shape) != expected:
+            raise QmoeError("E_SHAPE", "biases of experts", expected=expected, actual=tuple(bias.shape))
     biases = [None if bias is None else bias.float().contiguous() for bias in (first_bias, second_bias)]
     out = torch.empty_like(x)
     _C.experts(

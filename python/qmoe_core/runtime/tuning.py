@@ -23,8 +23,9 @@ from .. import _C
 from ..errors import QmoeError
 from ..formats import IntFormat, IntMatrix, PackedTensor
 
-VERSION = 2
-PREFETCH = (0, 1024, 2048, 4096, 8192, 16384)
+VERSION = 3
+PREFETCH = (0, 1024, 2048, 4096, 8192, 16384)  # into the second-level cache
+NEAR = (64, 128, 192, 256, 384)  # into the first
 DIRECT_TOKENS = (4, 8, 16, 32, 128, 1024)
 SHAPE = (4096, 4096)  # 8 MiB in 4 bits: a few of them in turn are colder than any cache is large
 
@@ -34,10 +35,10 @@ class TuneResult:
     """What `tune` found.
 
     Attributes:
-        values: `{"prefetch_narrow": bytes ahead, "prefetch_wide": bytes ahead, "direct_tokens": tokens}`, see
-            qmoe/prepacked.h.
-        trials: `{"prefetch_narrow": {value: seconds of one token}, "prefetch_wide": the same, "direct_tokens": {tokens:
-            time of reading packed lines over that of unpacked codes}}`, medians.
+        values: `{"prefetch_narrow": bytes ahead, "prefetch_wide": bytes ahead, "near_narrow": bytes ahead,
+            "near_wide": bytes ahead, "direct_tokens": tokens}`, see qmoe/prepacked.h.
+        trials: `{"prefetch_narrow": {value: seconds of one token}, "prefetch_wide", "near_narrow", "near_wide": the
+            same, "direct_tokens": {tokens: time of reading packed lines over that of unpacked codes}}`, medians.
         path: where it is kept.
     """
 
@@ -72,7 +73,7 @@ def load() -> bool:
     none: everything works without it."""
     try:
         values = json.loads(cache_path().read_text())["machines"][machine()]
-        _C.set_tuning(*(int(values[name]) for name in ("prefetch_narrow", "prefetch_wide", "direct_tokens")))
+        _C.set_tuning(**{name: int(values[name]) for name in _C.tuning()})
     except (OSError, ValueError, KeyError, TypeError, QmoeError):
         return False
     return True
@@ -145,16 +146,21 @@ def tune(
 
     before = _C.tuning()
     values = dict(before)
-    trials: dict[str, dict[int, float]] = {"prefetch_narrow": {}, "prefetch_wide": {}, "direct_tokens": {}}
+    trials: dict[str, dict[int, float]] = {name: {} for name in values}
     try:
-        for name, bits in (("prefetch_narrow", 2), ("prefetch_wide", 4)):
-            tried = trials[name]
-            for distance in PREFETCH:
-                if progress:
-                    progress(f"{bits} bits, prefetch {distance} bytes ahead")
-                _C.set_tuning(**{**values, name: distance})
-                tried[distance] = measure(bits, 1)
-            values[name] = min(tried, key=lambda d: tried[d])
+        # Far or near, not both: where the processor's own prefetchers do well, near requests help them and far ones do
+        # not, and the other way round.
+        for width, bits in (("narrow", 2), ("wide", 4)):
+            names = f"prefetch_{width}", f"near_{width}"
+            values |= dict.fromkeys(names, 0)
+            for name, distances in zip(names, (PREFETCH, NEAR), strict=True):
+                for distance in distances:
+                    if progress:
+                        progress(f"{bits} bits, {name} {distance} bytes ahead")
+                    _C.set_tuning(**{**values, name: distance})
+                    trials[name][distance] = measure(bits, 1)
+            _, name, distance = min((time, name, at) for name in names for at, time in trials[name].items())
+            values[name] = distance
         # Up to how many tokens reading packed lines is the faster way: the last size at which it is.
         direct = DIRECT_TOKENS[0]
         for tokens in DIRECT_TOKENS:
