@@ -26,11 +26,15 @@ struct Divisor {
 // Units of work begin .. end - 1 of all, counted through products.
 struct Range {
     uint32_t begin, end;
+    // Share `i` of as many as `shares` says.
+    static __device__ __forceinline__ Range share(uint32_t all, const Divisor& shares, uint32_t i) {
+        const uint32_t each = shares.divide(all), rest = all - each * shares.by;
+        const uint32_t begin = each * i + min(i, rest);
+        return {begin, begin + each + (i < rest ? 1 : 0)};
+    }
     // A block of threads' share.
     static __device__ __forceinline__ Range share(uint32_t all, const Divisor& grid) {
-        const uint32_t each = grid.divide(all), rest = all - each * grid.by;
-        const uint32_t begin = each * blockIdx.x + min(blockIdx.x, rest);
-        return {begin, begin + each + (blockIdx.x < rest ? 1 : 0)};
+        return share(all, grid, blockIdx.x);
     }
 };
 

@@ -1,112 +1,39 @@
 // `int` times a few tokens, of one matrix or of a layer's experts: as fast as memory gives the codes.
 //
-// Each block of threads has a share of neighbouring tiles, of one matrix or across those of experts. It works through them
-// in batches, as many tiles as there is room for the activations of: most often one. The blocks of a batch are divided
-// among the warps evenly, wherever a tile begins. A warp writes what it has all of; of tiles that are cut, the warp that
-// has the beginning adds up what the others left in shared memory, in their order. Where not even one product's
-// activations have room, a batch is at most a tile a warp, and comes slab by slab of columns: warps divide the tiles, and
-// of each every slab. Results depend on nothing but the shape, the tokens and the number of multiprocessors.
+// Each block of threads, the only one of its multiprocessor, has a share of neighbouring tiles, of one matrix or across
+// those of experts, and takes them in batches. The warps are divided into parts, which have every so many blocks of
+// columns each, and parts into warps that have every so many tiles. What a warp has of the columns of a block it holds in
+// registers, sums for all of its tiles too: per block of codes there remain masks, products and a scale, which is what is
+// needed to keep up with memory at 2 bits. Sums of parts meet in shared memory, where they are added in their order.
+// Results depend on nothing but the shape, the tokens and the number of multiprocessors.
 //
-// Weights come through a ring of a warp's own (ring.cuh), that is filled across batches, experts and projections, and of a
-// matrix even before the kernel before this one has ended: what keeps memory busy is the bytes on their way, not registers
-// or the number of warps. What comes before the first copy is kept short for the same reason: no division, and no work
-// that the host can do.
+// Weights come through a ring of a warp's own, of stages with a block of each of its tiles, that is filled across batches,
+// experts and projections, and of a matrix even before the kernel before this one has ended. No more than one stage is
+// asked for before activations are: they come from the second-level cache, but behind all that has been asked for. Lanes
+// copy for themselves, which takes as many bytes per second as the copy engine does and less code: code matters, since
+// there are few instructions that a warp comes across more than a few times.
+//
+// Of more than a few tokens, activations of all columns would be as many bytes for each multiprocessor as its weights are:
+// there a cluster of two blocks divides the columns. (Clusters of four do not fill all multiprocessors.) Where activations
+// have no room even so, columns come slab by slab.
 //
 // Both projections of a layer of experts and the sums over a token's choices are one launch, with a barrier of all blocks
-// of threads between them, while the ring fetches weights of the next projection; where they differ in format, three.
+// of threads between them; where they differ in format, three.
 #pragma once
 
 #include <cooperative_groups.h>
 
 #include <algorithm>
 
+#include "async_copy.cuh"
+#include "cluster.cuh"
 #include "experts/combine.cuh"
 #include "experts/gates.cuh"
-#include "experts/schedule.cuh"
+#include "int/activations.cuh"
+#include "int/few_tokens.h"
 #include "int/operands.cuh"
-#include "launch.cuh"
-#include "ring.cuh"
 
 namespace qmoe::cuda {
-
-// One product.
-struct Projection {
-    const uint8_t* tiles;  // of expert 0
-    uint64_t expert_bytes, tile_bytes;
-    const void *x, *bias;
-    void* y;
-    uint32_t block_bytes, rows, cols;  // rows as stored
-    Divisor count, blocks;             // tiles of an expert; blocks of a tile
-    uint32_t fit;                      // rows of x that there is room for; 0 where it comes in slabs
-    uint32_t slab;                     // blocks of a slab, of all columns where there is room
-    Divisor lines;                     // of 512 bytes of a slab's row of x, what a warp loads at once
-    uint32_t groups;                   // of a block; 1 where a row is a group
-    float zero;
-    bool has_zeros, bf16_scales, row_groups;
-    bool is_first;  // of experts: x has a row per token, and a gate follows; else one per choice, and sums over them
-    RowOrder order;
-};
-
-// A launch: a linear layer's product, or one or both of a layer of experts.
-struct FewTokens {
-    Projection projections[2];
-    uint32_t count;    // of them
-    uint32_t slots;    // of a ring
-    uint32_t x_bytes;  // of shared memory, for activations
-    uint32_t tokens;   // of x; of experts all, of a matrix at most 8 kN
-    uint32_t most;     // tokens that one product can have, at most 8 kN
-    Divisor grid;
-    // Of experts alone.
-    Choices choices;
-    const void* weights;
-    OutputType weights_type;
-    Gate gate;
-    void* y;  // (tokens, rows of the second projection), where both are here
-};
-
-// Of a block of threads, the only one of its multiprocessor. 32 with 64 registers each, and two blocks of 8 with half of the
-// shared memory each, were slower.
-inline constexpr uint32_t kWarps = 16;
-
-// Blocks of a slot: about 2 KiB.
-template <int kBits>
-inline constexpr uint32_t kChunk = kBits == 2   ? 4
-                                   : kBits == 8 ? 1
-                                                : 2;
-
-// What is where in shared memory.
-template <int kBits, int kN>
-struct Room {
-    uint32_t barriers, cut, x, weights, schedule, bytes;
-
-    QMOE_INLINE Room(const FewTokens& call, bool experts) noexcept {
-        const uint32_t choices = experts ? call.tokens * call.choices.top_k.by : 0;
-        barriers = kWarps * call.slots * kChunk<kBits> * call.projections[0].block_bytes;
-        cut = barriers + kWarps * call.slots * kBarrierBytes;
-        x = cut + kWarps * kN * kLanes * 16;  // cut: [warp][n][lane]
-        weights = x + call.x_bytes;           // x: [row][16-byte piece], with a gap of 64 bytes behind a row
-        schedule = weights + choices * 4;     // of the rows of x
-        bytes = schedule + (experts ? Schedule::bytes(choices, call.choices.experts) : 0);
-    }
-};
-
-// So that neighbouring rows are in different banks.
-inline constexpr uint32_t kRowGap = 64;
-QMOE_INLINE uint32_t row_bytes(uint32_t blocks) noexcept {
-    return blocks * kTileColumns * 2 + kRowGap;
-}
-
-// Eight neighbouring columns of one token as they are, zeros beyond the last column.
-template <typename T>
-__device__ __forceinline__ uint4 load_columns(const T* row, uint32_t col, uint32_t cols, bool aligned) {
-    if (aligned) return col < cols ? *reinterpret_cast<const uint4*>(row + col) : uint4{};
-    uint32_t words[4] = {};
-#pragma unroll
-    for (uint32_t i = 0; i < 8; ++i)
-        if (col + i < cols)
-            words[i / 2] |= uint32_t{*reinterpret_cast<const uint16_t*>(row + col + i)} << (16 * (i % 2));
-    return {words[0], words[1], words[2], words[3]};
-}
 
 // Writes what a lane has of a tile, of rows g and g + 8. `row_of_y` is of the token, or of its choice.
 template <typename T, bool kExperts>
@@ -138,319 +65,378 @@ __device__ __forceinline__ void write(const FewTokens& call, const Projection& p
     }
 }
 
-// Brings rows of x, a slab of each, to shared memory: `row_of(i)` is where row i is in x.
-template <typename T, typename Row>
-__device__ __forceinline__ void load_activations(const Projection& p, uint8_t* x, uint32_t rows, uint32_t first_block,
-                                                 const Row& row_of) {
-    constexpr uint32_t kAtOnce = 4;  // loads on their way
-    const bool aligned = p.cols % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
-    const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, pieces = p.slab * 16;
-#pragma unroll 1
-    for (uint32_t line = warp; line < rows * p.lines.by; line += kAtOnce * kWarps) {
-        uint4 raw[kAtOnce];
-        uint32_t to[kAtOnce];
+// Tiles begin .. end - 1, of one product, of which warps have room for the sums.
+template <bool kExperts>
+__device__ __forceinline__ Range batch_at(const Projection& p, const Schedule& schedule, uint32_t begin, uint32_t end) {
+    end = min(end, begin + p.batch);
+    if constexpr (kExperts) end = min(end, (p.count.divide(begin) + 1) * p.count.by);
+    return {begin, end};
+}
+
+// Where a warp's next blocks come from: of every batch its blocks of columns, slab by slab, and of each its tiles.
+template <int kBits, bool kExperts>
+class Source {
+  public:
+    __device__ __forceinline__ Source(const FewTokens& call, const Schedule& schedule, uint32_t slice)
+        : call_(call), schedule_(schedule), slice_(slice) {
+        open(0);
+    }
+    // Asks for the next blocks, of a column of this warp's tiles, if there are any. Ends a group of copies.
+    __device__ __forceinline__ void copy_column(uint8_t* to) {
+        if (columns_left_ != 0) {
+            const uint32_t lane = threadIdx.x % kLanes;
+            const uint8_t *codes = codes_, *scales = scales_;
+#pragma unroll 2
+            for (uint32_t j = 0; j < tiles_; ++j) {
 #pragma unroll
-        for (uint32_t j = 0; j < kAtOnce; ++j) {
-            const uint32_t at = line + j * kWarps, row = p.lines.divide(at);
-            const uint32_t piece = (at - row * p.lines.by) * kLanes + lane;
-            const bool there = row < rows && piece < pieces;
-            to[j] = there ? row * row_bytes(p.slab) + piece * 16 : ~0u;
-            if (there)
-                raw[j] = load_columns(static_cast<const T*>(p.x) + uint64_t{row_of(row)} * p.cols,
-                                      first_block * kTileColumns + 8 * piece, p.cols, aligned);
+                for (uint32_t i = 0; i < kBits / 2; ++i)
+                    copy_async<16>(to + i * 16 * kLanes + lane * 16, codes + i * 16 * kLanes);
+                if constexpr (kBits == 3) copy_async<8>(to + 16 * kLanes + lane * 8, codes + 16 * kLanes - lane * 8);
+                if (lane * 16 < call_.slot_scales) copy_async<16>(to + kCodeBytes<kBits> + lane * 16, scales);
+                codes += code_step_, scales += scale_step_, to += call_.slot_bytes;
+            }
+            next_column();
         }
-#pragma unroll
-        for (uint32_t j = 0; j < kAtOnce; ++j)
-            if (to[j] != ~0u)
-                *reinterpret_cast<uint4*>(x + to[j]) = {prepared<T>(raw[j].x), prepared<T>(raw[j].y),
-                                                        prepared<T>(raw[j].z), prepared<T>(raw[j].w)};
+        end_copies();
     }
-}
 
-// Blocks begin .. end - 1 of a batch's tiles, one after the other.
-struct Run {
-    uint32_t begin, end;
+    __device__ __forceinline__ uint32_t projection() const {
+        return projection_;
+    }
+
+  private:
+    __device__ __forceinline__ void open(uint32_t projection) {
+        for (projection_ = projection; projection_ < call_.count; ++projection_) {
+            const Projection& p = call_.projections[kExperts ? projection_ : 0];
+            share_ = share_of<kExperts>(call_, p, schedule_);
+            if (share_.begin == share_.end) continue;
+            open_batch(p, share_.begin);
+            if (columns_left_ != 0) return;
+        }
+    }
+    // From there on the first batch that has something for this warp, in this projection.
+    __device__ __forceinline__ void open_batch(const Projection& p, uint32_t begin) {
+        for (; begin < share_.end; begin = batch_.end) {
+            batch_ = batch_at<kExperts>(p, schedule_, begin, share_.end);
+            const uint32_t tile = batch_.begin + (threadIdx.x / kLanes >> p.parts), step = kWarps >> p.parts;
+            if (tile >= batch_.end) continue;
+            tiles_ = (batch_.end - tile + step - 1) >> kWarpsLog - p.parts;
+            for (slab_ = 0; slab_ < p.slabs; ++slab_)
+                if (open_slab(p, tile)) return;
+        }
+    }
+    __device__ __forceinline__ bool open_slab(const Projection& p, uint32_t tile) {
+        const Run run = run_of(p, threadIdx.x / kLanes, slab_);
+        columns_left_ = run.count;
+        if (columns_left_ == 0) return false;
+        const uint32_t product = kExperts ? p.count.divide(tile) : 0, step = (kWarps >> p.parts) * p.all_blocks;
+        const uint32_t block =
+            (tile - product * p.count.by) * p.all_blocks + slice_ * p.blocks + slab_ * p.slab + run.first;
+        const uint8_t* const matrix = p.tiles + (kExperts ? schedule_.expert(product) * p.expert_bytes : 0);
+        const uint32_t lane = threadIdx.x % kLanes;
+        codes_ = matrix + uint64_t{block} * kCodeBytes<kBits> + lane * 16;
+        scales_ = matrix + p.scales_at + uint64_t{block} * call_.scale_bytes + lane * 16;
+        code_step_ = step * kCodeBytes<kBits>, scale_step_ = step * call_.scale_bytes;
+        return true;
+    }
+    __device__ __forceinline__ void next_column() {
+        const Projection& p = call_.projections[kExperts ? projection_ : 0];
+        if (--columns_left_ != 0) {
+            codes_ += kCodeBytes<kBits> << p.parts, scales_ += call_.scale_bytes << p.parts;
+            return;
+        }
+        while (++slab_ < p.slabs)
+            if (open_slab(p, batch_.begin + (threadIdx.x / kLanes >> p.parts))) return;
+        open_batch(p, batch_.end);
+        if (columns_left_ == 0) open(projection_ + 1);
+    }
+
+    const FewTokens& call_;
+    const Schedule& schedule_;
+    const uint32_t slice_;
+    const uint8_t *codes_ = nullptr, *scales_ = nullptr;  // of this lane
+    uint32_t code_step_ = 0, scale_step_ = 0, tiles_ = 0, columns_left_ = 0, slab_ = 0, projection_ = 0;
+    Range share_{0, 0}, batch_{0, 0};
 };
-
-// What a warp has of a batch of `tiles`; where p comes in slabs, of the one that begins at block `first`.
-__device__ __forceinline__ Run run_of(const Projection& p, uint32_t warp, uint32_t tiles, uint32_t first) {
-    if (p.fit != 0) {
-        const uint32_t all = tiles * p.blocks.by;
-        return {warp * all / kWarps, (warp + 1) * all / kWarps};
-    }
-    const uint32_t team = kWarps / tiles, tile = warp / team, member = warp % team;
-    if (tile >= tiles) return {0, 0};
-    const uint32_t slab = min(p.slab, p.blocks.by - first), begin = tile * p.blocks.by + first;
-    return {begin + member * slab / team, begin + (member + 1) * slab / team};
-}
 
 // kWhole: a block is one group (or a row is), which spares branches and lets loads of all steps begin together.
 template <typename T, int kBits, int kN, bool kExperts, bool kWhole>
 __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_constant__ FewTokens call) {
-    constexpr uint32_t kNone = ~0u;
-    constexpr uint32_t kAllOnes[4] = {kOne, kUpperOne<kBits>, kOne, kUpperOne<kBits>};
+    constexpr float kUp = 1.0f / kUpper<kBits>;
+    constexpr uint32_t kTiles = kTilesOf<kBits, kN, kWhole>, kStages = kStagesOf<kBits, kN, kWhole>;
     QMOE_SHARED_MEMORY(shared, 128);
-    const Room<kBits, kN> room(call, kExperts);
+    const Room room(call, kWarps * kStages * call.tiles * call.slot_bytes, kExperts);
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
-    const uint32_t block_bytes = call.projections[0].block_bytes;
-    float4* const cut = reinterpret_cast<float4*>(shared + room.cut);
+    const uint32_t stage_bytes = call.tiles * call.slot_bytes;
+    uint8_t* const ring = shared + warp * kStages * stage_bytes;
+    float4* const partials = reinterpret_cast<float4*>(shared + room.partials);
     float* const weights = reinterpret_cast<float*>(shared + room.weights);
-    Ring ring(shared + warp * call.slots * kChunk<kBits> * block_bytes,
-              reinterpret_cast<uint64_t*>(shared + room.barriers) + warp * call.slots, kChunk<kBits> * block_bytes,
-              call.slots);
     Schedule schedule(shared + room.schedule, kExperts ? call.tokens * call.choices.top_k.by : 0, call.choices.experts);
     if constexpr (kExperts) {
         // Ids are from before the kernel before this one where that was the first projection, which waited for them.
         if (call.projections[0].is_first) wait_for_previous();
         schedule.make(call.choices, call.most);
     }
-
-    const auto share_of = [&](const Projection& p) {
-        return Range::share((kExperts ? schedule.products() : 1) * p.count.by, call.grid);
-    };
-    // As many tiles from `begin` on as one batch has.
-    const auto batch_at = [&](const Projection& p, uint32_t begin, uint32_t end) -> Range {
-        if constexpr (kExperts) {
-            const uint32_t product = p.count.divide(begin);
-            uint32_t last = product;
-            while (p.fit != 0 && (last + 1) * p.count.by < end &&
-                   schedule.first_row(last + 2) - schedule.first_row(product) <= p.fit)
-                ++last;
-            end = min(end, (last + 1) * p.count.by);
-        }
-        return {begin, p.fit != 0 ? end : min(end, begin + kWarps)};
-    };
-    const auto tile_at = [&](const Projection& p, uint32_t tile) {
-        if constexpr (!kExperts) return p.tiles + tile * p.tile_bytes;
-        const uint32_t product = p.count.divide(tile);
-        return p.tiles + schedule.expert(product) * p.expert_bytes + (tile - product * p.count.by) * p.tile_bytes;
-    };
-
-    // What is copied next: blocks of a run, of the tile where it is.
-    const uint8_t* next = nullptr;
-    uint32_t next_left = 0, next_in_tile = 0, next_tile = 0, next_first = 0, next_projection = 0;
-    Range next_share = share_of(call.projections[0]);
-    const auto open_next = [&] {
-        while (next_projection < call.count) {
-            const Projection& p = call.projections[next_projection];
-            if (next_share.begin == next_share.end) {
-                if (++next_projection < call.count) next_share = share_of(call.projections[next_projection]);
-                continue;
-            }
-            const Range batch = batch_at(p, next_share.begin, next_share.end);
-            const Run run = run_of(p, warp, batch.end - batch.begin, next_first);
-            const uint32_t tile = p.blocks.divide(run.begin), block = run.begin - tile * p.blocks.by;
-            next_left = run.end - run.begin;
-            next_in_tile = p.blocks.by - block;
-            next_tile = batch.begin + tile;
-            next = tile_at(p, next_tile) + block * block_bytes;
-            next_first += p.slab;
-            if (next_first >= p.blocks.by) next_first = 0, next_share.begin = batch.end;
-            if (next_left != 0) return;
-        }
-    };
-    // Calls copy(from, bytes) for the next blocks, as many as a slot has or there are of the tile.
-    const auto copy_next = [&](const auto& copy) {
-        const uint32_t count = min(min(kChunk<kBits>, next_in_tile), next_left), bytes = count * block_bytes;
-        copy(next, bytes);
-        next += bytes, next_left -= count, next_in_tile -= count;
-        if (next_left == 0) return open_next();
-        if (next_in_tile != 0) return;
-        const Projection& p = call.projections[next_projection];
-        next_in_tile = p.blocks.by;
-        next = tile_at(p, ++next_tile);
-    };
-    open_next();
-    // Of the ring one slot comes before the activations, which would else wait behind what all of it has asked for.
-    uint32_t filled = 0;
-    const auto fill_until = [&](uint32_t slots) {
+    // Of the blocks of threads of a cluster each has another slice of the same tiles.
+    const uint32_t slice = kExperts ? 0 : blockIdx.x & ((1u << call.slices) - 1);
+    Source<kBits, kExperts> source(call, schedule, slice);
+    // Stages from there on have not been asked for. Before activations are asked for, one is: they would wait behind more.
+    uint8_t* owed_from = ring;
+    uint32_t owed = kStages;
+    const auto ask_for = [&](uint32_t stages) {
 #pragma unroll 1
-        for (; filled < slots && next_left != 0; ++filled)
-            copy_next([&](const uint8_t* from, uint32_t bytes) { ring.fill(filled, from, bytes); });
+        for (; owed != 0 && stages != 0; --owed, --stages) {
+            source.copy_column(owed_from);
+            owed_from += stage_bytes;
+            if (owed_from == ring + kStages * stage_bytes) owed_from = ring;
+        }
     };
-    fill_until(1);
+    ask_for(1);
     if (!kExperts || !call.projections[0].is_first) wait_for_previous();
+    let_next_begin();
 
+    uint8_t* stage = ring;
+    uint32_t buffer = 0;  // of partial sums
 #pragma unroll 1
-    for (uint32_t projection = 0; projection < call.count; ++projection) {
-        const Projection& p = call.projections[projection];
-        const uint32_t groups = kWhole ? 1 : p.groups, group_steps = kTileSteps / groups;
+    for (uint32_t projection = 0; projection < (kExperts ? call.count : 1); ++projection) {
+        const Projection& p = call.projections[kExperts ? projection : 0];
+        const uint32_t groups = kWhole ? 1 : call.groups, group_steps = kTileSteps / groups;
         if (projection != 0) cooperative_groups::this_grid().sync();
-        const Range share = share_of(p);
+        const Range share = share_of<kExperts>(call, p, schedule);
+        // Activations are there of products before `loaded`: `rows` rows, from first_row on.
+        uint32_t first_row = 0, rows = call.tokens, loaded = 0, row = 0, tokens = call.tokens;
 #pragma unroll 1
         for (uint32_t begin = share.begin; begin < share.end;) {
-            const Range batch = batch_at(p, begin, share.end);
-            const uint32_t first_product = kExperts ? p.count.divide(begin) : 0;
-            const uint32_t last_product = kExperts ? p.count.divide(batch.end - 1) : 0;
-            const uint32_t first_row = kExperts ? schedule.first_row(first_product) : 0;
-            const uint32_t rows = kExperts ? schedule.first_row(last_product + 1) - first_row : call.tokens;
-            const uint32_t team = p.fit == 0 ? kWarps / (batch.end - batch.begin) : 1;  // warps of a tile, in slabs
-            float sums[kN][4] = {};
-            uint32_t owned = kNone;  // the tile of which this warp has the beginning but not all
-            const auto leave = [&] {
+            const Range batch = batch_at<kExperts>(p, schedule, begin, share.end);
+            const uint32_t product = kExperts ? p.count.divide(begin) : 0;
+            if constexpr (kExperts) row = schedule.first_row(product), tokens = schedule.first_row(product + 1) - row;
+            float sums[kTiles][kN][4];
+#pragma unroll
+            for (uint32_t j = 0; j < kTiles; ++j)
+#pragma unroll
+                for (int n = 0; n < kN; ++n) sums[j][n][0] = sums[j][n][1] = sums[j][n][2] = sums[j][n][3] = 0.0f;
+            if (call.shared_partials) loaded = 0;
+            float2 all_sum[kN] = {};  // of this warp's columns
+            // Of this batch, every so many tiles from the first one of this warp on.
+            const uint32_t step = kWarps >> p.parts, own_first = batch.begin + (warp >> p.parts);
+            const uint32_t tiles =
+                own_first < batch.end ? (batch.end - own_first + step - 1) >> kWarpsLog - p.parts : 0;
+#pragma unroll 1
+            for (uint32_t slab = 0; slab < p.slabs; ++slab) {
+                if (p.slabs > 1 || product >= loaded) {
+                    if (begin != share.begin || slab != 0) __syncthreads();  // what is there has been used
+                    if (slab == 0) {
+                        loaded = product + 1;
+                        if constexpr (kExperts) {
+                            const uint32_t end = p.count.divide(share.end - 1) + 1;
+                            first_row = row;
+                            while (loaded < end && schedule.first_row(loaded + 1) - first_row <= p.fit) ++loaded;
+                            rows = schedule.first_row(loaded) - first_row;
+                            if (!p.is_first)
+                                for (uint32_t i = threadIdx.x; i < rows; i += blockDim.x)
+                                    weights[i] =
+                                        load_weight(call.weights, schedule.choice(first_row + i), call.weights_type);
+                        }
+                    }
+                    load_activations<T>(
+                        {p.x, p.cols, slice * p.blocks + slab * p.slab, p.slab, p.lines}, shared + room.x, rows,
+                        [&](uint32_t i) {
+                            if constexpr (!kExperts) return i;
+                            const uint32_t choice = schedule.choice(first_row + i);
+                            return p.is_first ? call.choices.top_k.divide(choice) : choice;
+                        },
+                        [&] { ask_for(kStages); });
+                    __syncthreads();
+                }
+                const Run run = run_of(p, warp, slab);
+                if (tiles == 0) continue;
+#pragma unroll 1
+                for (uint32_t i = 0, block = run.first; i < run.count; ++i, block += 1u << p.parts) {
+                    // The activations of these columns; tokens that are not there may be any: columns of products do not
+                    // mix. Of more tokens there are no registers for all tiles at once.
+                    constexpr bool kHeld = kN == 1;
+                    const uint8_t* own[kN];
+                    uint4 held[kHeld ? kN : 1][kTileSteps];
+#pragma unroll
+                    for (int n = 0; n < kN; ++n) {
+                        own[n] = shared + room.x + (row - first_row + min(8 * n + g, tokens - 1)) * row_bytes(p.slab) +
+                                 t * 16 + block * (kTileColumns * 2);
+                        if constexpr (kHeld)
+#pragma unroll
+                            for (uint32_t i = 0; i < kTileSteps; ++i)
+                                held[n][i] = *reinterpret_cast<const uint4*>(own[n] + i * 64);
+                    }
+                    const auto columns = [&](int n, uint32_t step) {
+                        if constexpr (kHeld) return held[n][step];
+                        return *reinterpret_cast<const uint4*>(own[n] + step * 64);
+                    };
+                    // What zeros take off, where all are the same; else what they are multiplied by.
+                    float2 x_sum[kN];
+                    const auto sum_up = [&](uint32_t first, uint32_t steps) {
+                        constexpr uint32_t kOnes[4] = {kOne, kOne, kOne, kOne};
+#pragma unroll
+                        for (int n = 0; n < kN; ++n) {
+                            float even[4] = {}, odd[4] = {};
+#pragma unroll
+                            for (uint32_t i = 0; i < kTileSteps; ++i)
+                                if (i >= first && i < first + steps) {
+                                    const uint4 x = columns(n, i);
+                                    mma<T>(even, kOnes, x.x, x.y);
+                                    mma<T>(odd, kOnes, x.z, x.w);
+                                }
+                            const float factor = call.has_zeros ? 1.0f : -p.zero;
+                            x_sum[n] = {(even[0] + odd[0]) * factor, (even[1] + odd[1]) * factor};
+                        }
+                    };
+                    if (kWhole) {
+                        sum_up(0, kTileSteps);
+#pragma unroll
+                        for (int n = 0; n < kN; ++n) all_sum[n].x += x_sum[n].x, all_sum[n].y += x_sum[n].y;
+                    }
+                    wait_for_copies<kStages - 1>();
+                    __syncwarp();  // scales are what other lanes have copied
+#pragma unroll
+                    for (uint32_t j = 0; j < kTiles; ++j) {
+                        if (j >= tiles) break;
+                        if constexpr (!kHeld) asm volatile("" ::: "memory");  // or the compiler holds them all the same
+                        const uint8_t* const slot = stage + j * call.slot_bytes;
+                        uint32_t words[2 * kBits];
+                        load_words<kBits>(slot, lane, words);
+                        const auto* const scales =
+                            reinterpret_cast<const uint32_t*>(slot + kCodeBytes<kBits>) + g * groups;
+                        uint32_t of_rows = 0, zeros_of_rows = 0;  // of the one group
+                        if (kWhole && !call.row_groups) {
+                            of_rows = scales[0];
+                            if (call.has_zeros) zeros_of_rows = scales[kTileRows / 2];
+                        }
+                        float products[2][kN][4];  // of even and odd products
+                        const auto products_of = [&]<int kStep>() {
+                            const uint32_t group = kWhole ? 0 : kStep / group_steps;
+                            if (kStep == 0 || (!kWhole && (kStep & (group_steps - 1)) == 0)) {
+                                if (!kWhole) sum_up(kStep, group_steps);
+#pragma unroll
+                                for (int n = 0; n < kN; ++n) {
+                                    // What zeros take off, where all are the same.
+                                    products[0][n][0] = call.has_zeros ? 0.0f : x_sum[n].x;
+                                    products[0][n][1] = call.has_zeros ? 0.0f : x_sum[n].y;
+                                    products[0][n][2] = call.has_zeros ? 0.0f : x_sum[n].x * kUp;
+                                    products[0][n][3] = call.has_zeros ? 0.0f : x_sum[n].y * kUp;
+                                    products[1][n][0] = products[1][n][1] = products[1][n][2] = products[1][n][3] =
+                                        0.0f;
+                                }
+                            }
+                            uint4 x[kN];
+#pragma unroll
+                            for (int n = 0; n < kN; ++n) x[n] = columns(n, kStep);
+                            uint32_t a[4];
+                            operands<kBits, 2 * kStep>(words, a);
+#pragma unroll
+                            for (int n = 0; n < kN; ++n) mma<T>(products[0][n], a, x[n].x, x[n].y);
+                            operands<kBits, 2 * kStep + 1>(words, a);
+#pragma unroll
+                            for (int n = 0; n < kN; ++n) mma<T>(products[1][n], a, x[n].z, x[n].w);
+                            if (kStep < kTileSteps - 1 && (kWhole || ((kStep + 1) & (group_steps - 1)) != 0)) return;
+                            float2 scale{1.0f, 1.0f}, zero{};
+                            if (!call.row_groups) scale = floats_of(kWhole ? of_rows : scales[group], call.bf16_scales);
+                            if (call.has_zeros && !call.row_groups)
+                                zero =
+                                    floats_of(kWhole ? zeros_of_rows : scales[groups * (kTileRows / 2) + group], false);
+#pragma unroll
+                            for (int n = 0; n < kN; ++n)
+#pragma unroll
+                                for (int i = 0; i < 4; ++i) {
+                                    float value = kSecond<kBits> == 1.0f
+                                                      ? products[1][n][i] + products[0][n][i]
+                                                      : fmaf(products[1][n][i], kSecond<kBits>, products[0][n][i]);
+                                    if (call.has_zeros)
+                                        value = fmaf(i < 2 ? -zero.x : -zero.y * kUp,
+                                                     i % 2 == 0 ? x_sum[n].x : x_sum[n].y, value);
+                                    sums[j][n][i] = fmaf(i < 2 ? scale.x : scale.y, value, sums[j][n][i]);
+                                }
+                        };
+                        products_of.template operator()<0>();
+                        products_of.template operator()<1>();
+                        products_of.template operator()<2>();
+                        products_of.template operator()<3>();
+                    }
+                    __syncwarp();  // all have read what is overwritten now
+                    if (owed != 0 || source.projection() != projection) {
+                        if (owed++ == 0) owed_from = stage;
+                        end_copies();
+                    } else {
+                        source.copy_column(stage);
+                    }
+                    stage += stage_bytes;
+                    if (stage == ring + kStages * stage_bytes) stage = ring;
+                }
+            }
+            if (call.shared_partials) __syncthreads();  // sums go where activations have been
+#pragma unroll
+            for (uint32_t j = 0; j < kTiles; ++j) {
+                if (j >= tiles) break;
+                float2 zero{};
+                if (kWhole && call.row_groups && call.has_zeros)
+                    zero = floats_of(reinterpret_cast<const uint32_t*>(
+                                         row_scales<kExperts>(call, p, schedule, own_first + j * step) + 32)[g],
+                                     false);
+                float4* const to = partials + (buffer + j * kWarps + warp) * call.columns * 8;
 #pragma unroll
                 for (int n = 0; n < kN; ++n)
-                    cut[(warp * kN + n) * kLanes + lane] = {sums[n][0], sums[n][1], sums[n][2], sums[n][3]};
-            };
-            const auto write_tile = [&](uint32_t tile) {
-                const uint32_t product = kExperts ? p.count.divide(tile) : 0, own = tile - product * p.count.by;
-                const uint32_t at = kExperts ? schedule.first_row(product) : 0;
-                const uint32_t tokens = kExperts ? schedule.first_row(product + 1) - at : call.tokens;
+                    if (4 * n + t < call.columns)
+                        to[(4 * n + t) * 8 + g] = {
+                            sums[j][n][0] - zero.x * all_sum[n].x, sums[j][n][1] - zero.x * all_sum[n].y,
+                            sums[j][n][2] - zero.y * kUp * all_sum[n].x, sums[j][n][3] - zero.y * kUp * all_sum[n].y};
+            }
+            if (!kExperts && call.slices != 0)
+                cluster_barrier();
+            else
+                __syncthreads();
+            // Each warp adds up the sums of tiles of its own, of a cluster every so many.
+            const uint32_t parts = 1u << p.parts;
+#pragma unroll 1
+            for (uint32_t tile = (warp << call.slices) + slice; tile < batch.end - batch.begin;
+                 tile += kWarps << call.slices) {
                 float2 scale{kBehind<T>, kBehind<T> * kUpper<kBits>};
-                if (p.row_groups) {
-                    const uint8_t* const behind = tile_at(p, tile) + p.tile_bytes - (p.has_zeros ? 64 : 32) + g * 4;
-                    const float2 of_row = floats_of(*reinterpret_cast<const uint32_t*>(behind), p.bf16_scales);
+                const uint32_t of_tile = lane % 8;
+                if (call.row_groups) {
+                    const auto* const of_rows =
+                        reinterpret_cast<const uint32_t*>(row_scales<kExperts>(call, p, schedule, batch.begin + tile));
+                    const float2 of_row = floats_of(of_rows[of_tile], call.bf16_scales);
                     scale.x *= of_row.x, scale.y *= of_row.y;
                 }
 #pragma unroll
-                for (int n = 0; n < kN; ++n)
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        const uint32_t token = 8 * n + 2 * t + i;
-                        if (token >= tokens) continue;
-                        write<T, kExperts>(call, p, kExperts ? schedule.expert(product) : 0, own, g,
-                                           kExperts ? schedule.choice(at + token) : token,
-                                           kExperts ? weights[at - first_row + token] : 1.0f, sums[n][i] * scale.x,
-                                           sums[n][2 + i] * scale.y);
-                    }
-            };
-#pragma unroll 1
-            for (uint32_t first = 0; first < p.blocks.by; first += p.slab) {
-                load_activations<T>(p, shared + room.x, rows, first, [&](uint32_t row) {
-                    if constexpr (!kExperts) return row;
-                    const uint32_t choice = schedule.choice(first_row + row);
-                    return p.is_first ? call.choices.top_k.divide(choice) : choice;
-                });
-                if (kExperts && !p.is_first && first == 0)
-                    for (uint32_t i = threadIdx.x; i < rows; i += blockDim.x)
-                        weights[i] = load_weight(call.weights, schedule.choice(first_row + i), call.weights_type);
-                const bool was_filled = filled == call.slots;
-                fill_until(call.slots);
-                __syncthreads();
-                if (!was_filled) let_next_begin();
-
-                const Run run = run_of(p, warp, batch.end - batch.begin, first);
-                uint32_t tile = p.blocks.divide(run.begin);
-#pragma unroll 1
-                for (uint32_t at = run.begin; at < run.end; ++tile) {
-                    const uint32_t tile_begin = tile * p.blocks.by, tile_end = tile_begin + p.blocks.by;
-                    const uint32_t piece_begin = at, piece_end = min(run.end, tile_end);
-                    uint32_t row = 0, tokens = rows;
-                    if constexpr (kExperts) {
-                        const uint32_t product = p.count.divide(batch.begin + tile);
-                        row = schedule.first_row(product);
-                        tokens = schedule.first_row(product + 1) - row;
-                        row -= first_row;
-                    }
-                    const uint8_t* own[kN];  // tokens that are not there may be any: columns of products do not mix
-#pragma unroll
-                    for (int n = 0; n < kN; ++n)
-                        own[n] = shared + room.x + (row + min(8 * n + g, tokens - 1)) * row_bytes(p.slab) + t * 16 +
-                                 (at - tile_begin - first) * (kTileColumns * 2);
-                    if (p.fit != 0)
-#pragma unroll
-                        for (int n = 0; n < kN; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
-                    float2 zero{p.zero, p.zero};
-                    if (p.row_groups && p.has_zeros)
-                        zero = floats_of(*reinterpret_cast<const uint32_t*>(tile_at(p, batch.begin + tile) +
-                                                                            p.tile_bytes - 32 + g * 4),
-                                         false);
-#pragma unroll 1
-                    while (at < piece_end) {
-                        const uint32_t count = min(piece_end - at, kChunk<kBits>);
-                        const uint8_t* codes = ring.front();
-#pragma unroll 1
-                        for (uint32_t i = 0; i < count; ++i, codes += block_bytes) {
-                            uint32_t words[2 * kBits];
-                            load_words<kBits>(codes, lane, words);
-                            const auto* scales =
-                                reinterpret_cast<const uint32_t*>(codes + 2 * kBits * 4 * kLanes) + g * groups;
-                            float products[2][kN][4] = {}, ones[2][kN][4] = {};  // of even and odd products; of ones
-                            const auto step = [&]<int kStep>() {
-                                uint4 columns[kN];
-#pragma unroll
-                                for (int n = 0; n < kN; ++n)
-                                    columns[n] = *reinterpret_cast<const uint4*>(own[n] + kStep * 64);
-                                uint32_t a[4];
-                                operands<kBits, 2 * kStep>(words, a);
-#pragma unroll
-                                for (int n = 0; n < kN; ++n) {
-                                    mma<T>(products[0][n], a, columns[n].x, columns[n].y);
-                                    mma<T>(ones[0][n], kAllOnes, columns[n].x, columns[n].y);
-                                }
-                                operands<kBits, 2 * kStep + 1>(words, a);
-#pragma unroll
-                                for (int n = 0; n < kN; ++n) {
-                                    mma<T>(products[1][n], a, columns[n].z, columns[n].w);
-                                    mma<T>(ones[1][n], kAllOnes, columns[n].z, columns[n].w);
-                                }
-                                if (kStep < kTileSteps - 1 && (kWhole || ((kStep + 1) & (group_steps - 1)) != 0))
-                                    return;
-                                float2 scale{1.0f, 1.0f};
-                                if (!p.row_groups) {
-                                    scale = floats_of(*scales, p.bf16_scales);
-                                    if (p.has_zeros) zero = floats_of(scales[groups * (kTileRows / 2)], false);
-                                    ++scales;
-                                }
-#pragma unroll
-                                for (int n = 0; n < kN; ++n)
-#pragma unroll
-                                    for (int i = 0; i < 4; ++i) {
-                                        const float raw = fmaf(products[1][n][i], kSecond<kBits>, products[0][n][i]);
-                                        const float value =
-                                            fmaf(i < 2 ? -zero.x : -zero.y, ones[0][n][i] + ones[1][n][i], raw);
-                                        sums[n][i] = fmaf(i < 2 ? scale.x : scale.y, value, sums[n][i]);
-                                        products[0][n][i] = products[1][n][i] = ones[0][n][i] = ones[1][n][i] = 0.0f;
-                                    }
-                            };
-                            step.template operator()<0>();
-                            step.template operator()<1>();
-                            step.template operator()<2>();
-                            step.template operator()<3>();
-#pragma unroll
-                            for (int n = 0; n < kN; ++n) own[n] += kTileColumns * 2;
+                for (int n = 0; n < kN; ++n) {
+                    const uint32_t token = 8 * n + lane / 8 * 2;
+                    if (token >= tokens) continue;
+                    const float4* const from =
+                        partials + (buffer + (tile << p.parts)) * call.columns * 8 + 32 * n + lane;
+                    float4 sum{};
+                    for (uint32_t other = 0; other < (kExperts ? 1 : 1u << call.slices); ++other)
+#pragma unroll 4
+                        for (uint32_t part = 0; part < parts; ++part) {
+                            const float4* const one = from + part * call.columns * 8;
+                            const float4 more = kExperts || call.slices == 0 ? *one : load_of_cluster(one, other);
+                            sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
                         }
-                        at += count;
-                        __syncwarp();  // all have read what is overwritten now
-                        if (next_left != 0)
-                            copy_next([&](const uint8_t* from, uint32_t bytes) { ring.refill(from, bytes); });
-                        ring.advance();
-                    }
-                    if (p.fit == 0) continue;
-                    if (piece_begin == tile_begin && piece_end == tile_end) {
-                        write_tile(batch.begin + tile);
-                        continue;
-                    }
-                    owned = piece_begin == tile_begin ? tile : kNone;
-                    if (owned == kNone) leave();
+                    const uint32_t expert = kExperts ? schedule.expert(product) : 0;
+                    const auto put = [&](uint32_t i, float lower, float upper) {
+                        if (token + i >= tokens) return;
+                        write<T, kExperts>(call, p, expert, batch.begin + tile - product * p.count.by, of_tile,
+                                           kExperts ? schedule.choice(row + token + i) : token + i,
+                                           kExperts ? weights[row - first_row + token + i] : 1.0f, lower * scale.x,
+                                           upper * scale.y);
+                    };
+                    put(0, sum.x, sum.z);
+                    put(1, sum.y, sum.w);
                 }
-                if (p.fit == 0 && first + p.slab >= p.blocks.by && warp / team < batch.end - batch.begin) {
-                    owned = warp % team == 0 ? warp / team : kNone;
-                    if (owned == kNone) leave();
-                }
-                __syncthreads();
-            }
-            if (owned != kNone) {
-                const uint32_t end = (owned + 1) * p.blocks.by;
-#pragma unroll 1
-                for (uint32_t other = warp + 1; other < (p.fit == 0 ? warp + team : kWarps); ++other) {
-                    if (p.fit != 0) {
-                        const Run run = run_of(p, other, batch.end - batch.begin, 0);
-                        if (run.begin == run.end) continue;
-                        if (run.begin >= end) break;
-                    }
-#pragma unroll
-                    for (int n = 0; n < kN; ++n) {
-                        const float4 more = cut[(other * kN + n) * kLanes + lane];
-                        sums[n][0] += more.x, sums[n][1] += more.y, sums[n][2] += more.z, sums[n][3] += more.w;
-                    }
-                }
-                write_tile(batch.begin + owned);
             }
             begin = batch.end;
-            if (begin < share.end) __syncthreads();
+            buffer = p.buffers == 1 || buffer != 0 ? 0 : call.tiles * kWarps;
+            if (p.buffers == 1 && begin < share.end) __syncthreads();
         }
+        ask_for(1);
     }
+    if (!kExperts && call.slices != 0) cluster_barrier();  // others may be reading here
     if (!kExperts || call.count == 1) return;
     // Sums over the choices of each token.
     cooperative_groups::this_grid().sync();
@@ -460,63 +446,60 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                 i % pieces * 4, cols);
 }
 
-inline constexpr uint32_t kMostSlots = 8;
-
-// Divides shared memory between rings and activations, the rest being fixed. Of a layer of experts there is room for the
-// rows of three products, where it is there, since that is what a share is of. True where none of it has to come in slabs.
-template <int kBits, int kN>
-bool divide(FewTokens& call, bool experts, const Device& device, uint32_t slots) noexcept {
-    const uint32_t choices = experts ? call.tokens * call.choices.top_k.by : call.tokens;
-    call.slots = slots, call.x_bytes = 0;
-    const uint32_t fixed = Room<kBits, kN>(call, experts).bytes,
-                   room = device.shared > fixed ? device.shared - fixed : 0;
-    const uint32_t most = std::min(call.most, choices);
-    bool whole = true;
-    for (uint32_t i = 0; i < call.count; ++i) {
-        Projection& p = call.projections[i];
-        p.slab = p.blocks.by;
-        p.fit = std::min(std::min(choices, 3 * most), room / row_bytes(p.slab));
-        if (p.fit < most) {
-            whole = false, p.fit = 0;
-            const uint32_t blocks = room / most > kRowGap ? (room / most - kRowGap) / (kTileColumns * 2) : 0;
-            p.slab = blocks == 0 ? 0 : ceil_div(p.blocks.by, ceil_div(p.blocks.by, blocks));
-        }
-        p.lines = Divisor(ceil_div(p.slab * 16, kLanes));
-        call.x_bytes = std::max(call.x_bytes, (p.fit == 0 ? most : p.fit) * row_bytes(p.slab));
-    }
-    while (call.slots < kMostSlots && Room<kBits, kN>(call, experts).bytes <= device.shared) ++call.slots;
-    if (Room<kBits, kN>(call, experts).bytes > device.shared) --call.slots;
-    return whole;
-}
-
-template <typename T, int kBits, int kN, bool kExperts>
+template <typename T, int kBits, int kN, bool kExperts, bool kWhole>
 Status launch_as(FewTokens& call, const Device& device, cudaStream_t stream) noexcept {
-    for (uint32_t i = 0; i < call.count; ++i)
-        if (call.projections[i].slab == 0)
-            return Status::error(Code::kNoKernel, "cuda: shared memory of a block is too small");
-    const auto kernel = call.projections[0].groups == 1 ? few_tokens<T, kBits, kN, kExperts, true>
-                                                        : few_tokens<T, kBits, kN, kExperts, false>;
+    const auto kernel = few_tokens<T, kBits, kN, kExperts, kWhole>;
     QMOE_TRY(runtime_status(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared))));
-    const uint32_t most = device.multiprocessors, count = call.projections[0].count.by;
-    const uint32_t grid = !kExperts && count < most ? count : most;
-    call.grid = Divisor(grid);
-    return launch(kernel, grid, kWarps * kLanes, Room<kBits, kN>(call, kExperts).bytes, call.count == 2, device, stream,
-                  call);
+    const uint32_t ring = kWarps * kStagesOf<kBits, kN, kWhole> * call.tiles * call.slot_bytes;
+    return launch(kernel, call.shares.by << call.slices, kWarps * kLanes, Room(call, ring, kExperts).bytes,
+                  call.count == 2, 1u << call.slices, device, stream, call);
 }
 
-// Chooses the kernel, by the tokens that a product has most often and by room: kN = 2 reads weights once for up to 16.
+// As many tiles at a time as there is room for, with as few detours.
+template <typename T, int kBits, int kN, bool kExperts, bool kWhole>
+bool divide_for(FewTokens& call, const Device& device) noexcept {
+    constexpr uint32_t kTiles = kTilesOf<kBits, kN, kWhole>;
+    call.most = std::min(call.tokens, 8u * kN);
+    const auto fits = [&](uint32_t tiles, bool shared_partials, bool slabs) {
+        call.tiles = tiles;
+        call.shared_partials = shared_partials;
+        return divide(call, kBits, kStagesOf<kBits, kN, kWhole>, kExperts, device, slabs);
+    };
+    if (fits(kTiles, false, false) || fits(kTiles, true, false)) return true;
+    for (const bool slabs : {false, true})
+        for (uint32_t tiles = kTiles / 2; tiles > 0; tiles /= 2)
+            if (fits(tiles, false, slabs)) return true;
+    return false;
+}
+
+template <typename T, int kBits, bool kExperts, bool kWhole>
+Status launch_whole(FewTokens& call, const Device& device, cudaStream_t stream) noexcept {
+    const uint32_t choices = kExperts ? call.tokens * call.choices.top_k.by : 0;
+    const bool few = call.tokens <= 8 || (kExperts && choices <= 4 * call.choices.experts);
+    if (!few && divide_for<T, kBits, 2, kExperts, kWhole>(call, device))
+        return launch_as<T, kBits, 2, kExperts, kWhole>(call, device, stream);
+    // Also where more tokens at a time have no room; those of a matrix come as many as were asked for.
+    if ((few || kExperts) && divide_for<T, kBits, 1, kExperts, kWhole>(call, device))
+        return launch_as<T, kBits, 1, kExperts, kWhole>(call, device, stream);
+    return Status::error(Code::kNoKernel, "cuda: shared memory of a block is too small");
+}
+
+// Chooses the kernel, by the tokens that a product has most often: kN = 2 reads weights once for up to 16.
 template <typename T, int kBits, bool kExperts>
 Status launch_few_tokens(FewTokens call, const Device& device, cudaStream_t stream) noexcept {
-    const uint32_t choices = kExperts ? call.tokens * call.choices.top_k.by : 0;
-    if (call.tokens <= 8 || (kExperts && choices <= 4 * call.choices.experts)) {
-        call.most = std::min(call.tokens, 8u);
-        if (divide<kBits, 1>(call, kExperts, device, 3) || divide<kBits, 1>(call, kExperts, device, 2))
-            return launch_as<T, kBits, 1, kExperts>(call, device, stream);
+    if constexpr (!kExperts) {
+        // A cluster of two blocks of threads has half of the columns' activations in each.
+        constexpr uint64_t kMostBytes = 80 << 10;
+        Projection& p = call.projections[0];
+        if (device.overlaps && uint64_t{call.tokens} * p.cols * 2 > kMostBytes && p.blocks % 2 == 0 &&
+            device.multiprocessors > 1 && has_clusters(few_tokens<T, kBits, 2, false, true>)) {
+            call.slices = 1;
+            p.blocks /= 2;
+        }
     }
-    call.most = std::min(call.tokens, 16u);
-    if (!divide<kBits, 2>(call, kExperts, device, 2)) divide<kBits, 2>(call, kExperts, device, 3);
-    return launch_as<T, kBits, 2, kExperts>(call, device, stream);
+    return call.groups == 1 ? launch_whole<T, kBits, kExperts, true>(call, device, stream)
+                            : launch_whole<T, kBits, kExperts, false>(call, device, stream);
 }
 
 // What few_tokens_<bits>.cu compile.

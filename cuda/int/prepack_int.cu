@@ -55,10 +55,8 @@ __global__ void unpack(IntTiles tiles, const uint8_t* __restrict__ data, T* __re
          i += uint64_t{gridDim.x} * blockDim.x) {
         const uint32_t lane = i % kLanes, g = lane / 4, t = lane % 4;
         const uint64_t block = i / kLanes % tiles.blocks, tile = i / kLanes / tiles.blocks;
-        const uint8_t* const from = data + tile * tiles.tile_bytes + block * tiles.block_bytes;
-        const uint8_t* const scales = tiles.groups == 0
-                                          ? data + tile * tiles.tile_bytes + tiles.blocks * tiles.block_bytes
-                                          : from + tiles.code_bytes();
+        const uint8_t* const from = data + tiles.block_at(tile, block);
+        const uint8_t* const scales = data + tiles.scales_of(tile, block);
         uint32_t words[2 * kBits];
 #pragma unroll
         for (uint32_t w = 0; w < 2 * kBits; ++w) {
@@ -103,7 +101,7 @@ __global__ void prepack_codes(IntLayout stored, IntTiles tiles, const uint8_t* _
                     const uint8_t* const packed = data + row * stored.row_bytes + col / kIntBlock * stored.block_bytes;
                     place(words, stored.bits, q, j, second != 0, int_code(packed, stored.bits, col % kIntBlock));
                 }
-        uint8_t* const to = out + tile * tiles.tile_bytes + block * tiles.block_bytes;
+        uint8_t* const to = out + tiles.block_at(tile, block);
         for (uint32_t w = 0; w < tiles.words; ++w) {
             const uint32_t width = min(tiles.words - w / 4 * 4, 4u);  // words of this piece
             *reinterpret_cast<uint32_t*>(to + w / 4 * 16 * kLanes + lane * width * 4 + w % 4 * 4) = words[w];
@@ -111,7 +109,7 @@ __global__ void prepack_codes(IntLayout stored, IntTiles tiles, const uint8_t* _
     }
 }
 
-// A thread per row of a tile and group, of which a row of one group has one behind the last block.
+// A thread per row of a tile and group.
 __global__ void prepack_scales(IntLayout stored, IntTiles tiles, const uint8_t* __restrict__ data,
                                uint8_t* __restrict__ out) {
     const uint64_t places = tiles.groups == 0 ? 1 : tiles.blocks * tiles.groups;  // of groups in a tile
@@ -121,9 +119,7 @@ __global__ void prepack_scales(IntLayout stored, IntTiles tiles, const uint8_t* 
         const uint64_t r = i % kTileRows, place = i / kTileRows % places, tile = i / kTileRows / places;
         const uint64_t row = tiles.row(tile, r), block = place / groups, group = place % groups;
         const bool there = row < tiles.rows && place < stored.groups;
-        uint8_t* const to =
-            out + tile * tiles.tile_bytes +
-            (tiles.groups == 0 ? tiles.blocks * tiles.block_bytes : block * tiles.block_bytes + tiles.code_bytes());
+        uint8_t* const to = out + tiles.scales_of(tile, block);
         const uint64_t at = (r % 8 * groups + group) * 2 + r / 8;
         reinterpret_cast<uint16_t*>(to)[at] =
             there ? load<uint16_t>(data + stored.scales_at + (row * stored.groups + place) * 2) : uint16_t{0};

@@ -11,28 +11,35 @@ QMOE_FEW_TOKENS(extern, 8)
 
 namespace {
 
-Status tiles_of(const IntStack& stack, Projection& p, uint32_t& bits) noexcept {
+Status tiles_of(const IntStack& stack, Projection& p, IntTiles& tiles) noexcept {
     const IntLayout stored(stack.spec, stack.rows, stack.cols);
     if (!has_tiles(stored)) return Status::error(Code::kNoKernel, "cuda: there are no tiles of this matrix");
     if (reinterpret_cast<uintptr_t>(stack.tiles) % 16 != 0)
         return Status::error(Code::kValue, "cuda: tiles must be aligned to 16 bytes");
-    const IntTiles tiles(stored, stack.order);
+    tiles = IntTiles(stored, stack.order);
     p.tiles = static_cast<const uint8_t*>(stack.tiles);
     p.expert_bytes = tiles.bytes;
-    p.tile_bytes = tiles.tile_bytes;
-    p.block_bytes = tiles.block_bytes;
+    p.scales_at = tiles.scales_at;
     p.rows = static_cast<uint32_t>(tiles.rows);
     p.cols = static_cast<uint32_t>(tiles.cols);
     p.count = Divisor(tiles.tiles);
-    p.blocks = Divisor(tiles.blocks);
-    p.groups = tiles.groups == 0 ? 1 : tiles.groups;
+    p.all_blocks = p.blocks = static_cast<uint32_t>(tiles.blocks);
     p.zero = tiles.zero;
-    p.has_zeros = tiles.has_zeros;
-    p.bf16_scales = tiles.scale_type == ScaleType::kBfloat16;
-    p.row_groups = tiles.groups == 0;
     p.order = stack.order;
-    bits = tiles.bits;
     return {};
+}
+
+void set_format(FewTokens& call, const IntTiles& tiles) noexcept {
+    call.groups = tiles.groups == 0 ? 1 : tiles.groups;
+    call.row_groups = tiles.groups == 0;
+    call.scale_bytes = tiles.scale_bytes;
+    call.has_zeros = tiles.has_zeros;
+    call.bf16_scales = tiles.scale_type == ScaleType::kBfloat16;
+}
+
+// Whether one launch can have both.
+bool alike(const IntTiles& a, const IntTiles& b) noexcept {
+    return a.bits == b.bits && a.groups == b.groups && a.has_zeros == b.has_zeros && a.scale_type == b.scale_type;
 }
 
 template <bool kExperts>
@@ -71,8 +78,9 @@ Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept {
     if (linear.tokens == 0) return {};
     FewTokens call{};
     Projection& p = call.projections[0];
-    uint32_t bits = 0;
-    QMOE_TRY(tiles_of(linear.weight, p, bits));
+    IntTiles tiles;
+    QMOE_TRY(tiles_of(linear.weight, p, tiles));
+    set_format(call, tiles);
     Device device{};
     QMOE_TRY(Device::current(device));
     call.count = 1;
@@ -83,7 +91,7 @@ Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept {
         call.tokens = static_cast<uint32_t>(last - first);
         p.x = static_cast<const uint16_t*>(linear.x) + first * p.cols;
         p.y = static_cast<uint16_t*>(linear.y) + first * p.rows;
-        QMOE_TRY(launch_type<false>(call, bits, linear.type, device, stream));
+        QMOE_TRY(launch_type<false>(call, tiles.bits, linear.type, device, stream));
         first = last;
     }
     return {};
@@ -107,9 +115,10 @@ Status experts_int(const IntExperts& e, cudaStream_t stream) noexcept {
     QMOE_TRY(Device::current(device));
     FewTokens call{};
     Projection &first = call.projections[0], &second = call.projections[1];
-    uint32_t first_bits = 0, second_bits = 0;
-    QMOE_TRY(tiles_of(e.first, first, first_bits));
-    QMOE_TRY(tiles_of(e.second, second, second_bits));
+    IntTiles first_tiles, second_tiles;
+    QMOE_TRY(tiles_of(e.first, first, first_tiles));
+    QMOE_TRY(tiles_of(e.second, second, second_tiles));
+    set_format(call, first_tiles);
     call.tokens = static_cast<uint32_t>(e.tokens);
     call.choices = {e.ids, call.tokens, static_cast<uint32_t>(e.first.experts), Divisor(e.top_k)};
     call.weights = e.weights;
@@ -123,16 +132,16 @@ Status experts_int(const IntExperts& e, cudaStream_t stream) noexcept {
     second.x = e.workspace;
     second.bias = e.second_bias;
     second.y = static_cast<uint8_t*>(e.workspace) + room.second_at;
-    // A ring has slots of one size, and kernels are for one number of bits and groups.
-    if (first_bits == second_bits && first.block_bytes == second.block_bytes && first.groups == second.groups) {
+    if (alike(first_tiles, second_tiles)) {
         call.count = 2;
-        return launch_type<true>(call, first_bits, e.type, device, stream);
+        return launch_type<true>(call, first_tiles.bits, e.type, device, stream);
     }
     call.count = 1;
     FewTokens behind = call;
     behind.projections[0] = second;
-    QMOE_TRY(launch_type<true>(call, first_bits, e.type, device, stream));
-    QMOE_TRY(launch_type<true>(behind, second_bits, e.type, device, stream));
+    set_format(behind, second_tiles);
+    QMOE_TRY(launch_type<true>(call, first_tiles.bits, e.type, device, stream));
+    QMOE_TRY(launch_type<true>(behind, second_tiles.bits, e.type, device, stream));
     return launch_combine(call.choices, second.y, e.y, e.type, second.rows, device, stream);
 }
 

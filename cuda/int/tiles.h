@@ -20,9 +20,9 @@
 //     8 bits  word 2 q + h, at bit 8 r
 //
 // Memory holds tile by tile, and of each one block by block, what a warp takes in one go: words 0-3 of all lanes, then 4-7
-// (for 3 bits 4 and 5), and so on; behind them the block's scales in the stored type, by g, group, and row (g, g + 8); then
-// zeros, where they are stored, as float16 in the same order. Where a row is one group, its scale and zero are behind the
-// tile's last block.
+// (for 3 bits 4 and 5), and so on. Behind all codes come scales in the same order of tiles and blocks: those of a block in
+// the stored type, by g, group, and row (g, g + 8); then zeros, where they are stored, as float16 in the same order. Where
+// a row is one group, there are those of a tile instead of a block.
 //
 // Rows of a tile are rows of the matrix one after the other; of a gated first projection, whose rows are those of gate and
 // up, rows 0-7 of a tile are of gate and 8-15 the ones of up that belong to them: a lane then has both.
@@ -43,9 +43,10 @@ struct IntTiles {
     float zero = 0.0f;  // of all codes, where none are stored
     ScaleType scale_type = ScaleType::kFloat16;
     uint64_t rows = 0, cols = 0, tiles = 0, blocks = 0;
-    uint32_t block_bytes = 0;
-    uint64_t tile_bytes = 0, bytes = 0;
+    uint32_t scale_bytes = 0;  // scales and zeros of a block; of a tile where a row is one group
+    uint64_t scales_at = 0, bytes = 0;
 
+    IntTiles() = default;
     IntTiles(const IntLayout& stored, RowOrder row_order) noexcept
         : bits(stored.bits),
           words(2 * stored.bits),
@@ -58,12 +59,18 @@ struct IntTiles {
           tiles(ceil_div(rows, kTileRows)),
           blocks(ceil_div(cols, kTileColumns)) {
         groups = stored.groups == 1 ? 0 : kTileColumns / stored.group;
-        const uint32_t group_bytes = 2 * kTileRows * (has_zeros ? 2 : 1);
-        block_bytes = code_bytes() + groups * group_bytes;
-        tile_bytes = blocks * block_bytes + (groups == 0 ? group_bytes : 0);
-        bytes = tiles * tile_bytes;
+        scale_bytes = (groups == 0 ? 1 : groups) * 2 * kTileRows * (has_zeros ? 2 : 1);
+        scales_at = tiles * blocks * code_bytes();
+        bytes = ceil_div(scales_at + tiles * (groups == 0 ? 1 : blocks) * scale_bytes, uint64_t{128}) * 128;
     }
     QMOE_INLINE uint32_t code_bytes() const noexcept { return words * 4 * kLanes; }  // of a block
+
+    QMOE_INLINE uint64_t block_at(uint64_t tile, uint64_t block) const noexcept {
+        return (tile * blocks + block) * code_bytes();
+    }
+    QMOE_INLINE uint64_t scales_of(uint64_t tile, uint64_t block) const noexcept {
+        return scales_at + (groups == 0 ? tile : tile * blocks + block) * scale_bytes;
+    }
 
     // The matrix's row that is row r of a tile; `rows` and more where there is none.
     QMOE_INLINE uint64_t row(uint64_t tile, uint32_t r) const noexcept {

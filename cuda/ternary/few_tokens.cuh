@@ -330,15 +330,13 @@ Status launch_ternary_as(TernaryFewTokens& call, uint32_t shared, const Device& 
                   device, stream, call);
 }
 
-// Chooses how many tokens a product has: a load of four is as fast as one of two; of eight it takes more than twice as long,
-// but experts' products of eight bring activations once where two of four would twice.
+// Chooses how many tokens a product has: a load of four is as fast as one of two, and of eight not twice as slow.
 template <typename T, int kGap, bool kExperts>
 Status launch_ternary(TernaryFewTokens call, const Device& device, cudaStream_t stream) noexcept {
-    if constexpr (kExperts) {
-        const bool many = call.tokens * call.choices.top_k.by > 2 * call.choices.experts;
-        if (const uint32_t shared = many ? divide_ternary<T, 8>(call, true, device) : 0; shared != 0)
-            return launch_ternary_as<T, kGap, 8, true>(call, shared, device, stream);
-    }
+    const uint32_t choices = kExperts ? call.tokens * call.choices.top_k.by : 0;
+    const bool many = kExperts ? choices > 2 * call.choices.experts : call.tokens > 4;
+    if (const uint32_t shared = many ? divide_ternary<T, 8>(call, kExperts, device) : 0; shared != 0)
+        return launch_ternary_as<T, kGap, 8, kExperts>(call, shared, device, stream);
     if (const uint32_t shared = call.tokens > 1 ? divide_ternary<T, 4>(call, kExperts, device) : 0; shared != 0)
         return launch_ternary_as<T, kGap, 4, kExperts>(call, shared, device, stream);
     if (const uint32_t shared = divide_ternary<T, 1>(call, kExperts, device); shared != 0)
@@ -346,10 +344,10 @@ Status launch_ternary(TernaryFewTokens call, const Device& device, cudaStream_t 
     return Status::error(Code::kNoKernel, "cuda: shared memory of a block is too small");
 }
 
-// Tokens of one launch of a linear layer that fit, at most 4.
+// Tokens of one launch of a linear layer that fit, at most 8.
 template <typename T>
 uint32_t tokens_at_once(TernaryFewTokens call, const Device& device) noexcept {
-    return divide_ternary<T, 4>(call, false, device) != 0 ? 4 : 1;
+    return divide_ternary<T, 8>(call, false, device) != 0 ? 8 : divide_ternary<T, 4>(call, false, device) != 0 ? 4 : 1;
 }
 
 // What few_tokens_<gap>.cu compile.

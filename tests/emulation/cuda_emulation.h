@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <stdexcept>
 #include <vector>
@@ -39,7 +40,23 @@
 
 namespace emulation {
 
-enum class State { kReady, kYielding, kAtWarpBarrier, kAtNamedBarrier, kAtBlockBarrier, kAtGridBarrier, kDone };
+enum class State {
+    kReady,
+    kYielding,
+    kAtWarpBarrier,
+    kAtNamedBarrier,
+    kAtBlockBarrier,
+    kAtClusterBarrier,
+    kAtGridBarrier,
+    kDone
+};
+
+// What a thread has asked for of cp.async.
+struct Copy {
+    uint8_t* to;
+    const uint8_t* from;
+    int bytes;
+};
 
 struct Fiber {
     ucontext_t context;
@@ -48,22 +65,32 @@ struct Fiber {
     State state = State::kReady;
     int barrier = 0;  // of kAtNamedBarrier
     uint32_t barrier_threads = 0;
+    std::vector<Copy> open_copies;               // of no group yet
+    std::deque<std::vector<Copy>> group_copies;  // that are on their way
 };
 
 class Grid {
   public:
     static constexpr size_t kLanes = 32, kStackBytes = 96 << 10;
     static constexpr uint8_t kPoison = 0xEE;
+    // Tests may have threads take their turns from the last one on, and copies come as late as they may: what depends on
+    // the order of threads between barriers, or on copies that nobody has waited for, then gives other results.
+    static inline bool backwards = false, late_copies = false;
 
-    // Runs body() as `blocks` blocks of `threads` threads, with bytes of shared memory that hold a pattern at first. Throws
-    // std::logic_error for a deadlock and for writes behind the shared memory.
-    static void run(dim3 blocks, uint32_t threads, uint32_t shared_bytes, std::function<void()> body);
+    // Runs body() as `blocks` blocks of `threads` threads, so many of them a cluster, with bytes of shared memory that hold
+    // a pattern at first. Throws std::logic_error for a deadlock and for writes behind the shared memory.
+    static void run(dim3 blocks, uint32_t threads, uint32_t shared_bytes, uint32_t cluster, std::function<void()> body);
 
     static Grid& current() { return *current_; }
     Fiber& fiber() { return *running_; }
     uint32_t threads() const { return threads_; }
     uint32_t blocks() const { return blocks_; }
     uint8_t* shared() { return shared_[running_->block.x].data(); }
+    // Where block `rank` of the cluster has what this one has at `own`.
+    uint8_t* shared_of_cluster(const void* own, uint32_t rank) {
+        const uint32_t block = running_->block.x;
+        return shared_[block / cluster_ * cluster_ + rank].data() + (static_cast<const uint8_t*>(own) - shared());
+    }
     void wait(State state) {
         running_->state = state;
         swapcontext(&running_->context, &main_);
@@ -120,7 +147,7 @@ class Grid {
 
     static inline Grid* current_ = nullptr;
     std::function<void()> body_;
-    uint32_t threads_ = 0, blocks_ = 0;
+    uint32_t threads_ = 0, blocks_ = 0, cluster_ = 1;
     std::vector<Fiber> fibers_;
     std::vector<std::vector<uint8_t>> shared_;
     std::vector<uint64_t> given_;
@@ -128,12 +155,13 @@ class Grid {
     ucontext_t main_;
 };
 
-inline void Grid::run(dim3 blocks, uint32_t threads, uint32_t shared_bytes, std::function<void()> body) {
+inline void Grid::run(dim3 blocks, uint32_t threads, uint32_t shared_bytes, uint32_t cluster,
+                      std::function<void()> body) {
     constexpr size_t kGuard = 64;
     for (uint32_t y = 0; y < blocks.y; ++y) {
         Grid grid;
         current_ = &grid;
-        grid.body_ = body, grid.threads_ = threads, grid.blocks_ = blocks.x;
+        grid.body_ = body, grid.threads_ = threads, grid.blocks_ = blocks.x, grid.cluster_ = cluster;
         grid.shared_.assign(blocks.x, std::vector<uint8_t>(shared_bytes + kGuard, kPoison));
         grid.fibers_ = std::vector<Fiber>(blocks.x * threads);
         grid.given_.resize(grid.fibers_.size());
@@ -152,7 +180,8 @@ inline void Grid::run(dim3 blocks, uint32_t threads, uint32_t shared_bytes, std:
         for (bool done = false; !done;) {
             bool progress = false;
             done = true;
-            for (Fiber& fiber : grid.fibers_) {
+            for (size_t i = 0; i < grid.fibers_.size(); ++i) {
+                Fiber& fiber = grid.fibers_[backwards ? grid.fibers_.size() - 1 - i : i];
                 if (fiber.state == State::kReady || fiber.state == State::kYielding) {
                     const bool looked = fiber.state == State::kYielding;
                     grid.running_ = &fiber;
@@ -165,6 +194,8 @@ inline void Grid::run(dim3 blocks, uint32_t threads, uint32_t shared_bytes, std:
                 progress |= grid.release(first, kLanes, State::kAtWarpBarrier);
             for (size_t first = 0; first < grid.fibers_.size(); first += threads)
                 progress |= grid.release_named(first) | grid.release(first, threads, State::kAtBlockBarrier);
+            for (size_t first = 0; first < grid.fibers_.size(); first += cluster * threads)
+                progress |= grid.release(first, cluster * threads, State::kAtClusterBarrier);
             progress |= grid.release(0, grid.fibers_.size(), State::kAtGridBarrier);
             idle = progress ? 0 : idle + 1;
             if (idle > 1 && !done) throw std::logic_error("emulation: deadlock");

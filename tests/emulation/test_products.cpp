@@ -318,6 +318,14 @@ struct Layer {
     }
 };
 
+// Calls `check` with threads and copies in the opposite of their usual order.
+template <typename Check>
+void in_other_orders(const Check& check) {
+    emulation::Grid::backwards = emulation::Grid::late_copies = true;
+    check();
+    emulation::Grid::backwards = emulation::Grid::late_copies = false;
+}
+
 }  // namespace
 
 TEST_SUITE("emulated products") {
@@ -362,13 +370,30 @@ TEST_SUITE("emulated products") {
     }
 
     TEST_CASE("int linear layers: bits, groups, zeros, ragged shapes, numbers of tokens") {
-        for (const uint8_t bits : std::initializer_list<uint8_t>{2, 3, 4, 8})
-            for (const uint32_t group : {0u, 32u, 128u})
-                for (const bool zeros : {false, true})
-                    check_linear<IntStack>(integers(bits, group, zeros), 33, 200, zeros ? 9 : 3, zeros);
-        check_linear<IntStack>(integers(4, 64, true), 5, 7, 1, false);
-        check_linear<IntStack>(integers(2, 128, false), 70, 129, 16, true);
-        check_linear<IntStack>(integers(4, 128, false), 20, 9000, 16, false);  // activations come in slabs
+        const auto check = [] {
+            for (const uint8_t bits : std::initializer_list<uint8_t>{2, 3, 4, 8})
+                for (const uint32_t group : {0u, 32u, 128u})
+                    for (const bool zeros : {false, true})
+                        check_linear<IntStack>(integers(bits, group, zeros), 33, 200, zeros ? 9 : 3, zeros);
+            check_linear<IntStack>(integers(4, 64, true), 5, 7, 1, false);
+            check_linear<IntStack>(integers(2, 128, false), 70, 129, 16, true);
+            check_linear<IntStack>(integers(4, 128, false), 20, 9000, 16, false);  // activations come in slabs
+            check_linear<IntStack>(integers(4, 128, true), 3300, 130, 3, true);    // batches
+            check_linear<IntStack>(integers(3, 0, true), 3300, 200, 9, false);
+        };
+        check();
+        in_other_orders(check);
+    }
+
+    TEST_CASE("int linear layers whose columns are divided between two blocks of threads") {
+        cuda::Device::few = 5;
+        const auto check = [] {
+            check_linear<IntStack>(integers(4, 128, true), 40, 4096, 16, true);  // sums where activations have been
+            check_linear<IntStack>(integers(2, 64, false), 100, 4000, 11, false);
+            check_linear<IntStack>(integers(8, 0, true), 33, 8100, 8, true);
+        };
+        in_other_orders(check);
+        cuda::Device::few = 3;
     }
 
     TEST_CASE("layers of experts: gates, biases, few tokens and many") {
@@ -382,6 +407,18 @@ TEST_SUITE("emulated products") {
         Layer<TernaryStack>{3, 64, 32, 20, 3, ternary(906), ternary(906)}.check(20);
         Layer<IntStack>{3, 64, 32, 20, 3, integers(2, 128, false), integers(2, 128, false)}.check(20);
         Layer<TernaryStack>{40, 64, 32, 6, 8, ternary(1024), ternary(906), RowOrder::kHalves, true}.check(21);
+    }
+
+    TEST_CASE("layers of int experts: batches, activations that come anew or in slabs, other orders") {
+        const auto check = [] {
+            Layer<IntStack>{5, 70, 36, 9, 2, integers(4, 32, true), integers(4, 32, true)}.check(40);
+            Layer<IntStack>{3, 300, 500, 40, 2, integers(4, 128, false), integers(4, 128, false)}.check(41);
+            Layer<IntStack>{9, 130, 700, 12, 4, integers(2, 0, true), integers(2, 0, true), RowOrder::kHalves, true}
+                .check(42);
+            Layer<IntStack>{2, 16, 4800, 20, 2, integers(8, 128, false), integers(8, 128, false)}.check(43);
+            Layer<IntStack>{4, 70, 36, 5, 2, integers(3, 32, true), integers(2, 64, false)}.check(44);
+        };
+        in_other_orders(check);
     }
 
     TEST_CASE("layers of experts by the kernel for many tokens") {

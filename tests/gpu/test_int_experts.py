@@ -77,7 +77,7 @@ def test_shapes_of_models() -> None:
 def test_random_layers() -> None:
     rng = np.random.default_rng(0)
     gatings = [HALVES, INTERLEAVED, Gating("interleaved", "gelu"), Gating("plain", "silu")]
-    for seed in range(60):
+    for seed in range(400):
         experts = int(rng.integers(1, 20))
         layer = layer_of(
             experts,

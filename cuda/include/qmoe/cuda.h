@@ -63,7 +63,7 @@ enum class Kernel : uint8_t { kAuto, kFewTokens, kManyTokens };
 
 // y (tokens, rows) = x (tokens, cols) times the transpose of a stack's one matrix, plus bias (rows) where it is not null;
 // all row-major, of `type` (float16 or bfloat16), 2-byte aligned at least, on the device. Sums are float32 in a fixed
-// order. Few tokens are taken 16 at a time, of ternary matrices at most 4; many, with a `workspace` of
+// order. Few tokens are taken 16 at a time, of ternary matrices at most 8; many, with a `workspace` of
 // ternary_linear_workspace() bytes, 16-byte aligned, 4096 at a time.
 template <typename Stack>
 struct Linear {

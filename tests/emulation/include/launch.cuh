@@ -22,16 +22,21 @@ struct Device {
 };
 
 template <typename... Arguments>
-Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, bool, const Device&,
-              cudaStream_t, std::type_identity_t<Arguments>... arguments) {
-    emulation::Grid::run(grid, threads, shared, [=] { kernel(arguments...); });
+Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, bool, uint32_t cluster,
+              const Device&, cudaStream_t, std::type_identity_t<Arguments>... arguments) {
+    emulation::Grid::run(grid, threads, shared, cluster, [=] { kernel(arguments...); });
     return {};
+}
+template <typename... Arguments>
+Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, bool together,
+              const Device& device, cudaStream_t stream, std::type_identity_t<Arguments>... arguments) {
+    return launch(kernel, grid, threads, shared, together, 1, device, stream, arguments...);
 }
 
 template <typename... Arguments>
 Status launch_in_order(void (*kernel)(Arguments...), uint32_t grid, uint32_t threads, uint32_t shared, cudaStream_t,
                        std::type_identity_t<Arguments>... arguments) {
-    emulation::Grid::run(grid, threads, shared, [=] { kernel(arguments...); });
+    emulation::Grid::run(grid, threads, shared, 1, [=] { kernel(arguments...); });
     return {};
 }
 
