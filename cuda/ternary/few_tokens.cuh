@@ -17,22 +17,17 @@
 #include "experts/combine.cuh"
 #include "experts/gates.cuh"
 #include "experts/schedule.cuh"
-#include "formats/ternary_streams.h"
 #include "launch.cuh"
+#include "ternary/stack.cuh"
 
 namespace qmoe::cuda {
 
-struct TernaryProjection {
-    const uint8_t* streams;  // the stack
+struct TernaryProjection : TernaryView {
     const void *x, *bias;
     void* y;
-    uint32_t rows, cols, slots, all_slots, gap_bits;
-    uint32_t segments, segment_bits;  // lanes of a row, and its logarithm
-    uint32_t levels_at, starts_at, bases_at, quads_at;
     Divisor groups;  // of a matrix
     uint32_t fit;    // products that there is room for the activations of
     bool is_first;   // of experts: x has a row per token; else x is what the first one has left, by choice
-    RowOrder order;  // of the first one's rows
 };
 
 struct TernaryFewTokens {
@@ -103,7 +98,7 @@ struct TernaryTask {
     // Asks for what says where the quads are.
     __device__ __forceinline__ void look(const TernaryProjection& p, uint32_t expert, uint32_t group) {
         const uint32_t lane = threadIdx.x % kLanes, row = lane >> p.segment_bits, segment = lane & (p.segments - 1);
-        const uint8_t* const matrix = p.streams + reinterpret_cast<const uint64_t*>(p.streams)[expert];
+        const uint8_t* const matrix = p.matrix(expert);
         step = kLanes >> p.segment_bits;
         const uint32_t at = group * step + row;
         info = reinterpret_cast<const uint32_t*>(matrix)[at];
@@ -128,15 +123,12 @@ struct TernaryTask {
 template <typename T, int kGap, int kM>
 __device__ __forceinline__ void walk(const uint4& quad, const uint8_t* x, uint32_t& next, float (&signed_)[kM],
                                      float (&both)[kM]) {
-    constexpr int kBits = kGap + 1, kSymbols = TernaryStreams::kQuadBits / kBits;
-    const uint32_t words[5] = {quad.x, quad.y, quad.z, quad.w, 0};
+    using Symbols = TernarySymbols<kGap>;
+    const Symbols symbols(quad);
 #pragma unroll
-    for (int i = 0; i < kSymbols; ++i) {
-        const int word = i * kBits / 32, shift = i * kBits % 32;
-        const uint32_t symbol = shift == 0            ? words[word]
-                                : shift + kBits <= 32 ? words[word] << shift
-                                                      : __funnelshift_l(words[word + 1], words[word], shift);
-        next += symbol >> (32 - kGap);
+    for (int i = 0; i < Symbols::kCount; ++i) {
+        const uint32_t symbol = symbols[i];
+        next += Symbols::gap(symbol);
         const float sign = __uint_as_float((symbol << kGap & 0x80000000u) | 0x3f800000u);
         float values[kM];
         load_slot<T, kM>(x + (next + i) * kSlotBytes<T, kM>,
@@ -147,7 +139,7 @@ __device__ __forceinline__ void walk(const uint4& quad, const uint8_t* x, uint32
             both[m] += values[m];
         }
     }
-    next += kSymbols;
+    next += Symbols::kCount;
 }
 
 // What a first projection has left of a choice, for the second one's column.

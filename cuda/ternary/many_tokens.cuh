@@ -20,22 +20,18 @@
 #include "experts/combine.cuh"
 #include "experts/gates.cuh"
 #include "experts/schedule.cuh"
-#include "formats/ternary_streams.h"
 #include "int/mma.cuh"
 #include "launch.cuh"
+#include "ternary/stack.cuh"
 #include "warpgroup.cuh"
 
 namespace qmoe::cuda {
 
-struct TernaryTiles {
-    const uint8_t* streams;  // the stack
+struct TernaryTiles : TernaryView {
     const void* bias;
     uint8_t* x;   // as spread() leaves it
     float* sums;  // (choices, rows), or of a linear layer that is cut (splits, tokens, rows)
-    uint32_t rows, cols, slots, all_slots, gap_bits, segments, segment_bits, group_rows;
-    uint32_t levels_at, starts_at, bases_at, quads_at;
     uint32_t windows, chunks, splits;
-    RowOrder order;
 };
 
 struct TernaryManyTokens {
@@ -184,7 +180,7 @@ struct TernaryUnits {
         unit.first_segment = unit.split * p.segments / p.splits;
         unit.last_segment = (unit.split + 1) * p.segments / p.splits;
         unit.product = products.at(product);
-        unit.matrix = p.streams + reinterpret_cast<const uint64_t*>(p.streams)[unit.product.expert];
+        unit.matrix = p.matrix(unit.product.expert);
         unit.begin = 0, unit.end = p.all_slots;
         if (p.splits > 1) find_ends(unit);
         return unit;
@@ -235,17 +231,14 @@ struct TernaryRing {
 // `span` positions from `from` on. Returns the position behind the last one.
 template <int kGap, bool kGuarded>
 __device__ __forceinline__ uint32_t put(const uint4& quad, uint8_t* row, uint32_t at, uint32_t from, uint32_t span) {
-    constexpr int kBits = kGap + 1, kSymbols = TernaryStreams::kQuadBits / kBits;
-    const uint32_t words[5] = {quad.x, quad.y, quad.z, quad.w, 0};
+    using Symbols = TernarySymbols<kGap>;
+    const Symbols symbols(quad);
 #pragma unroll
-    for (int i = 0; i < kSymbols; ++i) {
-        const int word = i * kBits / 32, shift = i * kBits % 32;
-        const uint32_t symbol = shift == 0            ? words[word]
-                                : shift + kBits <= 32 ? words[word] << shift
-                                                      : __funnelshift_l(words[word + 1], words[word], shift);
-        at += (symbol >> (32 - kGap)) + (i > 0 ? 1 : 0);
-        const uint32_t minus = symbol >> (31 - kGap) & 1;
-        const auto byte = static_cast<uint8_t>(TernaryTile::kHigh + minus * (TernaryTile::kLow - TernaryTile::kHigh));
+    for (int i = 0; i < Symbols::kCount; ++i) {
+        const uint32_t symbol = symbols[i];
+        at += Symbols::gap(symbol) + (i > 0 ? 1 : 0);
+        const auto byte = static_cast<uint8_t>(TernaryTile::kHigh +
+                                               Symbols::minus(symbol) * (TernaryTile::kLow - TernaryTile::kHigh));
         if (!kGuarded || at - from < span) row[at & (TernaryTile::kRing - 1)] = byte;
     }
     return at + 1;
@@ -255,7 +248,7 @@ __device__ __forceinline__ uint32_t put(const uint4& quad, uint8_t* row, uint32_
 template <int kGap>
 __device__ __forceinline__ void decode(const TernaryTiles& p, const TernaryUnit& unit, const TernaryRing& ring,
                                        uint32_t& chunk, uint32_t& emptied) {
-    constexpr uint32_t kFarthest = (TernaryStreams::kQuadBits / (kGap + 1)) << kGap;  // that a quad goes
+    constexpr uint32_t kFarthest = TernarySymbols<kGap>::kCount << kGap;  // that a quad goes
     constexpr bool kGuarded = kFarthest > TernaryTile::kRing / 4 * 3;
     constexpr uint32_t kNeeded = kGuarded ? TernaryTile::kChunk : kFarthest;
     const uint32_t own = threadIdx.x, at = unit.window * TernaryTile::kRows + own, shift = TernaryRing::shift(own);

@@ -20,22 +20,8 @@ QMOE_TERNARY_MANY_TOKENS(extern, 256)
 namespace {
 
 Status projection_of(const TernaryStack& stack, TernaryProjection& p) noexcept {
-    QMOE_TRY(check_stack(stack));
-    const TernaryStreams layout(stack.shape);
-    p.streams = static_cast<const uint8_t*>(stack.streams);
-    p.rows = static_cast<uint32_t>(layout.rows);
-    p.cols = static_cast<uint32_t>(layout.cols);
-    p.slots = layout.slots();
-    p.all_slots = layout.all_slots();
-    p.gap_bits = layout.gap_bits;
-    p.segments = layout.segments;
-    p.segment_bits = static_cast<uint32_t>(__builtin_ctz(layout.segments));
-    p.levels_at = static_cast<uint32_t>(layout.levels_at);
-    p.starts_at = static_cast<uint32_t>(layout.starts_at);
-    p.bases_at = static_cast<uint32_t>(layout.bases_at);
-    p.quads_at = static_cast<uint32_t>(layout.quads_at);
-    p.groups = Divisor(layout.groups);
-    p.order = stack.order;
+    QMOE_TRY(view_of(stack, p));
+    p.groups = Divisor(ceil_div(uint64_t{p.rows}, uint64_t{p.group_rows}));
     return {};
 }
 
@@ -90,25 +76,10 @@ uint64_t tokens_of_expert(const TernaryExperts& e) noexcept {
 }
 
 Status tiles_of(const TernaryStack& stack, TernaryTiles& p) noexcept {
-    QMOE_TRY(check_stack(stack));
-    const TernaryStreams layout(stack.shape);
-    p.streams = static_cast<const uint8_t*>(stack.streams);
-    p.rows = static_cast<uint32_t>(layout.rows);
-    p.cols = static_cast<uint32_t>(layout.cols);
-    p.slots = layout.slots();
-    p.all_slots = layout.all_slots();
-    p.gap_bits = layout.gap_bits;
-    p.segments = layout.segments;
-    p.segment_bits = static_cast<uint32_t>(__builtin_ctz(layout.segments));
-    p.group_rows = static_cast<uint32_t>(layout.group_rows);
-    p.levels_at = static_cast<uint32_t>(layout.levels_at);
-    p.starts_at = static_cast<uint32_t>(layout.starts_at);
-    p.bases_at = static_cast<uint32_t>(layout.bases_at);
-    p.quads_at = static_cast<uint32_t>(layout.quads_at);
-    p.windows = static_cast<uint32_t>(ceil_div(layout.rows, uint64_t{TernaryTile::kRows}));
+    QMOE_TRY(view_of(stack, p));
+    p.windows = static_cast<uint32_t>(ceil_div(uint64_t{p.rows}, uint64_t{TernaryTile::kRows}));
     p.chunks = static_cast<uint32_t>(ceil_div(uint64_t{p.all_slots}, uint64_t{TernaryTile::kChunk}));
     p.splits = 1;
-    p.order = stack.order;
     return {};
 }
 

@@ -20,14 +20,13 @@ QMOE_INLINE uint32_t words_of(const TernaryStreams& layout) noexcept {
 // Leaves 1 for a plus and 2 for a minus at the slots of a quad, from `next` on; returns the slot behind the last one.
 template <int kGap>
 __device__ __forceinline__ uint32_t mark(const uint4& quad, uint32_t* row, uint32_t next, uint32_t slots) {
-    constexpr int kBits = kGap + 1, kSymbols = TernaryStreams::kQuadBits / kBits;
-    const uint32_t words[5] = {quad.x, quad.y, quad.z, quad.w, 0};
+    using Symbols = TernarySymbols<kGap>;
+    const Symbols symbols(quad);
 #pragma unroll
-    for (int i = 0; i < kSymbols; ++i) {
-        const int word = i * kBits / 32, shift = i * kBits % 32;
-        const uint32_t symbol = __funnelshift_l(words[word + 1], words[word], shift);
-        next += (symbol >> (32 - kGap)) + (i > 0 ? 1 : 0);
-        const uint32_t code = 1 + (symbol >> (31 - kGap) & 1);
+    for (int i = 0; i < Symbols::kCount; ++i) {
+        const uint32_t symbol = symbols[i];
+        next += Symbols::gap(symbol) + (i > 0 ? 1 : 0);
+        const uint32_t code = 1 + Symbols::minus(symbol);
         if (next < slots) atomicOr(row + next / kSlotsOfWord, code << 2 * (next % kSlotsOfWord));
     }
     return next + 1;
