@@ -37,13 +37,22 @@ struct Encoder {
     }
 };
 
-// Six trits from column `col` on, those behind the last one zeros, as twelve bits.
+// What a warp works on, and its lane.
+struct Place {
+    uint32_t lane = threadIdx.x % kLanes;
+    uint64_t unit = uint64_t{blockIdx.x} * kWarps + threadIdx.x / kLanes, matrix, block, steps;
+
+    __device__ __forceinline__ explicit Place(const Encoder& e)
+        : matrix(unit / e.layout.blocks), block(unit - matrix * e.layout.blocks), steps(e.steps_of(block, lane)) {}
+};
+
+// Six trits from column `col` on, those behind the last one zeros, as twelve bits; of what is no trit, the sign.
 __device__ __forceinline__ uint32_t six_trits(const int8_t* row, uint64_t col, uint64_t cols) {
     uint32_t packed = 0;
 #pragma unroll
     for (uint32_t i = 0; i < kTrits; ++i) {
         const int32_t trit = col + i < cols ? row[col + i] : 0;
-        packed |= (trit < 0 ? 2u : static_cast<uint32_t>(trit)) << (2 * i);
+        packed |= (trit < 0 ? 2u : trit > 0 ? 1u : 0u) << (2 * i);
     }
     return packed;
 }
@@ -82,11 +91,8 @@ __global__ __launch_bounds__(kWarps* kLanes) void code_blocks(const Encoder e) {
         reinterpret_cast<uint32_t*>(room)[i] = reinterpret_cast<const uint32_t*>(e.tables)[i];
     __syncthreads();
     const TernaryLayout& layout = e.layout;
-    const uint32_t lane = threadIdx.x % kLanes;
-    const uint64_t unit = uint64_t{blockIdx.x} * kWarps + threadIdx.x / kLanes;
-    if (unit >= e.matrices * layout.blocks) return;
-    const uint64_t matrix = unit / layout.blocks, block = unit - matrix * layout.blocks,
-                   steps = e.steps_of(block, lane);
+    const auto [lane, unit, matrix, block, steps] = Place(e);
+    if (matrix >= e.matrices) return;
     uint32_t x = kStates, total = kStateBits;  // readers end in state 0
     for (uint64_t round = (steps + layout.steps - 1) / layout.steps; round-- > 0;) {
         const uint64_t row = layout.row(block, lane, static_cast<uint32_t>(round));
@@ -158,11 +164,8 @@ struct LaneWords {
 
 __global__ __launch_bounds__(kWarps* kLanes) void hand_out_words(const Encoder e) {
     const TernaryLayout& layout = e.layout;
-    const uint32_t lane = threadIdx.x % kLanes;
-    const uint64_t unit = uint64_t{blockIdx.x} * kWarps + threadIdx.x / kLanes;
-    if (unit >= e.matrices * layout.blocks) return;
-    const uint64_t matrix = unit / layout.blocks, block = unit - matrix * layout.blocks,
-                   steps = e.steps_of(block, lane);
+    const auto [lane, unit, matrix, block, steps] = Place(e);
+    if (matrix >= e.matrices) return;
     LaneWords lane_words{
         e, e.trits + matrix * layout.rows * layout.cols, matrix, block, steps, 0, e.states[unit * kLanes + lane], lane};
     uint16_t* to = e.words + e.first_words[matrix] + e.offsets[matrix * (layout.blocks + 1) + block];

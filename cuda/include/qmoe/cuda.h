@@ -113,7 +113,8 @@ using IntExperts = Experts<IntStack>;
 using TernaryLinear = Linear<TernaryStack>;
 using TernaryExperts = Experts<TernaryStack>;
 
-// Ternary matrices to be encoded on the device as one spec says (FORMAT.md), bit for bit as the CPU does. Two calls:
+// Ternary matrices to be encoded on the device as one spec says (FORMAT.md), bit for bit as the CPU does; the spec must be
+// made for these matrices, so that all of their symbols have slots. Two calls:
 // ternary_code() finds out how many words each matrix's payload has, the last of its offsets, and ternary_words() writes
 // them, behind each other from each matrix's first word on.
 struct TernaryEncode {
