@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "barriers.cuh"
+
 namespace qmoe::cuda {
 
 inline constexpr uint32_t kBarrierBytes = 8;
@@ -64,10 +66,6 @@ class Ring {
 #else
     static constexpr uint32_t kArrivals = 32;
 #endif
-
-    static __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-        return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-    }
 
     static __device__ __forceinline__ void fill_at(uint32_t barrier, uint32_t to, const uint8_t* from, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900

@@ -59,8 +59,8 @@ struct TernaryTile {
 
 // Chunks that are multiplied at once: a step takes hundreds of cycles, however short it is.
 template <int kN>
-inline constexpr uint32_t kTernaryChunksAtOnce = kN <= 64    ? 4
-                                                 : kN == 128 ? 2
+inline constexpr uint32_t kTernaryChunksAtOnce = kN <= 32    ? 4
+                                                 : kN <= 128 ? 2
                                                              : 1;
 // Stages of activations: those of chunks that are multiplied, and of some that are on their way.
 template <int kN>
@@ -161,6 +161,10 @@ struct TernaryUnit {
     TernaryProduct product;
     uint32_t window, split, first_segment, last_segment;
     uint32_t begin, end;  // slots that there may be nonzeros at; begin is a multiple of a chunk
+
+    __device__ __forceinline__ uint32_t chunks() const {
+        return (end - begin + TernaryTile::kChunk - 1) / TernaryTile::kChunk;
+    }
 };
 
 // Units of a projection, and what they are.
@@ -252,7 +256,7 @@ __device__ __forceinline__ void decode(const TernaryTiles& p, const TernaryUnit&
     constexpr bool kGuarded = kFarthest > TernaryTile::kRing / 4 * 3;
     constexpr uint32_t kNeeded = kGuarded ? TernaryTile::kChunk : kFarthest;
     const uint32_t own = threadIdx.x, at = unit.window * TernaryTile::kRows + own, shift = TernaryRing::shift(own);
-    const uint32_t chunks = (unit.end - unit.begin + TernaryTile::kChunk - 1) / TernaryTile::kChunk;
+    const uint32_t chunks = unit.chunks();
     const uint32_t last = (chunk + chunks) * TernaryTile::kChunk;  // positions, as chunks, are counted through
     uint8_t* const row = ring.bytes + own * TernaryTile::kRing;
     uint32_t k = 0, k_end = 0, next = last;
@@ -380,10 +384,9 @@ class TernaryMultiplier {
 
     __device__ __forceinline__ void run(const TernaryTiles& p, const TernaryUnit& unit, const Schedule* schedule,
                                         bool is_first) {
-        const uint32_t chunks = (unit.end - unit.begin + TernaryTile::kChunk - 1) / TernaryTile::kChunk;
         const uint32_t row = thread_ / kLanes * 16 + lane_ / 4;
         const TernaryLevels levels[2] = {levels_of(p, unit, row), levels_of(p, unit, row + 8)};
-        const uint32_t first = chunk_, last = chunk_ + chunks, nbytes = unit.product.chunk_bytes();
+        const uint32_t first = chunk_, last = chunk_ + unit.chunks(), nbytes = unit.product.chunk_bytes();
         const uint8_t* const x = p.x + unit.product.padded_row * p.chunks * TernaryTile::kChunk * 2 +
                                  uint64_t{unit.begin / TernaryTile::kChunk} * nbytes;
         const auto bring = [&](uint32_t chunk) {

@@ -75,6 +75,13 @@ uint64_t tokens_of_expert(const TernaryExperts& e) noexcept {
     return ceil_div(2 * e.tokens * e.top_k, e.first.experts);
 }
 
+Status tile_for(uint64_t tokens, const Device& device, uint64_t& tile) noexcept {
+    return with_tile(tokens, device, [&]<uint32_t kN>() {
+        tile = kN;
+        return Status{};
+    });
+}
+
 Status tiles_of(const TernaryStack& stack, TernaryTiles& p) noexcept {
     QMOE_TRY(view_of(stack, p));
     p.windows = static_cast<uint32_t>(ceil_div(uint64_t{p.rows}, uint64_t{TernaryTile::kRows}));
@@ -109,10 +116,7 @@ struct ManyOfLinear {
     Status make(const TernaryLinear& linear, const Device& device) noexcept {
         QMOE_TRY(tiles_of(linear.weight, tiles));
         tokens = linear.tokens < kMostTokensOfMany ? linear.tokens : kMostTokensOfMany;
-        QMOE_TRY(with_tile(tokens, device, [&]<uint32_t kN>() {
-            tile = kN;
-            return Status{};
-        }));
+        QMOE_TRY(tile_for(tokens, device, tile));
         tiles.splits = splits_for(tiles, ceil_div(tokens, tile), device);
         sums_at = operand_bytes(tiles, tokens, ceil_div(tokens, tile));
         bytes = sums_at + (tiles.splits > 1 ? tiles.splits * tokens * tiles.rows * sizeof(float) : 0);
@@ -127,10 +131,7 @@ struct ManyOfExperts {
         QMOE_TRY(tiles_of(e.first, first));
         QMOE_TRY(tiles_of(e.second, second));
         uint64_t tile = 0;
-        QMOE_TRY(with_tile(tokens_of_expert(e), device, [&]<uint32_t kN>() {
-            tile = kN;
-            return Status{};
-        }));
+        QMOE_TRY(tile_for(tokens_of_expert(e), device, tile));
         // Every expert that is chosen has a product, and one more for every tile that it fills.
         const uint64_t choices = e.tokens * e.top_k;
         const uint64_t products = (choices < e.first.experts ? choices : e.first.experts) + choices / tile;
@@ -215,12 +216,12 @@ Status linear_workspace_ternary(const TernaryLinear& linear, uint64_t* bytes) no
 Status linear_ternary(const TernaryLinear& linear, cudaStream_t stream) noexcept {
     QMOE_TRY(check_linear(linear));
     if (linear.tokens == 0) return {};
-    TernaryFewTokens call{};
-    TernaryProjection& p = call.projections[0];
-    QMOE_TRY(projection_of(linear.weight, p));
     Device device{};
     QMOE_TRY(Device::current(device));
     if (linear.kernel == Kernel::kManyTokens) return linear_many(linear, device, stream);
+    TernaryFewTokens call{};
+    TernaryProjection& p = call.projections[0];
+    QMOE_TRY(projection_of(linear.weight, p));
     call.end = 1;
     p.bias = linear.bias;
     const uint64_t at_once = linear.type == OutputType::kFloat16 ? tokens_at_once<__half>(call, device)

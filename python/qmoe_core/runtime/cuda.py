@@ -51,7 +51,6 @@ class Stack:
         info = _C.inspect_record(data)
         self.experts, self.rows, self.cols = info["experts"], info["rows"], info["cols"]
         self.device = device
-        self.matrix: _C.CudaInt | _C.CudaTernary | None = None
         self.weights: torch.Tensor | None = None
         with torch.cuda.device(device):
             self.matrix = _matrix_of(data, order)
