@@ -40,50 +40,73 @@ struct Barrier {
 };
 
 // Barrier `id`, 1 to 15, of `count` threads, whole warps.
-template <int id, int count>
-__device__ __forceinline__ void sync_threads() {
-    asm volatile("bar.sync %0, %1;" ::"n"(id), "n"(count) : "memory");
+template <int count>
+__device__ __forceinline__ void sync_threads(uint32_t id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(count) : "memory");
 }
 
-// Copies from global to shared memory that `threads` threads of a block ask for together.
-template <uint32_t threads>
-struct SharedCopy {
+// Leaves `value` in global memory behind what this thread has written, or has seen at a barrier that others had.
+__device__ __forceinline__ void raise_flag(uint64_t* flag, uint64_t value) {
+    asm volatile("fence.acq_rel.gpu;\nst.relaxed.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+// Waits until it is there, whoever writes it; what was before it can then be seen.
+__device__ __forceinline__ void wait_for_flag(const uint64_t* flag, uint64_t value) {
+    uint64_t found;
+    do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(flag) : "memory");
+    while (found != value);
+}
+
+// Arrivals that a barrier is made for which copy_pieces() tells of what has come.
 #if __CUDA_ARCH__ >= 900
-    static constexpr uint32_t kArrivals = 1;
+inline constexpr uint32_t kCopyArrivals = 1;
 #else
-    static constexpr uint32_t kArrivals = threads;
+inline constexpr uint32_t kCopyArrivals = 32;
 #endif
-    static __device__ __forceinline__ bool takes_part(uint32_t thread) {
-        return kArrivals > 1 || thread == 0;
-    }
-    // By all that take part: `bytes`, a multiple of 16, both ends aligned so. `full`, made for kArrivals, is over when they
-    // have come.
-    static __device__ __forceinline__ void begin(Barrier& full, uint8_t* to, const uint8_t* from, uint32_t bytes,
-                                                 uint32_t thread) {
+
+// By a warp: brings `count` pieces of `bytes`, a multiple of 16, from global to shared memory, piece i from `from + i *
+// stride` to `to + i * bytes`. `full` is over when all have come. At most 32 pieces; all are aligned to 16 bytes.
+__device__ __forceinline__ void copy_pieces(Barrier& full, uint8_t* to, const uint8_t* from, uint64_t stride,
+                                            uint32_t bytes, uint32_t count) {
+    const uint32_t lane = threadIdx.x % 32;
 #if __CUDA_ARCH__ >= 900
-        const uint32_t barrier = shared_address(&full);
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    const uint32_t barrier = shared_address(&full);
+    if (lane == 0)
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(count * bytes) : "memory");
+    __syncwarp();
+    if (lane < count)
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                         shared_address(to)),
-                     "l"(from), "r"(bytes), "r"(barrier)
+                         shared_address(to + lane * bytes)),
+                     "l"(from + lane * stride), "r"(bytes), "r"(barrier)
                      : "memory");
 #else
-        for (uint32_t i = thread * 16; i < bytes; i += threads * 16)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + i)), "l"(from + i)
+    for (uint32_t i = 0; i < count; ++i)
+        for (uint32_t at = lane * 16; at < bytes; at += 32 * 16)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + i * bytes + at)),
+                         "l"(from + i * stride + at)
                          : "memory");
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&full)) : "memory");
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&full)) : "memory");
 #endif
-    }
-};
-
-// Asks for what is there to come to the second-level cache.
-__device__ __forceinline__ void bring_near(const void* from) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
-// What this thread has written, to global memory for copies from there or to shared memory where copies go, comes before
-// copies that begin after the next barrier.
-__device__ __forceinline__ void publish_to_copies() {
+// Begins to bring 16 bytes from global to shared memory; zeros where they are not `there`.
+__device__ __forceinline__ void copy_16(uint8_t* to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(there ? 16 : 0)
+                 : "memory");
+}
+// Makes a batch of this thread's copy_16() since the last one.
+__device__ __forceinline__ void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits for all batches but the latest `kBut`.
+template <int kBut>
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kBut) : "memory");
+}
+
+// What this thread has written to shared memory, also by copy_16(), can be seen by products of warpgroups that begin, and
+// is not overwritten by copy_pieces() that begin, after the next barrier.
+__device__ __forceinline__ void publish_to_async() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async;" ::: "memory");
 #endif

@@ -84,6 +84,7 @@ Status int_tiles_bytes(const DeviceMatrix& matrix, uint64_t* bytes) noexcept;
 Status prepack_int(const DeviceMatrix& matrix, RowOrder order, void* out, uint64_t out_bytes,
                    cudaStream_t stream) noexcept;
 Status unpack_int(const IntStack& matrix, void* out, OutputType type, cudaStream_t stream) noexcept;
+Status linear_workspace_int(const IntLinear& linear, uint64_t* bytes) noexcept;
 Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept;
 Status workspace_int(const IntExperts& experts, uint64_t* bytes) noexcept;
 Status experts_int(const IntExperts& experts, cudaStream_t stream) noexcept;

@@ -37,6 +37,15 @@ struct Device {
     }
 };
 
+// Threads that a block of `kernel` may have, as its code for this device was compiled.
+template <typename... Arguments>
+Status most_threads(void (*kernel)(Arguments...), uint32_t& threads) noexcept {
+    cudaFuncAttributes attributes{};
+    QMOE_TRY(runtime_status(cudaFuncGetAttributes(&attributes, kernel)));
+    threads = static_cast<uint32_t>(attributes.maxThreadsPerBlock);
+    return {};
+}
+
 // Launches `kernel` so that it may begin before the one before it in the stream has ended, where the device can. together:
 // all of its blocks of threads are there at the same time.
 template <typename... Arguments>

@@ -1,6 +1,7 @@
 """Whole layers of int experts on a GPU, beside bfloat16 grouped products and the memory's limit.
 
-    python bench/gpu/int_experts.py [--models NAME ...] [--bits 4 2] [--tokens 1 4 16 64] [--output FILE]
+    python bench/gpu/int_experts.py [--models NAME ...] [--bits 4 2] [--tokens 1 4 16 64 256 1024]
+        [--kernels auto] [--output FILE]
 
 Routing is skewed (popularity falls with the square root of the rank) and changes from call to call. Ours takes ids and
 weights and gives the combined output; the time of
@@ -11,6 +12,7 @@ graph replays.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from dequantize import CACHE_BYTES, copy_bandwidth, microseconds, write_results
+from int_linear import by_kernel, times
 
 from qmoe_core import _C, IntFormat, IntMatrix, PackedTensor
 
@@ -61,23 +64,26 @@ class Ours:
         copies = max(1, -(-CACHE_BYTES * 8 // (bits * experts * hidden * width * 3)))
         self.first = Projection(bits, experts, 2 * width, hidden, "halves", copies)
         self.second = Projection(bits, experts, hidden, width, "plain", copies)
-        self.layer = _C.CudaIntExperts(self.first.matrix, self.second.matrix, "silu")
+        self.layers = {
+            kernel: _C.CudaIntExperts(self.first.matrix, self.second.matrix, "silu", kernel=kernel)
+            for kernel in ("auto", "few", "many")
+        }
         self.hidden, self.top_k, self.copies = hidden, top_k, copies
         self.bytes_of_expert = self.first.bytes_of_expert + self.second.bytes_of_expert
 
-    def measure(self, routing: list[torch.Tensor]) -> dict[str, float]:
-        tokens = len(routing[0])
+    def measure(self, routing: list[torch.Tensor], kernel: str) -> dict[str, float]:
+        tokens, layer = len(routing[0]), self.layers[kernel]
         x = torch.randn(tokens, self.hidden, device="cuda").bfloat16()
         y = torch.empty_like(x)
         ids = [r.cuda() for r in routing]
         weights = torch.rand(tokens, self.top_k, device="cuda")
-        bytes = self.layer.workspace(tokens, self.top_k)
+        bytes = layer.workspace(tokens, self.top_k)
         workspace = torch.empty(bytes, dtype=torch.uint8, device="cuda")
 
         def run() -> None:
             stream = torch.cuda.current_stream().cuda_stream
             for i, own in enumerate(ids):
-                self.layer.run(
+                layer.run(
                     self.first.tiles[i % self.copies].data_ptr(), self.second.tiles[i % self.copies].data_ptr(), 0, 0,
                     x.data_ptr(), "bfloat16", tokens, own.data_ptr(), weights.data_ptr(), "float32", self.top_k,
                     y.data_ptr(), workspace.data_ptr(), bytes, stream,
@@ -110,7 +116,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 2])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 1024])
+    parser.add_argument("--kernels", nargs="+", default=["auto"], choices=["auto", "few", "many"])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     bandwidth = copy_bandwidth()
@@ -128,12 +135,13 @@ def main() -> None:
             for tokens in arguments.tokens:
                 touched = mean(len(r.unique()) for r in routing[tokens])
                 row: dict[str, Any] = {"model": name, "format": f"int{bits}-g{GROUP}", "tokens": tokens}
-                row |= {"experts_touched": touched, **ours.measure(routing[tokens])}
+                row |= {"experts_touched": touched}
+                row |= by_kernel(arguments.kernels, tokens, partial(ours.measure, routing[tokens]))
                 row["bf16_grouped_us"] = baseline[tokens]["median_us"]
                 row["speedup"] = row["bf16_grouped_us"] / row["median_us"]
                 row["memory_limit_us"] = touched * ours.bytes_of_expert / bandwidth * 1e6
                 table.append(row)
-                print(f"{name} int{bits} {tokens:3} tokens: {row['median_us']:7.1f} us,", end=" ")
+                print(f"{name} int{bits} {tokens:3} tokens: {times(row)} us,", end=" ")
                 print(f"bf16 {row['bf16_grouped_us']:7.1f} ({row['speedup']:4.2f}x),", end=" ")
                 print(f"memory alone {row['memory_limit_us']:6.1f}", flush=True)
             del ours

@@ -24,14 +24,13 @@ import torch
 from dequantize import CACHE_BYTES, copy_bandwidth, microseconds, write_results
 from int_experts import MODELS, Grouped, routings
 from int_linear import Ours as Int
-from int_linear import dense, measure
+from int_linear import by_kernel, dense, measure, times
 
 from qmoe_core import _C, PackedTensor, TernaryFormat, TernaryMatrix
 
 SHAPES = ((14336, 4096), (4096, 14336), (6144, 2080), (2080, 6144))
 QMOE_SHAPES = ((6144, 2080), (2080, 6144))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
-MOST_OF_FEW = 64  # tokens that the kernel for few is measured with
 THREADS = len(os.sched_getaffinity(0))
 
 
@@ -153,13 +152,6 @@ def by_events(run: Callable[[], None], calls: int) -> float:
     return float(np.median(times[2:]))
 
 
-def by_kernel(kernels: list[str], tokens: int, run: Callable[[str], dict[str, float]]) -> dict[str, Any]:
-    """The fastest kernel's times, and all medians."""
-    found = {k: run(k) for k in kernels if k != "few" or len(kernels) == 1 or tokens <= MOST_OF_FEW}
-    best = min(found, key=lambda kernel: found[kernel]["median_us"])
-    return {"kernel": best, **found[best], **{f"{k}_us": times["median_us"] for k, times in found.items()}}
-
-
 def linears(densities: list[float], kernels: list[str], rival: Path | None) -> list[dict[str, Any]]:
     table = []
     for rows, cols in SHAPES:
@@ -184,10 +176,6 @@ def linears(densities: list[float], kernels: list[str], rival: Path | None) -> l
             print(f"int2 {others[1] or 0:.1f}, unpack {rows * cols / decoded / 1e3:.0f} G/s", end=" ")
             print({k: round(v, 2) for k, v in table[-len(TOKENS)].items() if k.startswith("qmoe")}, flush=True)
     return table
-
-
-def times(row: dict[str, Any]) -> str:
-    return "/".join(f"{row[key]:.1f}" for key in ("auto_us", "few_us", "many_us") if key in row)
 
 
 def layers(names: list[str], densities: list[float], counts: list[int], kernels: list[str]) -> list[dict[str, Any]]:

@@ -155,6 +155,7 @@ class CudaInt {
     }
 
     static constexpr auto kLinear = &cuda::Api::int_linear;
+    static constexpr auto kLinearWorkspace = &cuda::Api::int_linear_workspace;
     static constexpr auto kWorkspace = &cuda::Api::int_workspace;
     static constexpr auto kExperts = &cuda::Api::int_experts;
 
@@ -208,6 +209,7 @@ class CudaTernary {
     }
 
     static constexpr auto kLinear = &cuda::Api::ternary_linear;
+    static constexpr auto kLinearWorkspace = &cuda::Api::ternary_linear_workspace;
     static constexpr auto kWorkspace = &cuda::Api::ternary_workspace;
     static constexpr auto kExperts = &cuda::Api::ternary_experts;
 
@@ -224,13 +226,14 @@ cuda::Kernel kernel_of(const std::string& name) {
     raise(Code::kValue, "cuda: kernels are \"auto\", \"few\" and \"many\"");
 }
 
-uint64_t linear_workspace(const CudaTernary& matrix, uint64_t tokens, const std::string& kernel) {
-    cuda::TernaryLinear call{};
+template <typename Matrices>
+uint64_t linear_workspace(const Matrices& matrix, uint64_t tokens, const std::string& kernel) {
+    cuda::Linear<decltype(matrix.at(0))> call{};
     call.weight = matrix.at(0);
     call.tokens = tokens;
     call.kernel = kernel_of(kernel);
     uint64_t bytes = 0;
-    check(required_library().ternary_linear_workspace(call, &bytes));
+    check((required_library().*Matrices::kLinearWorkspace)(call, &bytes));
     return bytes;
 }
 
@@ -350,7 +353,9 @@ void bind_cuda(py::module_& m) {
         .def("linear", &linear<CudaInt>, py::arg("tiles"), py::arg("x"), py::arg("bias"), py::arg("y"),
              py::arg("tokens"), py::arg("dtype"), py::arg("stream"), py::arg("workspace") = 0,
              py::arg("workspace_bytes") = 0, py::arg("kernel") = "auto",
-             "y (tokens, N) = x (tokens, K) times the prepacked matrix; see Linear in qmoe/cuda.h.");
+             "y (tokens, N) = x (tokens, K) times the prepacked matrix; see Linear in qmoe/cuda.h.")
+        .def("linear_workspace", &linear_workspace<CudaInt>, py::arg("tokens"), py::arg("kernel") = "auto",
+             "Bytes of workspace that linear() wants, on the current device.");
     py::class_<CudaTernary>(m, "CudaTernary",
                             "A record of ternary matrices as the CUDA products read it: pointers are raw.")
         .def(py::init<const Bytes&, const std::string&, int>(), py::arg("record"), py::arg("order") = "plain",
@@ -364,7 +369,7 @@ void bind_cuda(py::module_& m) {
              py::arg("tokens"), py::arg("dtype"), py::arg("stream"), py::arg("workspace") = 0,
              py::arg("workspace_bytes") = 0, py::arg("kernel") = "auto",
              "y (tokens, N) = x (tokens, K) times the matrix; see Linear in qmoe/cuda.h.")
-        .def("linear_workspace", &linear_workspace, py::arg("tokens"), py::arg("kernel") = "auto",
+        .def("linear_workspace", &linear_workspace<CudaTernary>, py::arg("tokens"), py::arg("kernel") = "auto",
              "Bytes of workspace that linear() wants, on the current device.");
     bind_experts<CudaInt>(m, "CudaIntExperts");
     bind_experts<CudaTernary>(m, "CudaTernaryExperts");

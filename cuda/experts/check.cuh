@@ -49,11 +49,6 @@ Status check_choices(const Experts<Stack>& e, uint64_t most) noexcept {
                : Status::mismatch(Code::kNoKernel, "cuda: choices of one call", 0, most, e.tokens * e.top_k);
 }
 
-inline Status check_no_kernel_for_many(Kernel kernel) noexcept {
-    return kernel != Kernel::kManyTokens ? Status{}
-                                         : Status::error(Code::kNoKernel, "cuda: there is no kernel for many tokens");
-}
-
 template <typename Stack>
 Status check_linear(const Linear<Stack>& linear) noexcept {
     if (linear.weight.experts == 1 && linear.weight.order == RowOrder::kPlain) return {};

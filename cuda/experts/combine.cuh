@@ -8,8 +8,8 @@
 namespace qmoe::cuda {
 
 // y[token], four columns of it, from what the second projection made of its choices, weights included.
-template <typename T>
-__device__ __forceinline__ void combine(const Choices& choices, const float* values, T* y, uint32_t token, uint32_t col,
+template <typename T, typename Value>
+__device__ __forceinline__ void combine(const Choices& choices, const Value* values, T* y, uint32_t token, uint32_t col,
                                         uint32_t cols) {
     constexpr uint32_t kAtOnce = 4;  // loads on their way
     const uint32_t count = min(cols - col, 4u);
@@ -21,13 +21,17 @@ __device__ __forceinline__ void combine(const Choices& choices, const float* val
         for (uint32_t j = 0; j < kAtOnce; ++j) {
             const uint64_t choice = uint64_t{token} * choices.top_k.by + first + j;
             const int64_t id = first + j < choices.top_k.by ? choices.ids[choice] : -1;
-            const float* const from = values + choice * cols + col;
+            const Value* const from = values + choice * cols + col;
             // What belongs to no expert here has not been written: it may be loaded where it is, but not used.
-            if (cols % 4 == 0 && first + j < choices.top_k.by)
-                *reinterpret_cast<float4*>(more[j]) = *reinterpret_cast<const float4*>(from);
-            else
+            if (cols % 4 == 0 && first + j < choices.top_k.by) {
+                struct alignas(4 * sizeof(Value)) Four {
+                    Value values[4];
+                } const four = *reinterpret_cast<const Four*>(from);
+                for (uint32_t i = 0; i < 4; ++i) more[j][i] = to_float(four.values[i]);
+            } else {
                 for (uint32_t i = 0; i < 4; ++i)
-                    more[j][i] = first + j < choices.top_k.by && i < count ? from[i] : 0.0f;
+                    more[j][i] = first + j < choices.top_k.by && i < count ? to_float(from[i]) : 0.0f;
+            }
             if (id < 0 || id >= choices.experts) more[j][0] = more[j][1] = more[j][2] = more[j][3] = 0.0f;
         }
 #pragma unroll

@@ -4,24 +4,10 @@
 // *products* of at most as many as one product takes; a product's rows are neighbours in that order.
 #pragma once
 
-#include <cuda_runtime.h>
-
+#include "experts/divisor.cuh"
 #include "int/tiles.h"
 
 namespace qmoe::cuda {
-
-// Division by a number that the host knows, of numbers below 2^31.
-struct Divisor {
-    uint32_t by = 1, magic = 0xffffffff;
-
-    Divisor() = default;
-    explicit Divisor(uint64_t divisor) noexcept
-        : by(static_cast<uint32_t>(divisor)), magic(by == 0 ? 0 : 0xffffffff / by) {}
-    __device__ __forceinline__ uint32_t divide(uint32_t n) const {
-        const uint32_t low = __umulhi(n, magic);  // right, or one too small
-        return low + (n - low * by >= by ? 1 : 0);
-    }
-};
 
 // Units of work begin .. end - 1 of all, counted through products.
 struct Range {

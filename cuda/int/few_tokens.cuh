@@ -23,6 +23,7 @@
 #include "experts/combine.cuh"
 #include "experts/gates.cuh"
 #include "experts/schedule.cuh"
+#include "gemm/matrix.cuh"
 #include "int/operands.cuh"
 #include "launch.cuh"
 #include "ring.cuh"
@@ -30,21 +31,13 @@
 namespace qmoe::cuda {
 
 // One product.
-struct Projection {
-    const uint8_t* tiles;  // of expert 0
-    uint64_t expert_bytes, tile_bytes;
+struct Projection : TiledMatrix {
     const void *x, *bias;
     void* y;
-    uint32_t block_bytes, rows, cols;  // rows as stored
-    Divisor count, blocks;             // tiles of an expert; blocks of a tile
-    uint32_t fit;                      // rows of x that there is room for; 0 where it comes in slabs
-    uint32_t slab;                     // blocks of a slab, of all columns where there is room
-    Divisor lines;                     // of 512 bytes of a slab's row of x, what a warp loads at once
-    uint32_t groups;                   // of a block; 1 where a row is a group
-    float zero;
-    bool has_zeros, bf16_scales, row_groups;
+    uint32_t fit;   // rows of x that there is room for; 0 where it comes in slabs
+    uint32_t slab;  // blocks of a slab, of all columns where there is room
+    Divisor lines;  // of 512 bytes of a slab's row of x, what a warp loads at once
     bool is_first;  // of experts: x has a row per token, and a gate follows; else one per choice, and sums over them
-    RowOrder order;
 };
 
 // A launch: a linear layer's product, or one or both of a layer of experts.
@@ -84,14 +77,14 @@ struct Room {
         barriers = kWarps * call.slots * kChunk<kBits> * call.projections[0].block_bytes;
         cut = barriers + kWarps * call.slots * kBarrierBytes;
         x = cut + kWarps * kN * kLanes * 16;  // cut: [warp][n][lane]
-        weights = x + call.x_bytes;           // x: [row][16-byte piece], with a gap of 64 bytes behind a row
+        weights = x + call.x_bytes;           // x: [row][16-byte piece], with a gap of 16 bytes behind a row
         schedule = weights + choices * 4;     // of the rows of x
         bytes = schedule + (experts ? Schedule::bytes(choices, call.choices.experts) : 0);
     }
 };
 
-// So that neighbouring rows are in different banks.
-inline constexpr uint32_t kRowGap = 64;
+// So that eight neighbouring rows are in different banks.
+inline constexpr uint32_t kRowGap = 16;
 QMOE_INLINE uint32_t row_bytes(uint32_t blocks) noexcept {
     return blocks * kTileColumns * 2 + kRowGap;
 }
@@ -345,8 +338,8 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                     const uint8_t* own[kN];  // tokens that are not there may be any: columns of products do not mix
 #pragma unroll
                     for (int n = 0; n < kN; ++n)
-                        own[n] = shared + room.x + (row + min(8 * n + g, tokens - 1)) * row_bytes(p.slab) + t * 16 +
-                                 (at - tile_begin - first) * (kTileColumns * 2);
+                        own[n] = shared + room.x + (row + min(8 * n + lane % 8, tokens - 1)) * row_bytes(p.slab) +
+                                 lane / 8 * 16 + (at - tile_begin - first) * (kTileColumns * 2);
                     if (p.fit != 0)
 #pragma unroll
                         for (int n = 0; n < kN; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
@@ -369,8 +362,7 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                             const auto step = [&]<int kStep>() {
                                 uint4 columns[kN];
 #pragma unroll
-                                for (int n = 0; n < kN; ++n)
-                                    columns[n] = *reinterpret_cast<const uint4*>(own[n] + kStep * 64);
+                                for (int n = 0; n < kN; ++n) columns[n] = load_matrices(own[n] + kStep * 64);
                                 uint32_t a[4];
                                 operands<kBits, 2 * kStep>(words, a);
 #pragma unroll

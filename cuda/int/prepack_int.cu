@@ -70,7 +70,7 @@ __global__ void unpack(IntTiles tiles, const uint8_t* __restrict__ data, T* __re
 #pragma unroll
             for (uint32_t j = 0; j < 4; ++j) {
                 const uint64_t row = tiles.row(tile, g + 8 * (j & 1));
-                const uint64_t col = block * kTileColumns + q / 2 * 32 + 8 * t + 4 * (q % 2) + 2 * (j >> 1);
+                const uint64_t col = block * kTileColumns + 16 * q + 8 * (j >> 1) + 2 * t;
                 const uint32_t at = (g * groups + q / 2 * groups / kTileSteps) * 2 + (j & 1);
                 const float scale = scale_at(scales + at * 2, bf16);
                 const float zero = tiles.has_zeros
@@ -97,8 +97,7 @@ __global__ void prepack_codes(IntLayout stored, IntTiles tiles, const uint8_t* _
             for (uint32_t j = 0; j < 4; ++j)
                 for (uint32_t second = 0; second < 2; ++second) {
                     const uint64_t row = tiles.row(tile, g + 8 * (j & 1));
-                    const uint64_t col =
-                        block * kTileColumns + q / 2 * 32 + 8 * t + 4 * (q % 2) + 2 * (j >> 1) + second;
+                    const uint64_t col = block * kTileColumns + 16 * q + 8 * (j >> 1) + 2 * t + second;
                     if (row >= tiles.rows || col >= tiles.cols) continue;
                     const uint8_t* const packed = data + row * stored.row_bytes + col / kIntBlock * stored.block_bytes;
                     place(words, stored.bits, q, j, second != 0, int_code(packed, stored.bits, col % kIntBlock));

@@ -1,6 +1,7 @@
 // Products of `int` stacks: a linear layer, and a layer's experts.
 #include "experts/check.cuh"
 #include "int/few_tokens.cuh"
+#include "int/gemm.cuh"
 
 namespace qmoe::cuda {
 
@@ -8,10 +9,14 @@ QMOE_FEW_TOKENS(extern, 2)
 QMOE_FEW_TOKENS(extern, 3)
 QMOE_FEW_TOKENS(extern, 4)
 QMOE_FEW_TOKENS(extern, 8)
+QMOE_INT_GEMM(extern, 2)
+QMOE_INT_GEMM(extern, 3)
+QMOE_INT_GEMM(extern, 4)
+QMOE_INT_GEMM(extern, 8)
 
 namespace {
 
-Status tiles_of(const IntStack& stack, Projection& p, uint32_t& bits) noexcept {
+Status tiles_of(const IntStack& stack, TiledMatrix& p, uint32_t& bits) noexcept {
     const IntLayout stored(stack.spec, stack.rows, stack.cols);
     if (!has_tiles(stored)) return Status::error(Code::kNoKernel, "cuda: there are no tiles of this matrix");
     if (reinterpret_cast<uintptr_t>(stack.tiles) % 16 != 0)
@@ -35,46 +40,85 @@ Status tiles_of(const IntStack& stack, Projection& p, uint32_t& bits) noexcept {
     return {};
 }
 
-template <bool kExperts>
-Status launch_type(const FewTokens& call, uint32_t bits, OutputType type, const Device& device,
-                   cudaStream_t stream) noexcept {
-    const auto with = [&]<typename T>(T) {
+// Calls with.operator()<T, kBits>() for a call's activations and bits.
+template <typename With>
+Status with_types(uint32_t bits, OutputType type, const With& with) noexcept {
+    const auto with_bits = [&]<typename T>() {
         switch (bits) {
-            case 2: return launch_few_tokens<T, 2, kExperts>(call, device, stream);
-            case 3: return launch_few_tokens<T, 3, kExperts>(call, device, stream);
-            case 4: return launch_few_tokens<T, 4, kExperts>(call, device, stream);
-            default: return launch_few_tokens<T, 8, kExperts>(call, device, stream);
+            case 2: return with.template operator()<T, 2>();
+            case 3: return with.template operator()<T, 3>();
+            case 4: return with.template operator()<T, 4>();
+            default: return with.template operator()<T, 8>();
         }
     };
     switch (type) {
-        case OutputType::kFloat16: return with(__half{});
-        case OutputType::kBfloat16: return with(__nv_bfloat16{});
+        case OutputType::kFloat16: return with_bits.template operator()<__half>();
+        case OutputType::kBfloat16: return with_bits.template operator()<__nv_bfloat16>();
         default: return Status::error(Code::kDtype, "cuda: activations are float16 or bfloat16");
     }
 }
 
-// Where the outputs of both projections, one per choice, are in the workspace.
-struct Workspace {
-    uint64_t width, choices, second_at, bytes;
+template <bool kExperts>
+Status launch_few(const FewTokens& call, uint32_t bits, OutputType type, const Device& device,
+                  cudaStream_t stream) noexcept {
+    return with_types(bits, type, [&]<typename T, int kBits>() {
+        return launch_few_tokens<T, kBits, kExperts>(call, device, stream);
+    });
+}
 
-    explicit Workspace(const IntExperts& e) noexcept : width(width_of(e)), choices(e.tokens * e.top_k) {
-        second_at = ceil_div(choices * width * 2, 16) * 16;
+Status launch_many(const Gemm& call, uint32_t bits, OutputType type, const Device& device,
+                   cudaStream_t stream) noexcept {
+    return with_types(bits, type,
+                      [&]<typename T, int kBits>() { return launch_int_gemm<T, kBits>(call, device, stream); });
+}
+
+// Where one kernel becomes faster than the other, measured on an H100.
+constexpr uint64_t kFewTokensOfLinear = 16, kFewChoicesOfExpert = 4;
+
+bool is_for_many(const IntLinear& linear) noexcept {
+    return linear.kernel == Kernel::kManyTokens ||
+           (linear.kernel == Kernel::kAuto && linear.tokens > kFewTokensOfLinear);
+}
+bool is_for_many(const IntExperts& e) noexcept {
+    const uint64_t choices = e.tokens * e.top_k;
+    return e.kernel == Kernel::kManyTokens ||
+           (e.kernel == Kernel::kAuto && (choices > kFewChoicesOfExpert * e.first.experts || choices > kMostChoices));
+}
+
+// The workspace of the kernel for few tokens: the outputs of both projections, one per choice.
+struct FewWorkspace {
+    uint64_t second_at, bytes;
+
+    explicit FewWorkspace(const IntExperts& e) noexcept {
+        const uint64_t choices = e.tokens * e.top_k;
+        second_at = ceil_div(choices * width_of(e) * 2, 16) * 16;
         bytes = second_at + choices * e.second.rows * sizeof(float);
     }
 };
 
-}  // namespace
+// And of the one for many: a schedule, outputs of both projections, partial sums.
+struct ManyWorkspace {
+    GemmPlan plan;
+    uint32_t products;
+    uint64_t first_at, second_at, sums_at, bytes;
 
-Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept {
-    QMOE_TRY(check_linear(linear));
-    QMOE_TRY(check_no_kernel_for_many(linear.kernel));
-    if (linear.tokens == 0) return {};
+    Status make(const IntExperts& e, const Device& device) noexcept {
+        const uint64_t choices = e.tokens * e.top_k;
+        QMOE_TRY(plan.make(e.tokens));
+        products = GemmSchedule::most_products(choices, e.first.experts, plan.most);
+        first_at = GemmSchedule::bytes(choices, products);
+        second_at = first_at + ceil_div(choices * width_of(e) * 2, 16) * 16;
+        sums_at = second_at + ceil_div(choices * e.second.rows * 2, 16) * 16;
+        bytes = sums_at + plan.sums_bytes(device);
+        return {};
+    }
+};
+
+Status linear_few(const IntLinear& linear, const Device& device, cudaStream_t stream) noexcept {
     FewTokens call{};
     Projection& p = call.projections[0];
     uint32_t bits = 0;
     QMOE_TRY(tiles_of(linear.weight, p, bits));
-    Device device{};
-    QMOE_TRY(Device::current(device));
     call.count = 1;
     p.bias = linear.bias;
     const uint64_t launches = ceil_div(linear.tokens, uint64_t{16});
@@ -83,28 +127,31 @@ Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept {
         call.tokens = static_cast<uint32_t>(last - first);
         p.x = static_cast<const uint16_t*>(linear.x) + first * p.cols;
         p.y = static_cast<uint16_t*>(linear.y) + first * p.rows;
-        QMOE_TRY(launch_type<false>(call, bits, linear.type, device, stream));
+        QMOE_TRY(launch_few<false>(call, bits, linear.type, device, stream));
         first = last;
     }
     return {};
 }
 
-Status workspace_int(const IntExperts& experts, uint64_t* bytes) noexcept {
-    QMOE_TRY(check_experts(experts));
-    QMOE_TRY(check_choices(experts, kMostChoices));
-    *bytes = Workspace(experts).bytes;
-    return {};
+Status linear_many(const IntLinear& linear, const Device& device, cudaStream_t stream) noexcept {
+    Gemm call{};
+    GemmProjection& p = call.projections[0];
+    GemmPlan plan;
+    uint32_t bits = 0;
+    QMOE_TRY(tiles_of(linear.weight, p, bits));
+    QMOE_TRY(plan.make(linear.tokens));
+    QMOE_TRY(check_workspace(plan.sums_bytes(device), linear.workspace_bytes));
+    call.end = 1;
+    call.tokens = static_cast<uint32_t>(linear.tokens);
+    p.x = linear.x, p.y = linear.y, p.bias = linear.bias;
+    plan.put(call, linear.workspace, device);
+    return launch_many(call, bits, linear.type, device, stream);
 }
 
-Status experts_int(const IntExperts& e, cudaStream_t stream) noexcept {
-    QMOE_TRY(check_experts(e));
+Status experts_few(const IntExperts& e, const Device& device, cudaStream_t stream) noexcept {
     QMOE_TRY(check_choices(e, kMostChoices));
-    QMOE_TRY(check_no_kernel_for_many(e.kernel));
-    const Workspace room(e);
+    const FewWorkspace room(e);
     QMOE_TRY(check_workspace(room.bytes, e.workspace_bytes));
-    if (e.tokens == 0) return {};
-    Device device{};
-    QMOE_TRY(Device::current(device));
     FewTokens call{};
     Projection &first = call.projections[0], &second = call.projections[1];
     uint32_t first_bits = 0, second_bits = 0;
@@ -126,14 +173,102 @@ Status experts_int(const IntExperts& e, cudaStream_t stream) noexcept {
     // A ring has slots of one size, and kernels are for one number of bits and groups.
     if (first_bits == second_bits && first.block_bytes == second.block_bytes && first.groups == second.groups) {
         call.count = 2;
-        return launch_type<true>(call, first_bits, e.type, device, stream);
+        return launch_few<true>(call, first_bits, e.type, device, stream);
     }
     call.count = 1;
     FewTokens behind = call;
     behind.projections[0] = second;
-    QMOE_TRY(launch_type<true>(call, first_bits, e.type, device, stream));
-    QMOE_TRY(launch_type<true>(behind, second_bits, e.type, device, stream));
+    QMOE_TRY(launch_few<true>(call, first_bits, e.type, device, stream));
+    QMOE_TRY(launch_few<true>(behind, second_bits, e.type, device, stream));
     return launch_combine(call.choices, second.y, e.y, e.type, second.rows, device, stream);
+}
+
+Status experts_many(const IntExperts& e, const Device& device, cudaStream_t stream) noexcept {
+    Gemm call{};
+    GemmProjection &first = call.projections[0], &second = call.projections[1];
+    uint32_t first_bits = 0, second_bits = 0;
+    QMOE_TRY(tiles_of(e.first, first, first_bits));
+    QMOE_TRY(tiles_of(e.second, second, second_bits));
+    ManyWorkspace room{};
+    QMOE_TRY(room.make(e, device));
+    QMOE_TRY(check_workspace(room.bytes, e.workspace_bytes));
+    uint8_t* const workspace = static_cast<uint8_t*>(e.workspace);
+    call.experts = true;
+    call.tokens = static_cast<uint32_t>(e.tokens);
+    call.choices = {e.ids, call.tokens, static_cast<uint32_t>(e.first.experts), Divisor(e.top_k)};
+    call.most_products = room.products;
+    call.last_expert = call.choices.experts;
+    call.schedule = GemmSchedule(workspace, room.products);
+    call.weights = e.weights;
+    call.weights_type = e.weights_type;
+    call.gate = e.gate;
+    call.y = e.y;
+    first.is_first = true;
+    first.x = e.x;
+    first.bias = e.first_bias;
+    second.bias = e.second_bias;
+    first.y = workspace + room.first_at;
+    second.x = first.y;
+    second.y = workspace + room.second_at;
+    room.plan.put(call, workspace + room.sums_at, device);
+    QMOE_TRY(launch_schedule(call.choices, call.most, call.schedule, device, stream));
+    call.end = 2;
+    if (first_bits == second_bits && (first.groups == 1) == (second.groups == 1))
+        return launch_many(call, first_bits, e.type, device, stream);
+    call.end = 1;
+    QMOE_TRY(launch_many(call, first_bits, e.type, device, stream));
+    call.begin = 1, call.end = 2;
+    return launch_many(call, second_bits, e.type, device, stream);
+}
+
+}  // namespace
+
+Status linear_workspace_int(const IntLinear& linear, uint64_t* bytes) noexcept {
+    QMOE_TRY(check_linear(linear));
+    *bytes = 0;
+    if (linear.tokens == 0 || !is_for_many(linear)) return {};
+    Device device{};
+    QMOE_TRY(Device::current(device));
+    GemmPlan plan;
+    QMOE_TRY(plan.make(linear.tokens));
+    *bytes = plan.sums_bytes(device);
+    return {};
+}
+
+Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept {
+    QMOE_TRY(check_linear(linear));
+    if (linear.tokens == 0) return {};
+    Device device{};
+    QMOE_TRY(Device::current(device));
+    return is_for_many(linear) ? linear_many(linear, device, stream) : linear_few(linear, device, stream);
+}
+
+Status workspace_int(const IntExperts& experts, uint64_t* bytes) noexcept {
+    QMOE_TRY(check_experts(experts));
+    *bytes = 0;
+    if (experts.tokens == 0) return {};
+    if (!is_for_many(experts)) {
+        QMOE_TRY(check_choices(experts, kMostChoices));
+        *bytes = FewWorkspace(experts).bytes;
+        return {};
+    }
+    QMOE_TRY(check_choices(experts, kMostChoicesOfMany));
+    Device device{};
+    QMOE_TRY(Device::current(device));
+    ManyWorkspace room{};
+    QMOE_TRY(room.make(experts, device));
+    *bytes = room.bytes;
+    return {};
+}
+
+Status experts_int(const IntExperts& e, cudaStream_t stream) noexcept {
+    QMOE_TRY(check_experts(e));
+    if (e.tokens == 0) return {};
+    Device device{};
+    QMOE_TRY(Device::current(device));
+    if (!is_for_many(e)) return experts_few(e, device, stream);
+    QMOE_TRY(check_choices(e, kMostChoicesOfMany));
+    return experts_many(e, device, stream);
 }
 
 }  // namespace qmoe::cuda

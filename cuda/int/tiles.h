@@ -1,12 +1,11 @@
 // The layout of `int` that the CUDA matrix products read, made once from the stored one.
 //
 // A *tile* is 16 rows, cut into *blocks* of 128 columns, of 4 *steps* of 32. A lane of a warp (g = lane / 4, t = lane % 4)
-// has what mma.m16n8k16 wants of it as the first operand, for the two products m of each step: of rows g and g + 8 the
-// columns 8 t .. 8 t + 7 of the step, so that its share of the activations is 8 neighbouring columns as well. Pair j of
-// product q = 2 step + m is
+// has what mma.m16n8k16 (and a warp of wgmma.m64nNk16) wants of it as the first operand, for the product q = 0 .. 7 of
+// each 16 columns. Pair j of it is
 //
 //     row     g + 8 (j & 1) of the tile
-//     columns 8 t + 4 m + 2 (j >> 1) of the step, and the next one
+//     columns 16 q + 8 (j >> 1) + 2 t of the block, and the next one
 //
 // A word (32 bits) has the first code of a pair in its lower half and the second one 16 bits above. Where in its half a
 // pair is decides what it costs to make an operand of it: at the lowest bits, or a few bits up where the factor that this

@@ -130,18 +130,18 @@ class Grid {
 
 inline void Grid::run(dim3 blocks, uint32_t threads, uint32_t shared_bytes, std::function<void()> body) {
     constexpr size_t kGuard = 64;
-    for (uint32_t y = 0; y < blocks.y; ++y) {
+    for (uint32_t i = 0; i < blocks.y * blocks.z; ++i) {
         Grid grid;
         current_ = &grid;
         grid.body_ = body, grid.threads_ = threads, grid.blocks_ = blocks.x;
         grid.shared_.assign(blocks.x, std::vector<uint8_t>(shared_bytes + kGuard, kPoison));
         grid.fibers_ = std::vector<Fiber>(blocks.x * threads);
         grid.given_.resize(grid.fibers_.size());
-        for (size_t i = 0; i < grid.fibers_.size(); ++i) {
-            Fiber& fiber = grid.fibers_[i];
+        for (size_t f = 0; f < grid.fibers_.size(); ++f) {
+            Fiber& fiber = grid.fibers_[f];
             fiber.stack.resize(kStackBytes);
-            fiber.thread = {static_cast<uint32_t>(i % threads), 0, 0};
-            fiber.block = {static_cast<uint32_t>(i / threads), y, 0};
+            fiber.thread = {static_cast<uint32_t>(f % threads), 0, 0};
+            fiber.block = {static_cast<uint32_t>(f / threads), i % blocks.y, i / blocks.y};
             getcontext(&fiber.context);
             fiber.context.uc_stack.ss_sp = fiber.stack.data();
             fiber.context.uc_stack.ss_size = kStackBytes;
@@ -221,6 +221,27 @@ T __shfl_xor_sync(uint32_t, T value, uint32_t other) {
 template <typename T>
 T __shfl_up_sync(uint32_t, T value, uint32_t by) {
     return emulation::from_lane(value, emulation::lane() >= by ? emulation::lane() - by : emulation::lane());
+}
+inline uint32_t __float_as_uint(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+    const float2 x = __half22float2(a), y = __half22float2(b), z = __half22float2(c);
+    return __floats2half2_rn(std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y));
+}
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+    const float2 x = __bfloat1622float2(a), y = __bfloat1622float2(b), z = __bfloat1622float2(c);
+    return __floats2bfloat162_rn(std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y));
+}
+template <typename T>
+T __ldcg(const T* from) {
+    return *from;
+}
+template <typename T>
+void __stcg(T* to, T value) {
+    *to = value;
 }
 inline uint32_t __match_any_sync(uint32_t, uint32_t value) {
     uint32_t alike = 0;

@@ -13,6 +13,8 @@ from qmoe_core import _C, PackedTensor
 from qmoe_core.runtime.gating import Gating
 
 ERROR = {"bfloat16": 4e-3, "float16": 6e-4}  # of the output's rounding, most of it
+# Of many tokens int weights and scales are rounded to the activations' type: five or more standard deviations.
+ROUNDING = {"bfloat16": 1e-2, "float16": 1.5e-3}
 
 
 class OnDevice:
@@ -59,7 +61,7 @@ class Linear(OnDevice):
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None, kernel: str = "auto") -> torch.Tensor:
         size = len(x) * self.packed.rows
-        nbytes = self.matrix.linear_workspace(len(x), kernel) if isinstance(self.matrix, _C.CudaTernary) else 0
+        nbytes = self.matrix.linear_workspace(len(x), kernel)
         room = torch.full((nbytes + 2 * GUARD,), 0xFF, dtype=torch.uint8, device="cuda")
         out = torch.full((size + 2 * GUARD,), float("nan"), dtype=x.dtype, device="cuda")
         at = out.data_ptr() + GUARD * out.element_size()
@@ -88,7 +90,8 @@ def check_linear(
     found = linear(*there)
     assert torch.equal(found, linear(*there))
     error = (found.cpu().double() - expected).abs()
-    assert (error <= ERROR[dtype] * expected.abs() + 1e-4 * scale).all(), float((error / scale).max())
+    rounding = 0 if linear.ternary else ROUNDING[dtype] * (x.double() ** 2 @ weight.T**2).sqrt()
+    assert (error <= ERROR[dtype] * expected.abs() + 1e-4 * scale + rounding).all(), float((error / scale).max())
 
 
 @dataclass
@@ -170,7 +173,8 @@ class Layer:
         torch.cuda.synchronize()
         assert torch.equal(found, again)
         error, size = (found.cpu().double() - expected).abs(), expected.square().mean().sqrt()
-        limit = 1.5e-2 if self.dtype == "bfloat16" else 2e-3
+        # Of many tokens int weights are rounded, and what each choice adds.
+        limit = (2.5e-2 if self.kernel == "many" else 1.5e-2) if self.dtype == "bfloat16" else 4e-3
         assert (error <= limit * (expected.abs() + size)).all(), float((error / size).max())
 
     def check_graph(self, tokens: int, top_k: int) -> None:

@@ -37,12 +37,14 @@ def layer_of(
     zero_point: bool = False,
     biased: bool = False,
     dtype: str = "bfloat16",
+    kernel: str = "auto",
 ) -> Layer:
     rows = width * (1 if gating.order == "plain" else 2)
     shape = group, zero_point, experts
     return Layer(
-        stack(bits[0], *shape, rows, hidden, 1), stack(bits[1], *shape, hidden, width, 2), gating, biased, dtype
-    )
+        stack(bits[0], *shape, rows, hidden, 1), stack(bits[1], *shape, hidden, width, 2), gating, biased, dtype,
+        kernel,
+    )  # fmt: skip
 
 
 HALVES, INTERLEAVED = Gating("halves"), Gating("interleaved", "silu", True, 1.702, 7.0)
@@ -60,8 +62,16 @@ def test_formats_may_differ(bits: tuple[int, int], group: int) -> None:
     layer_of(5, 129, 77, HALVES, bits, group, True, dtype="float16").check(13, 2, 2)
 
 
-def test_all_tokens_for_one_expert_and_none_for_any() -> None:
-    layer = layer_of(6, 256, 128, HALVES)
+@pytest.mark.parametrize("tokens", [1, 9, 40, 300])
+@pytest.mark.parametrize("gating", [HALVES, INTERLEAVED, Gating("plain", "relu")])
+def test_it_is_the_layer_of_many_tokens(tokens: int, gating: Gating) -> None:
+    layer_of(7, 200, 136, gating, biased=tokens % 2 == 1, kernel="many").check(tokens, 3, tokens)
+    layer_of(3, 500, 300, gating, (2, 3), 64, True, dtype="float16", kernel="many").check(tokens, 2, tokens)
+
+
+@pytest.mark.parametrize("kernel", ["few", "many"])
+def test_all_tokens_for_one_expert_and_none_for_any(kernel: str) -> None:
+    layer = layer_of(6, 256, 128, HALVES, kernel=kernel)
     layer.check(40, 1, 1, torch.full((40, 1), 5))
     layer.check(5, 2, 2, torch.full((5, 2), -1))
     layer.check(30, 2, 3, torch.tensor([[0, 6], [-1, 2], [2, 3]]).repeat(10, 1))

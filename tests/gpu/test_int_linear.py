@@ -27,6 +27,24 @@ def test_it_is_the_product(shape: tuple[int, int], bits: int, group: int, zero_p
         check(packed, tokens, dtype, seed=shape[0])
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (700, 1500)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128, 0])
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_it_is_the_product_of_many_tokens(shape: tuple[int, int], bits: int, group: int, zero_point: bool) -> None:
+    packed = int_record(bits, group, zero_point, *shape, experts=1)
+    for tokens, dtype in [(1, "float16"), (17, "bfloat16"), (64, "float16"), (130, "bfloat16")]:
+        check(packed, tokens, dtype, seed=shape[0], biased=tokens == 17, kernel="many")
+
+
+@pytest.mark.parametrize("shape", [(128, 14336), (1000, 9000), (260, 50000), (4096, 4096), (9000, 130)])
+def test_many_tokens_of_matrices_that_are_cut(shape: tuple[int, int]) -> None:
+    """Several blocks of threads share a unit, or have several."""
+    for bits in (2, 4):
+        for tokens in (16, 60, 300):
+            check(int_record(bits, 128, True, *shape, experts=1), tokens, "bfloat16", 0, kernel="many")
+
+
 @pytest.mark.parametrize("shape", [(300, 14336), (40, 40000), (9000, 130), (1, 70000)])
 def test_long_rows_and_many(shape: tuple[int, int]) -> None:
     """More columns than there is room for in shared memory, and more tiles than a multiprocessor takes in one round."""
@@ -50,7 +68,8 @@ def test_random_configurations() -> None:
             experts=1,
         )
         dtype = str(rng.choice(["float16", "bfloat16"]))
-        check(packed, int(rng.integers(1, 40)), dtype, seed, biased=bool(rng.integers(2)))
+        kernel = str(rng.choice(["auto", "few", "many"]))
+        check(packed, int(rng.integers(1, 140)), dtype, seed, biased=bool(rng.integers(2)), kernel=kernel)
 
 
 def test_no_tokens_and_what_has_no_kernel() -> None:

@@ -16,7 +16,7 @@
 
 namespace qmoe::cuda {
 
-inline constexpr uint32_t kApiVersion = 6;
+inline constexpr uint32_t kApiVersion = 7;
 
 enum class OutputType : uint8_t { kFloat32, kFloat16, kBfloat16 };
 
@@ -58,7 +58,7 @@ struct TernaryStack {
 // that can, kernels begin to read them before that one has ended.
 
 // Which kernel of several: for few tokens, that reads weights again for every few of them, or for many, that decodes them
-// once per tile into operands of tensor cores. Of int matrices there is the one for few only, and kAuto is that one.
+// once per tile into operands of tensor cores.
 enum class Kernel : uint8_t { kAuto, kFewTokens, kManyTokens };
 
 // y (tokens, rows) = x (tokens, cols) times the transpose of a stack's one matrix, plus bias (rows) where it is not null;
@@ -130,7 +130,7 @@ struct TernaryEncode {
 };
 
 // Choices (tokens * top_k) that a call for experts may have, by the kernel for few and for many.
-inline constexpr uint64_t kMostChoices = 1024, kMostChoicesOfMany = 16384;
+inline constexpr uint64_t kMostChoices = 1024, kMostChoicesOfMany = 65535;
 
 // The function table that libqmoe_cuda exports as qmoe_cuda_api().
 struct Api {
@@ -145,6 +145,8 @@ struct Api {
     Status (*prepack)(const DeviceMatrix& matrix, RowOrder order, void* out, uint64_t out_bytes, void* stream) noexcept;
     // out (N, K) row-major of `type`, in the record's order of rows, from the tiles of a stack's first matrix.
     Status (*unpack)(const IntStack& matrix, void* out, OutputType type, void* stream) noexcept;
+    // Bytes for the kernel that the call gets; 0 where that needs none.
+    Status (*int_linear_workspace)(const IntLinear& linear, uint64_t* bytes) noexcept;
     Status (*int_linear)(const IntLinear& linear, void* stream) noexcept;
     Status (*int_workspace)(const IntExperts& experts, uint64_t* bytes) noexcept;
     Status (*int_experts)(const IntExperts& experts, void* stream) noexcept;

@@ -20,22 +20,36 @@ struct Barrier {
 };
 static_assert(sizeof(Barrier) == 8);
 
-template <int id, int count>
-void sync_threads() {
-    emulation::Grid::current().wait_for(id, count);
+template <int count>
+void sync_threads(uint32_t id) {
+    emulation::Grid::current().wait_for(static_cast<int>(id), count);
 }
 
-template <uint32_t threads>
-struct SharedCopy {
-    static constexpr uint32_t kArrivals = 1;
-    static bool takes_part(uint32_t thread) { return thread == 0; }
-    static void begin(Barrier& full, uint8_t* to, const uint8_t* from, uint32_t bytes, uint32_t) {
-        std::memcpy(to, from, bytes);
-        full.arrive();
-    }
-};
+inline void raise_flag(uint64_t* flag, uint64_t value) {
+    *flag = value;
+}
+inline void wait_for_flag(const uint64_t* flag, uint64_t value) {
+    while (*flag != value) emulation::Grid::current().yield();
+}
 
-inline void bring_near(const void*) {}
-inline void publish_to_copies() {}
+inline constexpr uint32_t kCopyArrivals = 1;
+
+inline void copy_pieces(Barrier& full, uint8_t* to, const uint8_t* from, uint64_t stride, uint32_t bytes,
+                        uint32_t count) {
+    if (emulation::lane() != 0) return;
+    for (uint32_t i = 0; i < count; ++i) std::memcpy(to + i * bytes, from + i * stride, bytes);
+    full.arrive();
+}
+
+inline void copy_16(uint8_t* to, const void* from, bool there) {
+    if (there)
+        std::memcpy(to, from, 16);
+    else
+        std::memset(to, 0, 16);
+}
+inline void commit_copies() {}
+template <int kBut>
+void wait_for_copies() {}
+inline void publish_to_async() {}
 
 }  // namespace qmoe::cuda

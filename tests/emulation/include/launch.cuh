@@ -22,6 +22,12 @@ struct Device {
 };
 
 template <typename... Arguments>
+Status most_threads(void (*)(Arguments...), uint32_t& threads) noexcept {
+    threads = 1024;
+    return {};
+}
+
+template <typename... Arguments>
 Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, bool, const Device&,
               cudaStream_t, std::type_identity_t<Arguments>... arguments) {
     emulation::Grid::run(grid, threads, shared, [=] { kernel(arguments...); });

@@ -31,4 +31,14 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     }
 }
 
+inline uint4 load_matrices(const uint8_t* row) {
+    const auto rows = emulation::Grid::current().exchange(reinterpret_cast<uint64_t>(row));
+    uint32_t words[4];
+    for (uint32_t i = 0; i < 4; ++i)
+        std::memcpy(words + i,
+                    reinterpret_cast<const uint8_t*>(rows[8 * i + emulation::lane() / 4]) + emulation::lane() % 4 * 4,
+                    4);
+    return {words[0], words[1], words[2], words[3]};
+}
+
 }  // namespace qmoe::cuda

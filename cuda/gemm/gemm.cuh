@@ -1,0 +1,681 @@
+// Matrices in tiles times many tokens, of one matrix or of a layer's experts: tensor cores, each weight made an operand
+// once for up to 128 tokens.
+//
+// A *unit* of work is a panel of 256 rows times the tokens of a product, at most 128. Eight warps multiply, of two groups
+// of four with 128 rows each: from Hopper on, weights are the operand in registers, made from codes while the products
+// before run, and activations the one in shared memory. Four more warps bring both: one of them codes, block by block of
+// 128 columns, as they are in memory, three activations, in stages of 64 columns.
+//
+// Blocks of threads share all blocks of columns of all units evenly, wherever a unit begins, unless whole units leave as
+// few idle. Of a unit that is cut, the block of threads that has its beginning adds up what the others leave in memory, in
+// their order. Results depend on nothing but the shape, the tokens and the number of multiprocessors.
+//
+// A layer of experts is two launches: a schedule, and both projections and the sums over a token's choices, with barriers
+// of all blocks of threads between these.
+//
+// `Codes` is what a format is to all this: see int/weights.cuh.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+
+#include "barriers.cuh"
+#include "experts/combine.cuh"
+#include "experts/gates.cuh"
+#include "gemm/matrix.cuh"
+#include "gemm/schedule.cuh"
+#include "int/mma.cuh"
+#include "launch.cuh"
+#include "warpgroup.cuh"
+
+namespace qmoe::cuda {
+
+struct GemmProjection : TiledMatrix {
+    const void *x, *bias;
+    void* y;
+    uint32_t panels;
+    bool is_first;  // of experts: x has a row per token, and a gate follows; else one per row of the schedule's order
+};
+
+struct Gemm {
+    GemmProjection projections[2];
+    uint32_t begin, end;          // of them
+    bool experts, codes_are_new;  // codes_are_new: made by the kernel before this one
+    uint32_t tokens;              // of x
+    uint32_t most;                // tokens that a product can have
+    uint32_t codes_bytes, codes_stages, x_stages;
+    float* partials;  // by block of threads
+    uint64_t* flags;  // by block of threads and warpgroup: `nonce` where partial sums are there
+    uint64_t nonce;
+    void* y;
+    // Of experts alone.
+    Choices choices;
+    GemmSchedule schedule;
+    uint32_t most_products;
+    uint32_t first_expert,
+        last_expert;  // products of first_expert .. last_expert - 1 are made, the former's tiles are first
+    const void* weights;
+    OutputType weights_type;
+    Gate gate;
+};
+
+struct GemmTile {
+    static constexpr uint32_t kTiles = 16, kRows = kTiles * kTileRows;  // of a panel
+    static constexpr uint32_t kMostTokens = kHasWarpgroups ? 128 : 64;
+    static constexpr uint32_t kGroups = 2, kGroupThreads = 128, kGroupRows = kRows / kGroups;
+    static constexpr uint32_t kCopiers = 128, kThreads = kCopiers + kGroups * kGroupThreads, kXWarps = 3;
+    static constexpr uint32_t kStageColumns = 64;
+    static constexpr uint32_t kMostStages = 8;          // of codes and of activations
+    static constexpr uint32_t kAtOnce = 16;             // tokens that leave at once
+    static constexpr uint32_t kPitch = kGroupRows + 4;  // of a token's sums on their way
+    static constexpr uint32_t kBehind = 2;  // stages whose copies are on their way while the next one's begin
+    static constexpr uint32_t kFewestXStages = kBehind + 2;
+    static constexpr uint32_t kBarriersBytes = 4 * kMostStages * 8;
+    static constexpr uint32_t kLeavingBytes = kGroups * kAtOnce * kPitch * 4;
+    static constexpr uint32_t kChoicesBytes = kGroups * 128 * 8;  // choice and weight by token
+};
+
+// What is where in shared memory.
+struct GemmRoom {
+    uint32_t x, codes, barriers, leaving, choices, products, bytes;
+
+    QMOE_INLINE explicit GemmRoom(const Gemm& call) noexcept {
+        x = 0;  // at a multiple of 1024, as all of its stages
+        codes = x + call.x_stages * call.most * GemmTile::kStageColumns * 2;
+        barriers = codes + call.codes_stages * call.codes_bytes;
+        leaving = barriers + GemmTile::kBarriersBytes;
+        choices = leaving + GemmTile::kLeavingBytes;
+        products = choices + (call.experts ? GemmTile::kChoicesBytes : 0);
+        bytes = products + (call.experts ? (call.most_products + 3) * 4 : 0);
+    }
+};
+
+// A block of threads' part of a unit: of its blocks of columns begin .. end - 1.
+struct GemmPiece {
+    uint32_t product, panel, begin, end;
+};
+
+// What a block of threads has of a projection's work.
+struct GemmWork {
+    uint32_t products, panels, blocks, units;
+    bool by_panel;  // products of a panel are neighbours, not panels of a product
+    bool whole;     // units are not cut
+
+    __device__ __forceinline__ GemmWork(const GemmProjection& p, uint32_t products, bool by_panel)
+        : products(products), panels(p.panels), blocks(p.blocks.by), units(products * p.panels), by_panel(by_panel) {
+        constexpr uint32_t kCutting = 3;  // blocks that a block of threads could multiply while sums are put together
+        const uint32_t together = (units + gridDim.x - 1) / gridDim.x * blocks;
+        const uint64_t apart = (uint64_t{units} * blocks + gridDim.x - 1) / gridDim.x + kCutting;
+        whole = together <= apart;
+    }
+    // Blocks of columns, of all units one after the other, that are before a block of threads' own.
+    __device__ __forceinline__ uint32_t before(uint32_t block) const {
+        return whole ? static_cast<uint32_t>(uint64_t{block} * units / gridDim.x) * blocks
+                     : static_cast<uint32_t>(uint64_t{block} * units * blocks / gridDim.x);
+    }
+};
+
+// The pieces that this block of threads has of that, one after the other.
+class GemmPieces {
+  public:
+    __device__ __forceinline__ explicit GemmPieces(const GemmWork& work)
+        : work_(work), at_(work.before(blockIdx.x)), end_(work.before(blockIdx.x + 1)) {}
+    __device__ __forceinline__ bool next(GemmPiece& piece) {
+        if (at_ == end_) return false;
+        const uint32_t unit = at_ / work_.blocks;
+        piece.begin = at_ - unit * work_.blocks;
+        piece.end = min(work_.blocks, piece.begin + end_ - at_);
+        piece.product = work_.by_panel ? unit % work_.products : unit / work_.panels;
+        piece.panel = work_.by_panel ? unit / work_.products : unit - piece.product * work_.panels;
+        at_ += piece.end - piece.begin;
+        return true;
+    }
+
+  private:
+    const GemmWork& work_;
+    uint32_t at_;
+    const uint32_t end_;
+};
+
+// A product's tokens: rows of the schedule's order, or of x.
+struct GemmProduct {
+    uint32_t expert, row, rows;
+};
+
+class GemmProducts {
+  public:
+    __device__ __forceinline__ GemmProducts(const Gemm& call, const uint32_t* table)
+        : table_(table), tokens_(call.tokens), most_(call.most), experts_(call.experts) {}
+    // All threads call: the schedule's products, to shared memory, behind the first one that is made and the one behind the
+    // last one.
+    static __device__ __forceinline__ void load(const Gemm& call, uint32_t* table) {
+        const uint32_t products = call.schedule.products();
+        for (uint32_t i = threadIdx.x; i <= products; i += blockDim.x) {
+            const uint32_t expert = i < products ? call.schedule.expert(i) : call.choices.experts;
+            const uint32_t before = i > 0 ? call.schedule.expert(i - 1) + 1 : 0;  // experts that products before are of
+            table[i + 2] = expert << 16 | call.schedule.first_row(i);
+            if (before <= call.first_expert && expert >= call.first_expert) table[0] = i;
+            if (before <= call.last_expert && expert >= call.last_expert) table[1] = i;
+        }
+    }
+    __device__ __forceinline__ uint32_t count() const {
+        return experts_ ? table_[1] - table_[0] : (tokens_ + most_ - 1) / most_;
+    }
+    __device__ __forceinline__ GemmProduct at(uint32_t i) const {
+        if (!experts_) return {0, i * most_, min(most_, tokens_ - i * most_)};
+        const uint32_t* const own = table_ + table_[0] + i + 2;
+        const uint32_t row = own[0] & 0xffff;
+        return {own[0] >> 16, row, (own[1] & 0xffff) - row};
+    }
+
+  private:
+    const uint32_t* const table_;
+    const uint32_t tokens_, most_;
+    const bool experts_;
+};
+
+// Stages of shared memory that some fill and others empty, in turns.
+struct GemmRing {
+    uint8_t* bytes;
+    Barrier *full, *empty;
+    uint32_t stages, stage_bytes, index = 0, parity = 0;
+
+    __device__ __forceinline__ GemmRing(uint8_t* bytes, uint8_t* barriers, uint32_t stages, uint32_t stage_bytes)
+        : bytes(bytes),
+          full(reinterpret_cast<Barrier*>(barriers)),
+          empty(full + GemmTile::kMostStages),
+          stages(stages),
+          stage_bytes(stage_bytes) {}
+    static __device__ __forceinline__ GemmRing of_x(const Gemm& call, uint8_t* shared, const GemmRoom& room) {
+        return {shared + room.x, shared + room.barriers, call.x_stages, call.most * GemmTile::kStageColumns * 2};
+    }
+    static __device__ __forceinline__ GemmRing of_codes(const Gemm& call, uint8_t* shared, const GemmRoom& room) {
+        return {shared + room.codes, shared + room.barriers + GemmTile::kBarriersBytes / 2, call.codes_stages,
+                call.codes_bytes};
+    }
+    __device__ __forceinline__ void init(uint32_t fillers, uint32_t emptiers) const {
+        for (uint32_t i = 0; i < stages; ++i) full[i].init(fillers), empty[i].init(emptiers);
+    }
+    __device__ __forceinline__ uint8_t* stage() const { return bytes + index * stage_bytes; }
+    __device__ __forceinline__ void wait_full() const { full[index].wait(parity); }
+    __device__ __forceinline__ void wait_empty() const { empty[index].wait(parity ^ 1); }
+    __device__ __forceinline__ void advance() {
+        if (++index == stages) index = 0, parity ^= 1;
+    }
+};
+
+// Warp 0: brings codes.
+__device__ __forceinline__ void bring_codes(const GemmProjection& p, const GemmWork& work, const GemmProducts& products,
+                                            uint32_t first_expert, GemmRing& ring) {
+    GemmPiece piece;
+    for (GemmPieces pieces(work); pieces.next(piece);) {
+        const uint32_t first = piece.panel * GemmTile::kTiles, tiles = min(GemmTile::kTiles, p.count.by - first);
+        const uint64_t expert = products.at(piece.product).expert - first_expert;
+        const uint8_t* from =
+            p.tiles + expert * p.expert_bytes + first * p.tile_bytes + uint64_t{piece.begin} * p.block_bytes;
+        for (uint32_t block = piece.begin; block < piece.end; ++block, from += p.block_bytes) {
+            ring.wait_empty();
+            copy_pieces(ring.full[ring.index], ring.stage(), from, p.tile_bytes, p.block_bytes, tiles);
+            ring.advance();
+        }
+    }
+}
+
+// Warps 1 to 3: bring activations, rows of 128 bytes of which those of 16 bytes at i lie at i ^ row % 8.
+template <typename T>
+class GemmActivations {
+  public:
+    __device__ __forceinline__ GemmActivations(const Gemm& call, const GemmRing& ring)
+        : call_(call), ring_(ring), told_(ring) {}
+
+    __device__ __forceinline__ void bring(const GemmProjection& p, const GemmWork& work, const GemmProducts& products) {
+        const bool aligned = p.cols % kPieceColumns == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+        const uint32_t row = (threadIdx.x - kLanes) / kRowLanes, piece_of_row = threadIdx.x % kRowLanes;
+        const bool by_choice = call_.experts && p.is_first;
+        static_assert(kRowsAtOnce % 8 == 4);  // every other row of a thread's is swizzled alike
+        const uint32_t even = row * 128 + (piece_of_row ^ row % 8) * 16, odd = even ^ 64;
+        GemmPiece piece;
+        for (GemmPieces pieces(work); pieces.next(piece);) {
+            const GemmProduct product = products.at(piece.product);
+            const T* const x = static_cast<const T*>(p.x) + (by_choice ? 0 : uint64_t{product.row} * p.cols);
+            uint32_t offsets[kMostRows];
+#pragma unroll
+            for (uint32_t i = 0; i < kMostRows; ++i) {
+                const uint32_t own = row + i * kRowsAtOnce;
+                offsets[i] = own >= product.rows ? ~0u
+                             : by_choice ? call_.choices.top_k.divide(call_.schedule.choice(product.row + own)) * p.cols
+                                         : own * p.cols;
+            }
+            for (uint32_t chunk = 2 * piece.begin; chunk < 2 * piece.end; ++chunk) {
+                const uint32_t col = chunk * GemmTile::kStageColumns + piece_of_row * kPieceColumns;
+                const bool there = col < p.cols;
+                const T* const from = x + (there ? col : 0);
+                ring_.wait_empty();
+                uint8_t* const stage = ring_.stage();
+#pragma unroll
+                for (uint32_t i = 0; i < kMostRows; ++i) {
+                    if (offsets[i] == ~0u) continue;
+                    uint8_t* const to = stage + (i % 2 == 0 ? even : odd) + i * (kRowsAtOnce * 128);
+                    if (aligned)
+                        copy_16(to, from + offsets[i], there);
+                    else
+                        *reinterpret_cast<uint4*>(to) = by_number(x + offsets[i], col, p.cols);
+                }
+                commit_copies();
+                ring_.advance();
+                if (++untold_ > GemmTile::kBehind) {
+                    wait_for_copies<GemmTile::kBehind>();
+                    tell();
+                }
+            }
+        }
+    }
+    // All that was brought is there.
+    __device__ __forceinline__ void finish() {
+        wait_for_copies<0>();
+        while (untold_ > 0) tell();
+    }
+
+  private:
+    static constexpr uint32_t kPieceColumns = 8, kRowLanes = GemmTile::kStageColumns / kPieceColumns;
+    static constexpr uint32_t kRowsAtOnce = GemmTile::kXWarps * kLanes / kRowLanes;
+    static constexpr uint32_t kMostRows = (GemmTile::kMostTokens + kRowsAtOnce - 1) / kRowsAtOnce;
+
+    __device__ __forceinline__ void tell() {
+        publish_to_async();
+        __syncwarp();
+        if (threadIdx.x % kLanes == 0) told_.full[told_.index].arrive();
+        told_.advance();
+        --untold_;
+    }
+    static __device__ __forceinline__ uint4 by_number(const T* row, uint32_t col, uint32_t cols) {
+        uint32_t words[4] = {};
+#pragma unroll
+        for (uint32_t i = 0; i < kPieceColumns; ++i)
+            if (col + i < cols)
+                words[i / 2] |= uint32_t{*reinterpret_cast<const uint16_t*>(row + col + i)} << (16 * (i % 2));
+        return {words[0], words[1], words[2], words[3]};
+    }
+
+    const Gemm& call_;
+    GemmRing ring_, told_;
+    uint32_t untold_ = 0;
+};
+
+// One of the warps that multiply.
+template <typename T, class Codes>
+class GemmMultiplier {
+  public:
+    __device__ __forceinline__ GemmMultiplier(const Gemm& call, uint8_t* shared, const GemmRoom& room)
+        : call_(call),
+          x_(GemmRing::of_x(call, shared, room)),
+          codes_(GemmRing::of_codes(call, shared, room)),
+          thread_((threadIdx.x - GemmTile::kCopiers) % GemmTile::kGroupThreads),
+          group_((threadIdx.x - GemmTile::kCopiers) / GemmTile::kGroupThreads),
+          leaving_(reinterpret_cast<float*>(shared + room.leaving) + group_ * GemmTile::kAtOnce * GemmTile::kPitch),
+          to_rows_(reinterpret_cast<uint2*>(shared + room.choices) + group_ * 128) {}
+
+    __device__ __forceinline__ void run(const GemmProjection& p, const GemmWork& work, const GemmProducts& products) {
+        GemmPiece piece;
+        for (GemmPieces pieces(work); pieces.next(piece);) {
+            const GemmProduct product = products.at(piece.product);
+            if (product.rows <= 16)
+                multiply_piece<16>(p, work, piece, product);
+            else if (product.rows <= 32)
+                multiply_piece<32>(p, work, piece, product);
+            else if (product.rows <= 64)
+                multiply_piece<64>(p, work, piece, product);
+            else if constexpr (GemmTile::kMostTokens > 64)
+                multiply_piece<128>(p, work, piece, product);
+        }
+    }
+
+  private:
+    static constexpr uint32_t kBlocks = 2;  // of 64 rows, of a group of four warps
+
+    // Where the tile of 16 rows that this warp has of block m is in the panel.
+    __device__ __forceinline__ uint32_t tile_of(uint32_t m) const {
+        return (group_ * kBlocks + m) * 4 + thread_ / kLanes;
+    }
+
+    template <int kN>
+    __device__ __forceinline__ void multiply_piece(const GemmProjection& p, const GemmWork& work,
+                                                   const GemmPiece& piece, const GemmProduct& product) {
+        const uint32_t lane = thread_ % kLanes, g = lane / 4;
+        const bool is_last = call_.experts && !p.is_first;
+        uint2 to_row{};
+        if (is_last && thread_ < product.rows && piece.begin == 0) {
+            to_row.x = call_.schedule.choice(product.row + thread_);
+            to_row.y = __float_as_uint(load_weight(call_.weights, to_row.x, call_.weights_type));
+        }
+        Codes codes[kBlocks];
+#pragma unroll
+        for (uint32_t m = 0; m < kBlocks; ++m) {
+            const uint32_t tile = piece.panel * GemmTile::kTiles + tile_of(m);
+            codes[m].begin(p,
+                           p.tiles + uint64_t{product.expert - call_.first_expert} * p.expert_bytes +
+                               min(tile, p.count.by - 1) * p.tile_bytes,
+                           g);
+        }
+        float sums[kBlocks][kN / 8][4] = {};
+        Barrier* to_release = nullptr;  // of the stage before
+#pragma unroll 1
+        for (uint32_t block = piece.begin; block < piece.end; ++block) {
+            codes_.wait_full();
+#pragma unroll
+            for (uint32_t m = 0; m < kBlocks; ++m) codes[m].load(p, codes_.stage() + tile_of(m) * p.block_bytes, lane);
+            __syncwarp();
+            if (lane == 0) codes_.empty[codes_.index].arrive();
+            codes_.advance();
+            uint32_t operands[2][kBlocks][4];
+            const uint8_t* stage = nullptr;
+            multiply_16<kN, 0>(codes, operands, stage, to_release, sums);
+            multiply_16<kN, 1>(codes, operands, stage, to_release, sums);
+            multiply_16<kN, 2>(codes, operands, stage, to_release, sums);
+            multiply_16<kN, 3>(codes, operands, stage, to_release, sums);
+            multiply_16<kN, 4>(codes, operands, stage, to_release, sums);
+            multiply_16<kN, 5>(codes, operands, stage, to_release, sums);
+            multiply_16<kN, 6>(codes, operands, stage, to_release, sums);
+            multiply_16<kN, 7>(codes, operands, stage, to_release, sums);
+        }
+        wait_for_products<0>();
+        __syncwarp();
+        if (lane == 0) to_release->arrive();
+        if (piece.begin != 0) return leave_partial<kN>(sums);
+        if (piece.end != work.blocks) add_partials<kN>(work, piece, sums);
+        if (is_last) to_rows_[thread_] = to_row;  // others see it behind the first barrier of write()
+        write<kN>(p, piece, product, codes, sums);
+    }
+
+    // Begins the products of columns 16 kQ .. 16 kQ + 15 of a block; those before them are done then, and the stage that
+    // they were the last of is given back.
+    template <int kN, int kQ>
+    __device__ __forceinline__ void multiply_16(Codes (&codes)[kBlocks], uint32_t (&operands)[2][kBlocks][4],
+                                                const uint8_t*& stage, Barrier*& to_release,
+                                                float (&sums)[kBlocks][kN / 8][4]) {
+        const uint32_t lane = thread_ % kLanes;
+        if constexpr (kQ % 4 == 0) {
+            x_.wait_full();
+            stage = x_.stage();
+        }
+#pragma unroll
+        for (uint32_t m = 0; m < kBlocks; ++m) codes[m].template operand<kQ>(operands[kQ % 2][m]);
+        if constexpr (kHasWarpgroups) {
+            begin_products();
+            const uint64_t x = swizzled_operand(stage) + 2 * (kQ % 4);
+#pragma unroll
+            for (uint32_t m = 0; m < kBlocks; ++m) multiply<T, kN>(sums[m], operands[kQ % 2][m], x);
+            commit_products();
+            wait_for_products<1>();
+        } else {
+#pragma unroll
+            for (uint32_t n = 0; n < kN / 16; ++n) {
+                const uint32_t row = 16 * n + lane / 16 * 8 + lane % 8, at = 2 * (kQ % 4) + lane / 8 % 2;
+                const uint4 x = load_matrices(stage + row * 128 + (at ^ row % 8) * 16);
+#pragma unroll
+                for (uint32_t m = 0; m < kBlocks; ++m) {
+                    mma<T>(sums[m][2 * n], operands[kQ % 2][m], x.x, x.y);
+                    mma<T>(sums[m][2 * n + 1], operands[kQ % 2][m], x.z, x.w);
+                }
+            }
+            __syncwarp();
+        }
+        if constexpr (kQ % 4 == 0) {
+            if (lane == 0 && to_release != nullptr) to_release->arrive();
+            to_release = x_.empty + x_.index;
+            x_.advance();
+        }
+    }
+
+    // Partial sums of a block of threads and a group, in the order of its registers.
+    template <int kN>
+    __device__ __forceinline__ float4* partials_of(uint32_t block) const {
+        const uint64_t each = uint64_t{call_.most} * GemmTile::kRows / 4;
+        return reinterpret_cast<float4*>(call_.partials) + block * each + group_ * (each / 2) + thread_;
+    }
+    template <int kN>
+    __device__ __forceinline__ void leave_partial(const float (&sums)[kBlocks][kN / 8][4]) const {
+        float4* const to = partials_of<kN>(blockIdx.x);
+#pragma unroll
+        for (uint32_t m = 0; m < kBlocks; ++m)
+#pragma unroll
+            for (uint32_t n = 0; n < kN / 8; ++n)
+                __stcg(to + (m * (kN / 8) + n) * GemmTile::kGroupThreads,
+                       float4{sums[m][n][0], sums[m][n][1], sums[m][n][2], sums[m][n][3]});
+        sync_threads<GemmTile::kGroupThreads>(1 + group_);
+        if (thread_ == 0) raise_flag(call_.flags + blockIdx.x * GemmTile::kGroups + group_, call_.nonce);
+    }
+    template <int kN>
+    __device__ __forceinline__ void add_partials(const GemmWork& work, const GemmPiece& piece,
+                                                 float (&sums)[kBlocks][kN / 8][4]) const {
+        uint32_t there = piece.end;  // blocks of columns that are added up
+        for (uint32_t other = blockIdx.x + 1; there < work.blocks; ++other) {
+            const uint32_t more = work.before(other + 1) - work.before(other);
+            if (more == 0) continue;
+            uint64_t* const flag = call_.flags + other * GemmTile::kGroups + group_;
+            if (thread_ == 0) wait_for_flag(flag, call_.nonce);
+            sync_threads<GemmTile::kGroupThreads>(1 + group_);
+            const float4* const from = partials_of<kN>(other);
+#pragma unroll
+            for (uint32_t m = 0; m < kBlocks; ++m)
+#pragma unroll
+                for (uint32_t n = 0; n < kN / 8; ++n) {
+                    const float4 partial = __ldcg(from + (m * (kN / 8) + n) * GemmTile::kGroupThreads);
+                    sums[m][n][0] += partial.x, sums[m][n][1] += partial.y;
+                    sums[m][n][2] += partial.z, sums[m][n][3] += partial.w;
+                }
+            if (thread_ == 0) *flag = 0;  // a graph's next launch has the same nonce
+            there += more;
+        }
+    }
+
+    // Brings sums to where they belong, by way of shared memory, so that rows of y are written in long parts.
+    template <int kN>
+    __device__ __forceinline__ void write(const GemmProjection& p, const GemmPiece& piece, const GemmProduct& product,
+                                          const Codes (&codes)[kBlocks],
+                                          const float (&sums)[kBlocks][kN / 8][4]) const {
+        const uint32_t lane = thread_ % kLanes, g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (uint32_t done = 0; done < kN; done += GemmTile::kAtOnce) {
+            if (done >= product.rows) break;
+            sync_threads<GemmTile::kGroupThreads>(1 + group_);
+#pragma unroll
+            for (uint32_t m = 0; m < kBlocks; ++m)
+#pragma unroll
+                for (uint32_t n = 0; n < GemmTile::kAtOnce / 8; ++n)
+#pragma unroll
+                    for (uint32_t i = 0; i < 4; ++i)
+                        leaving_[(8 * n + 2 * t + i % 2) * GemmTile::kPitch + (m * 4 + thread_ / kLanes) * kTileRows +
+                                 g + i / 2 * 8] = sums[m][done / 8 + n][i] * codes[m].scale(i / 2);
+            sync_threads<GemmTile::kGroupThreads>(1 + group_);
+            finish_tokens(p, piece, product, done);
+        }
+        if (call_.experts && !p.is_first) sync_threads<GemmTile::kGroupThreads>(1 + group_);  // to_rows_ is read
+    }
+
+    // What follows the sums of some tokens, the first of which is `done`.
+    __device__ __forceinline__ void finish_tokens(const GemmProjection& p, const GemmPiece& piece,
+                                                  const GemmProduct& product, uint32_t done) const {
+        constexpr uint32_t kOut = 8;  // neighbouring columns of y that a thread makes
+        const bool is_last = call_.experts && !p.is_first, gates = call_.experts && p.order != RowOrder::kPlain;
+        const uint32_t width = gates ? p.rows / 2 : p.rows;                                      // of y
+        const uint32_t each = (gates ? GemmTile::kGroupRows / 2 : GemmTile::kGroupRows) / kOut;  // threads of a token
+        const uint32_t first = (piece.panel * GemmTile::kGroups + group_) * each * kOut;
+        const T* const bias = static_cast<const T*>(p.bias) + product.expert * p.rows;
+        const bool aligned = width % kOut == 0 && reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
+#pragma unroll 1
+        for (uint32_t i = thread_; i < GemmTile::kAtOnce * each; i += GemmTile::kGroupThreads) {
+            const uint32_t token = i / each, col = first + i % each * kOut;
+            if (done + token >= product.rows || col >= width) continue;
+            const float* const from = leaving_ + token * GemmTile::kPitch + i % each * (gates ? kTileRows : kOut);
+            uint32_t row = product.row + done + token;
+            float weight = 1.0f;
+            if (is_last) {
+                const uint2 to_row = to_rows_[done + token];
+                row = to_row.x, weight = __uint_as_float(to_row.y);
+            }
+            alignas(16) T out[kOut];
+#pragma unroll
+            for (uint32_t j = 0; j < kOut; ++j) {
+                float value = from[j];
+                const uint32_t at = col + j;
+                if (gates) {
+                    float up = from[kOut + j];
+                    if (p.bias != nullptr && at < width) {
+                        const bool halves = p.order == RowOrder::kHalves;
+                        value += to_float(bias[halves ? at : 2 * at]),
+                            up += to_float(bias[halves ? at + width : 2 * at + 1]);
+                    }
+                    value = gated(value, up, call_.gate);
+                } else {
+                    if (p.bias != nullptr && at < width) value += to_float(bias[at]);
+                    value = call_.experts && !is_last ? activated(value, call_.gate.activation) : value * weight;
+                }
+                out[j] = from_float<T>(value);
+            }
+            T* const to = static_cast<T*>(p.y) + uint64_t{row} * width + col;
+            if (aligned) {
+                *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(out);
+            } else {
+#pragma unroll
+                for (uint32_t j = 0; j < kOut; ++j)
+                    if (col + j < width) to[j] = out[j];
+            }
+        }
+    }
+
+    const Gemm& call_;
+    GemmRing x_, codes_;
+    const uint32_t thread_, group_;
+    float* const leaving_;
+    uint2* const to_rows_;
+};
+
+// What all threads do behind a projection of experts.
+template <typename T>
+__device__ __forceinline__ void finish_projection(const Gemm& call, uint32_t projection) {
+    if (!call.experts || (projection == 0 && call.end == 1)) return;
+    if (projection == 1 && call.last_expert < call.choices.experts) return;  // more launches follow
+    cooperative_groups::this_grid().sync();
+    if (projection == 0) return;
+    const GemmProjection& p = call.projections[1];
+    const uint32_t pieces = (p.rows + 3) / 4;
+    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < call.tokens * pieces; i += gridDim.x * blockDim.x)
+        combine(call.choices, static_cast<const T*>(p.y), static_cast<T*>(call.y), i / pieces, i % pieces * 4, p.rows);
+}
+
+template <typename T, class Codes>
+__global__ __launch_bounds__(GemmTile::kThreads, 1) void gemm(const __grid_constant__ Gemm call) {
+    QMOE_SHARED_MEMORY(swizzled, 1024);
+    uint8_t* const shared = swizzled;
+    const GemmRoom room(call);
+    if (threadIdx.x == 0) {
+        GemmRing::of_x(call, shared, room).init(GemmTile::kXWarps, 8);
+        GemmRing::of_codes(call, shared, room).init(kCopyArrivals, 8);
+        publish_to_async();
+    }
+    let_next_begin();
+    __syncthreads();
+    // Codes of a linear layer have been there for long.
+    if (call.experts || call.codes_are_new || threadIdx.x >= kLanes) wait_for_previous();
+    uint32_t* const table = reinterpret_cast<uint32_t*>(shared + room.products);
+    if (call.experts) {
+        GemmProducts::load(call, table);
+        __syncthreads();
+    }
+    const GemmProducts products(call, table);
+    if (threadIdx.x >= GemmTile::kCopiers) {
+        take_registers<224>();  // 2 x 224 + 56 = 3 x 168, what there is
+        GemmMultiplier<T, Codes> multiplier(call, shared, room);
+        for (uint32_t i = call.begin; i < call.end; ++i) {
+            const GemmProjection& p = call.projections[i];
+            multiplier.run(p, GemmWork(p, products.count(), !call.experts), products);
+            finish_projection<T>(call, i);
+        }
+        return;
+    }
+    give_registers<56>();
+    if (threadIdx.x < kLanes) {
+        GemmRing ring = GemmRing::of_codes(call, shared, room);
+        for (uint32_t i = call.begin; i < call.end; ++i) {
+            const GemmProjection& p = call.projections[i];
+            bring_codes(p, GemmWork(p, products.count(), !call.experts), products, call.first_expert, ring);
+            finish_projection<T>(call, i);
+        }
+    } else {
+        GemmActivations<T> activations(call, GemmRing::of_x(call, shared, room));
+        for (uint32_t i = call.begin; i < call.end; ++i) {
+            const GemmProjection& p = call.projections[i];
+            activations.bring(p, GemmWork(p, products.count(), !call.experts), products);
+            activations.finish();
+            finish_projection<T>(call, i);
+        }
+    }
+}
+
+// Tells the host, which asks how many threads a block of it may have, whether this device has the code for warpgroups.
+inline constexpr uint32_t kWithWarpgroups = 64, kWithoutWarpgroups = 32;
+static __global__ __launch_bounds__(kHasWarpgroups ? kWithWarpgroups : kWithoutWarpgroups) void which_code() {}
+
+// A launch that is being prepared: tiles of tokens, and what the workspace holds.
+struct GemmPlan {
+    uint32_t most = 0;
+
+    // For products that have `tokens` at most.
+    Status make(uint64_t tokens) noexcept {
+        uint32_t threads = 0;
+        QMOE_TRY(most_threads(which_code, threads));
+        most = threads == kWithWarpgroups ? 128 : 64;
+        while (most > 16 && tokens <= most / 2) most /= 2;
+        return {};
+    }
+    uint64_t flags_bytes(const Device& device) const noexcept {
+        return device.multiprocessors * GemmTile::kGroups * sizeof(uint64_t);
+    }
+    uint64_t sums_bytes(const Device& device) const noexcept {
+        return flags_bytes(device) + uint64_t{device.multiprocessors} * most * GemmTile::kRows * sizeof(float);
+    }
+    // `room`: sums_bytes() of the workspace, 16-byte aligned.
+    void put(Gemm& call, void* room, const Device& device) const noexcept {
+        call.most = most;
+        call.flags = static_cast<uint64_t*>(room);
+        call.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(room) + flags_bytes(device));
+        static std::atomic<uint64_t> launches{
+            static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count())};
+        call.nonce = (launches.fetch_add(1) * 2 + 1) * 0x9e3779b97f4a7c15;  // odd: never what flags are set back to
+    }
+};
+
+// Divides shared memory between codes and activations. What keeps memory busy are codes on their way.
+inline Status divide(Gemm& call, const Device& device) noexcept {
+    call.codes_bytes = 0;
+    for (uint32_t i = call.begin; i < call.end; ++i)
+        call.codes_bytes = std::max(call.codes_bytes, GemmTile::kTiles * call.projections[i].block_bytes);
+    for (call.x_stages = call.most > 64 ? 6 : GemmTile::kMostStages; call.x_stages >= GemmTile::kFewestXStages;
+         --call.x_stages) {
+        call.codes_stages = 0;
+        const uint32_t fixed = GemmRoom(call).bytes;
+        const uint32_t left = fixed < device.shared ? device.shared - fixed : 0;
+        call.codes_stages = std::min(left / call.codes_bytes, GemmTile::kMostStages);
+        if (call.codes_stages >= 2 || (call.codes_stages == 1 && call.x_stages == GemmTile::kFewestXStages)) return {};
+    }
+    return Status::error(Code::kNoKernel, "cuda: shared memory of a block is too small");
+}
+
+template <typename T, class Codes>
+Status launch_gemm_as(Gemm call, const Device& device, cudaStream_t stream) noexcept {
+    for (uint32_t i = call.begin; i < call.end; ++i) {
+        GemmProjection& p = call.projections[i];
+        p.panels = ceil_div(p.count.by, GemmTile::kTiles);
+    }
+    QMOE_TRY(divide(call, device));
+    const auto kernel = gemm<T, Codes>;
+    QMOE_TRY(runtime_status(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared))));
+    return launch(kernel, device.multiprocessors, GemmTile::kThreads, GemmRoom(call).bytes, true, device, stream, call);
+}
+
+}  // namespace qmoe::cuda

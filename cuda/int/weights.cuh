@@ -1,0 +1,166 @@
+// Operands of the tensor cores from codes in tiles.h's layout, scales included: (code - zero) * scale, rounded to T.
+//
+// A code at the lowest bits of a half beside the bits of 2^m, m the number of T's digits, is 2^m + code; taking off 2^m and
+// the integer next to zero is exact. bfloat16 has too few digits for codes of 8 bits, which go by way of float32. Scales
+// are rounded to T once. A whole row's scale stays out of it: sums are multiplied by it.
+#pragma once
+
+#include "common.cuh"
+#include "gemm/matrix.cuh"
+#include "int/operands.cuh"
+
+namespace qmoe::cuda {
+
+template <typename T>
+struct PairOf {
+    using Type = __nv_bfloat162;
+    static constexpr uint32_t kMagic = 0x43004300;  // 128, 128
+    static constexpr float kMagicValue = 128.0f, kMostZero = 127.0f;
+};
+template <>
+struct PairOf<__half> {
+    using Type = __half2;
+    static constexpr uint32_t kMagic = 0x64006400;  // 1024, 1024
+    static constexpr float kMagicValue = 1024.0f, kMostZero = 255.0f;
+};
+
+// What a row's codes of a group mean.
+template <typename T, int kBits>
+class IntGrid {
+  public:
+    IntGrid() = default;
+    __device__ __forceinline__ IntGrid(float scale, float zero) {
+        if constexpr (kByFloats) {
+            scale_ = scale, rest_ = -zero * scale;
+        } else {
+            const float whole = fminf(fmaxf(rintf(zero), 0.0f), PairOf<T>::kMostZero);
+            minus_ = pair_of(-(PairOf<T>::kMagicValue + whole));
+            scale_ = pair_of(scale), rest_ = pair_of((whole - zero) * scale);
+        }
+    }
+    // Of codes at bits kAt and kAt + 16 of a word.
+    template <int kAt>
+    __device__ __forceinline__ uint32_t at(uint32_t word) const {
+        if constexpr (kBits == 8) {
+            constexpr uint32_t kFirst = kAt / 8, kSecond = kFirst + 2;
+            if constexpr (kByFloats) {
+                constexpr uint32_t kFloat = 0x4b000000;  // 2^23
+                const float first = __uint_as_float(permuted(word, kFloat, 0x7540 | kFirst)),
+                            second = __uint_as_float(permuted(word, kFloat, 0x7540 | kSecond));
+                const __nv_bfloat162 both = __floats2bfloat162_rn(fmaf(first - 8388608.0f, scale_, rest_),
+                                                                  fmaf(second - 8388608.0f, scale_, rest_));
+                return *reinterpret_cast<const uint32_t*>(&both);
+            } else {
+                return value(permuted(word, PairOf<T>::kMagic, 0x5050 | kSecond << 8 | kFirst));
+            }
+        } else {
+            return of_codes(masked<kAt, (1u << kBits) - 1>(word));
+        }
+    }
+    // Of codes at the lowest bits of both halves.
+    __device__ __forceinline__ uint32_t of_codes(uint32_t codes) const { return value(codes | PairOf<T>::kMagic); }
+
+  private:
+    using Pair = typename PairOf<T>::Type;
+    static constexpr bool kByFloats = kBits == 8 && std::is_same_v<T, __nv_bfloat16>;
+    using Number = std::conditional_t<kByFloats, float, Pair>;
+
+    static __device__ __forceinline__ Number pair_of(float value) {
+        if constexpr (kByFloats) {
+            return value;
+        } else {
+            const T one = from_float<T>(value);
+            return Pair{one, one};
+        }
+    }
+    __device__ __forceinline__ uint32_t value(uint32_t bits) const {
+        if constexpr (kByFloats) {
+            return 0;
+        } else {
+            const Pair made = __hfma2(__hadd2(*reinterpret_cast<const Pair*>(&bits), minus_), scale_, rest_);
+            return *reinterpret_cast<const uint32_t*>(&made);
+        }
+    }
+
+    Number minus_, scale_, rest_;
+};
+
+// A lane's codes of a tile's block. kWhole: a block is one group, or a row is.
+template <typename T, int kBits, bool kWhole>
+class IntWeights {
+  public:
+    // `tile`: in memory; `g`: lane / 4.
+    __device__ __forceinline__ void begin(const TiledMatrix& p, const uint8_t* tile, uint32_t g) {
+        if (!p.row_groups) return;
+        const uint32_t group_bytes = p.has_zeros ? 64 : 32;
+        const uint8_t* const behind = tile + p.tile_bytes - group_bytes + g * 4;
+        row_scale_ = floats_of(*reinterpret_cast<const uint32_t*>(behind), p.bf16_scales);
+        const float2 zero =
+            p.has_zeros ? floats_of(*reinterpret_cast<const uint32_t*>(behind + 32), false) : float2{p.zero, p.zero};
+        grids_[0] = {1.0f, zero.x}, grids_[1] = {1.0f, zero.y};
+    }
+    // `block`: in shared memory.
+    __device__ __forceinline__ void load(const TiledMatrix& p, const uint8_t* block, uint32_t lane) {
+        load_words<kBits>(block, lane, words_);
+        if (p.row_groups) return;
+        const auto* const scales =
+            reinterpret_cast<const uint32_t*>(block + 2 * kBits * 4 * kLanes) + lane / 4 * p.groups;
+#pragma unroll
+        for (uint32_t i = 0; i < kGroups; ++i) {
+            const uint32_t group = kWhole || p.groups == kGroups ? i : i / 2;
+            scales_[i] = floats_of(scales[group], p.bf16_scales);
+            zeros_[i] =
+                p.has_zeros ? floats_of(scales[group + p.groups * (kTileRows / 2)], false) : float2{p.zero, p.zero};
+        }
+        has_groups_ = true;
+    }
+    // The operand of columns 16 kQ .. 16 kQ + 15.
+    template <int kQ>
+    __device__ __forceinline__ void operand(uint32_t (&a)[4]) {
+        constexpr int kGroupProducts = 8 / kGroups;
+        if (kQ % kGroupProducts == 0 && has_groups_) {
+            constexpr int kGroup = kQ / kGroupProducts;
+            grids_[0] = {scales_[kGroup].x, zeros_[kGroup].x}, grids_[1] = {scales_[kGroup].y, zeros_[kGroup].y};
+        }
+        pairs<kQ, 0>(a), pairs<kQ, 1>(a);
+    }
+    // Of row g + 8 r: what sums are to be multiplied by.
+    __device__ __forceinline__ float scale(uint32_t r) const {
+        return r == 0 ? row_scale_.x : row_scale_.y;
+    }
+
+  private:
+    static constexpr uint32_t kGroups = kWhole ? 1 : 4;
+
+    template <int kQ, int kH>
+    __device__ __forceinline__ void pairs(uint32_t (&a)[4]) const {
+        uint32_t &lower = a[2 * kH], &upper = a[2 * kH + 1];
+        if constexpr (kBits == 2) {
+            constexpr int kAt = 8 * (kQ / 2 % 2) + 4 * (kQ % 2);
+            const uint32_t word = words_[kQ / 4 * 2 + kH];
+            lower = grids_[0].template at<kAt>(word), upper = grids_[1].template at<kAt + 2>(word);
+        } else if constexpr (kBits == 3 && kQ < 6) {
+            const uint32_t word = words_[kQ / 2 * 2 + kH];
+            lower = grids_[0].template at<6 * (kQ % 2)>(word), upper = grids_[1].template at<6 * (kQ % 2) + 3>(word);
+        } else if constexpr (kBits == 3 && kQ == 6) {
+            lower = grids_[0].template at<12>(words_[kH]), upper = grids_[1].template at<12>(words_[2 + kH]);
+        } else if constexpr (kBits == 3) {
+            lower = grids_[0].template at<12>(words_[4 + kH]);
+            upper = grids_[1].of_codes(masked<15, 1>(words_[kH]) | masked<14, 2>(words_[2 + kH]) |
+                                       masked<13, 4>(words_[4 + kH]));
+        } else if constexpr (kBits == 4) {
+            const uint32_t word = words_[kQ / 2 * 2 + kH];
+            lower = grids_[0].template at<8 * (kQ % 2)>(word), upper = grids_[1].template at<8 * (kQ % 2) + 4>(word);
+        } else {
+            const uint32_t word = words_[2 * kQ + kH];
+            lower = grids_[0].template at<0>(word), upper = grids_[1].template at<8>(word);
+        }
+    }
+
+    alignas(16) uint32_t words_[2 * kBits];
+    float2 scales_[kGroups], zeros_[kGroups], row_scale_{1.0f, 1.0f};
+    IntGrid<T, kBits> grids_[2];
+    bool has_groups_ = false;
+};
+
+}  // namespace qmoe::cuda
