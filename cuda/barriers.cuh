@@ -94,18 +94,13 @@ __device__ __forceinline__ void copy_16(uint8_t* to, const void* from, bool ther
                  "r"(there ? 16 : 0)
                  : "memory");
 }
-// Makes a batch of this thread's copy_16() since the last one.
-__device__ __forceinline__ void commit_copies() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-// Waits for all batches but the latest `kBut`.
-template <int kBut>
-__device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kBut) : "memory");
+// This thread arrives when all that it has asked for by copy_16() has come.
+__device__ __forceinline__ void arrive_with_copies(Barrier& barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
-// What this thread has written to shared memory, also by copy_16(), can be seen by products of warpgroups that begin, and
-// is not overwritten by copy_pieces() that begin, after the next barrier.
+// What this thread has written to shared memory, or has seen at a barrier that others had, also by copy_16(), is there for
+// products of warpgroups that begin behind this, and so is what it has done to barriers for copy_pieces().
 __device__ __forceinline__ void publish_to_async() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async;" ::: "memory");

@@ -71,8 +71,8 @@ struct GemmTile {
     static constexpr uint32_t kMostStages = 8;          // of codes and of activations
     static constexpr uint32_t kAtOnce = 16;             // tokens that leave at once
     static constexpr uint32_t kPitch = kGroupRows + 4;  // of a token's sums on their way
-    static constexpr uint32_t kBehind = 2;  // stages whose copies are on their way while the next one's begin
-    static constexpr uint32_t kFewestXStages = kBehind + 2;
+    static constexpr uint32_t kFewestXStages = 3;
+    static constexpr uint32_t kMostParts = 8;  // that the units of few panels are cut into
     static constexpr uint32_t kBarriersBytes = 4 * kMostStages * 8;
     static constexpr uint32_t kLeavingBytes = kGroups * kAtOnce * kPitch * 4;
     static constexpr uint32_t kChoicesBytes = kGroups * 128 * 8;  // choice and weight by token
@@ -101,20 +101,29 @@ struct GemmPiece {
 // What a block of threads has of a projection's work.
 struct GemmWork {
     uint32_t products, panels, blocks, units;
-    bool by_panel;  // products of a panel are neighbours, not panels of a product
-    bool whole;     // units are not cut
+    bool by_panel;   // products of a panel are neighbours, not panels of a product
+    bool whole;      // units are not cut
+    uint32_t teams;  // blocks of threads that have work
 
-    __device__ __forceinline__ GemmWork(const GemmProjection& p, uint32_t products, bool by_panel)
+    __device__ __forceinline__ GemmWork(const GemmProjection& p, uint32_t products, bool by_panel, uint32_t most)
         : products(products), panels(p.panels), blocks(p.blocks.by), units(products * p.panels), by_panel(by_panel) {
-        constexpr uint32_t kCutting = 3;  // blocks that a block of threads could multiply while sums are put together
-        const uint32_t together = (units + gridDim.x - 1) / gridDim.x * blocks;
-        const uint64_t apart = (uint64_t{units} * blocks + gridDim.x - 1) / gridDim.x + kCutting;
-        whole = together <= apart;
+        // Cycles, about: of a block, to put a unit's parts together, and of each part more.
+        const uint32_t of_block = 512 + 12 * most, to_cut = 2000, of_part = 100 + 8 * most;
+        whole = true, teams = min(units, gridDim.x);
+        if (units == 0) return;
+        uint32_t least = (units + gridDim.x - 1) / gridDim.x * blocks * of_block;
+        for (uint32_t parts = 2; parts <= GemmTile::kMostParts; ++parts) {
+            const uint32_t some = min(units * parts, gridDim.x);
+            const uint32_t time = (units * blocks + some - 1) / some * of_block + to_cut + (parts - 1) * of_part;
+            if (time < least) whole = false, teams = some, least = time;
+            if (some == gridDim.x) break;
+        }
     }
     // Blocks of columns, of all units one after the other, that are before a block of threads' own.
-    __device__ __forceinline__ uint32_t before(uint32_t block) const {
-        return whole ? static_cast<uint32_t>(uint64_t{block} * units / gridDim.x) * blocks
-                     : static_cast<uint32_t>(uint64_t{block} * units * blocks / gridDim.x);
+    __device__ __forceinline__ uint32_t before(uint32_t team) const {
+        if (team >= teams) return units * blocks;
+        return whole ? static_cast<uint32_t>(uint64_t{team} * units / teams) * blocks
+                     : static_cast<uint32_t>(uint64_t{team} * units * blocks / teams);
     }
 };
 
@@ -228,8 +237,7 @@ __device__ __forceinline__ void bring_codes(const GemmProjection& p, const GemmW
 template <typename T>
 class GemmActivations {
   public:
-    __device__ __forceinline__ GemmActivations(const Gemm& call, const GemmRing& ring)
-        : call_(call), ring_(ring), told_(ring) {}
+    __device__ __forceinline__ GemmActivations(const Gemm& call, const GemmRing& ring) : call_(call), ring_(ring) {}
 
     __device__ __forceinline__ void bring(const GemmProjection& p, const GemmWork& work, const GemmProducts& products) {
         const bool aligned = p.cols % kPieceColumns == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
@@ -264,19 +272,13 @@ class GemmActivations {
                     else
                         *reinterpret_cast<uint4*>(to) = by_number(x + offsets[i], col, p.cols);
                 }
-                commit_copies();
+                if (aligned)
+                    arrive_with_copies(ring_.full[ring_.index]);
+                else
+                    ring_.full[ring_.index].arrive();
                 ring_.advance();
-                if (++untold_ > GemmTile::kBehind) {
-                    wait_for_copies<GemmTile::kBehind>();
-                    tell();
-                }
             }
         }
-    }
-    // All that was brought is there.
-    __device__ __forceinline__ void finish() {
-        wait_for_copies<0>();
-        while (untold_ > 0) tell();
     }
 
   private:
@@ -284,13 +286,6 @@ class GemmActivations {
     static constexpr uint32_t kRowsAtOnce = GemmTile::kXWarps * kLanes / kRowLanes;
     static constexpr uint32_t kMostRows = (GemmTile::kMostTokens + kRowsAtOnce - 1) / kRowsAtOnce;
 
-    __device__ __forceinline__ void tell() {
-        publish_to_async();
-        __syncwarp();
-        if (threadIdx.x % kLanes == 0) told_.full[told_.index].arrive();
-        told_.advance();
-        --untold_;
-    }
     static __device__ __forceinline__ uint4 by_number(const T* row, uint32_t col, uint32_t cols) {
         uint32_t words[4] = {};
 #pragma unroll
@@ -301,8 +296,7 @@ class GemmActivations {
     }
 
     const Gemm& call_;
-    GemmRing ring_, told_;
-    uint32_t untold_ = 0;
+    GemmRing ring_;
 };
 
 // One of the warps that multiply.
@@ -399,6 +393,7 @@ class GemmMultiplier {
         const uint32_t lane = thread_ % kLanes;
         if constexpr (kQ % 4 == 0) {
             x_.wait_full();
+            publish_to_async();  // what other threads have copied
             stage = x_.stage();
         }
 #pragma unroll
@@ -451,13 +446,17 @@ class GemmMultiplier {
     template <int kN>
     __device__ __forceinline__ void add_partials(const GemmWork& work, const GemmPiece& piece,
                                                  float (&sums)[kBlocks][kN / 8][4]) const {
-        uint32_t there = piece.end;  // blocks of columns that are added up
-        for (uint32_t other = blockIdx.x + 1; there < work.blocks; ++other) {
-            const uint32_t more = work.before(other + 1) - work.before(other);
-            if (more == 0) continue;
+        const uint32_t unit = work.before(blockIdx.x + 1) - piece.end;  // blocks of columns before this unit
+        uint32_t last = blockIdx.x + 1;  // the block of threads behind those that have parts
+        while (work.before(last) < unit + work.blocks) ++last;
+        for (uint32_t other = blockIdx.x + 1 + thread_; other < last; other += GemmTile::kGroupThreads) {
             uint64_t* const flag = call_.flags + other * GemmTile::kGroups + group_;
-            if (thread_ == 0) wait_for_flag(flag, call_.nonce);
-            sync_threads<GemmTile::kGroupThreads>(1 + group_);
+            wait_for_flag(flag, call_.nonce);
+            *flag = 0;  // a graph's next launch has the same nonce
+        }
+        sync_threads<GemmTile::kGroupThreads>(1 + group_);
+#pragma unroll 1
+        for (uint32_t other = blockIdx.x + 1; other < last; ++other) {
             const float4* const from = partials_of<kN>(other);
 #pragma unroll
             for (uint32_t m = 0; m < kBlocks; ++m)
@@ -467,8 +466,6 @@ class GemmMultiplier {
                     sums[m][n][0] += partial.x, sums[m][n][1] += partial.y;
                     sums[m][n][2] += partial.z, sums[m][n][3] += partial.w;
                 }
-            if (thread_ == 0) *flag = 0;  // a graph's next launch has the same nonce
-            there += more;
         }
     }
 
@@ -573,7 +570,7 @@ __global__ __launch_bounds__(GemmTile::kThreads, 1) void gemm(const __grid_const
     uint8_t* const shared = swizzled;
     const GemmRoom room(call);
     if (threadIdx.x == 0) {
-        GemmRing::of_x(call, shared, room).init(GemmTile::kXWarps, 8);
+        GemmRing::of_x(call, shared, room).init(GemmTile::kXWarps * kLanes, 8);
         GemmRing::of_codes(call, shared, room).init(kCopyArrivals, 8);
         publish_to_async();
     }
@@ -592,7 +589,7 @@ __global__ __launch_bounds__(GemmTile::kThreads, 1) void gemm(const __grid_const
         GemmMultiplier<T, Codes> multiplier(call, shared, room);
         for (uint32_t i = call.begin; i < call.end; ++i) {
             const GemmProjection& p = call.projections[i];
-            multiplier.run(p, GemmWork(p, products.count(), !call.experts), products);
+            multiplier.run(p, GemmWork(p, products.count(), !call.experts, call.most), products);
             finish_projection<T>(call, i);
         }
         return;
@@ -602,15 +599,14 @@ __global__ __launch_bounds__(GemmTile::kThreads, 1) void gemm(const __grid_const
         GemmRing ring = GemmRing::of_codes(call, shared, room);
         for (uint32_t i = call.begin; i < call.end; ++i) {
             const GemmProjection& p = call.projections[i];
-            bring_codes(p, GemmWork(p, products.count(), !call.experts), products, call.first_expert, ring);
+            bring_codes(p, GemmWork(p, products.count(), !call.experts, call.most), products, call.first_expert, ring);
             finish_projection<T>(call, i);
         }
     } else {
         GemmActivations<T> activations(call, GemmRing::of_x(call, shared, room));
         for (uint32_t i = call.begin; i < call.end; ++i) {
             const GemmProjection& p = call.projections[i];
-            activations.bring(p, GemmWork(p, products.count(), !call.experts), products);
-            activations.finish();
+            activations.bring(p, GemmWork(p, products.count(), !call.experts, call.most), products);
             finish_projection<T>(call, i);
         }
     }

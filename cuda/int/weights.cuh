@@ -24,6 +24,18 @@ struct PairOf<__half> {
     static constexpr float kMagicValue = 1024.0f, kMostZero = 255.0f;
 };
 
+// (bits & kMask) | more: one instruction where `more` is in a register, which this sees to.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t masked_or(uint32_t bits, uint32_t more) {
+#ifdef __CUDA_ARCH__
+    uint32_t out;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(bits), "n"(kMask), "r"(more));
+    return out;
+#else
+    return (bits & kMask) | more;
+#endif
+}
+
 // What a row's codes of a group mean.
 template <typename T, int kBits>
 class IntGrid {
@@ -54,7 +66,7 @@ class IntGrid {
                 return value(permuted(word, PairOf<T>::kMagic, 0x5050 | kSecond << 8 | kFirst));
             }
         } else {
-            return of_codes(masked<kAt, (1u << kBits) - 1>(word));
+            return value(masked_or<((1u << kBits) - 1) * 0x00010001u>(word >> kAt, PairOf<T>::kMagic));
         }
     }
     // Of codes at the lowest bits of both halves.
