@@ -39,6 +39,12 @@ struct Barrier {
     }
 };
 
+// The same number, of which the compiler does not know where it comes from: it stays in a register.
+__device__ __forceinline__ uint32_t kept(uint32_t number) {
+    asm volatile("" : "+r"(number));
+    return number;
+}
+
 // Barrier `id`, 1 to 15, of `count` threads, whole warps.
 template <int count>
 __device__ __forceinline__ void sync_threads(uint32_t id) {
@@ -103,7 +109,7 @@ __device__ __forceinline__ void arrive_with_copies(Barrier& barrier) {
 // products of warpgroups that begin behind this, and so is what it has done to barriers for copy_pieces().
 __device__ __forceinline__ void publish_to_async() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 

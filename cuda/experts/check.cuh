@@ -55,6 +55,29 @@ Status check_linear(const Linear<Stack>& linear) noexcept {
     return Status::error(Code::kValue, "cuda: a linear layer has one matrix, without a gate");
 }
 
+// What the kernel for many tokens counts in: rows of x in 16 bits, its numbers in 32.
+template <typename Stack>
+Status check_many(const Experts<Stack>& e) noexcept {
+    QMOE_TRY(check_choices(e, kMostChoicesOfMany));
+    constexpr uint64_t kMostNumbers = 0xfffffffe;
+    if (e.tokens * cols_of(e.first) <= kMostNumbers) return {};
+    return Status::mismatch(Code::kNoKernel, "cuda: activations of one call", 0, kMostNumbers,
+                            e.tokens * cols_of(e.first));
+}
+
+// Tokens of a linear layer in parts of at most `most`, as even as can be: launch(first, count).
+template <typename Launch>
+Status in_parts(uint64_t tokens, uint64_t most, const Launch& launch) noexcept {
+    const uint64_t parts = ceil_div(tokens, most);
+    for (uint64_t i = 0, first = 0; i < parts; ++i) {
+        const uint64_t last = tokens * (i + 1) / parts;
+        QMOE_TRY(launch(first, last - first));
+        first = last;
+    }
+    return {};
+}
+inline constexpr uint64_t kMostTokensOfMany = 1 << 16;  // of a linear layer, of one launch
+
 inline Status check_workspace(uint64_t needed, uint64_t given) noexcept {
     return given >= needed ? Status{}
                            : Status::mismatch(Code::kShape, "cuda: bytes of the workspace", 0, needed, given);

@@ -307,7 +307,8 @@ class GemmMultiplier {
         : call_(call),
           x_(GemmRing::of_x(call, shared, room)),
           codes_(GemmRing::of_codes(call, shared, room)),
-          thread_((threadIdx.x - GemmTile::kCopiers) % GemmTile::kGroupThreads),
+          thread_(kept((threadIdx.x - GemmTile::kCopiers) % GemmTile::kGroupThreads)),
+          lane_(kept(threadIdx.x % kLanes)),
           group_((threadIdx.x - GemmTile::kCopiers) / GemmTile::kGroupThreads),
           leaving_(reinterpret_cast<float*>(shared + room.leaving) + group_ * GemmTile::kAtOnce * GemmTile::kPitch),
           to_rows_(reinterpret_cast<uint2*>(shared + room.choices) + group_ * 128) {}
@@ -338,21 +339,21 @@ class GemmMultiplier {
     template <int kN>
     __device__ __forceinline__ void multiply_piece(const GemmProjection& p, const GemmWork& work,
                                                    const GemmPiece& piece, const GemmProduct& product) {
-        const uint32_t lane = thread_ % kLanes, g = lane / 4;
         const bool is_last = call_.experts && !p.is_first;
         uint2 to_row{};
         if (is_last && thread_ < product.rows && piece.begin == 0) {
             to_row.x = call_.schedule.choice(product.row + thread_);
             to_row.y = __float_as_uint(load_weight(call_.weights, to_row.x, call_.weights_type));
         }
+        const typename Codes::Shape shape(p);
         Codes codes[kBlocks];
+        uint32_t codes_at[kBlocks];  // in a stage
 #pragma unroll
         for (uint32_t m = 0; m < kBlocks; ++m) {
-            const uint32_t tile = piece.panel * GemmTile::kTiles + tile_of(m);
-            codes[m].begin(p,
-                           p.tiles + uint64_t{product.expert - call_.first_expert} * p.expert_bytes +
-                               min(tile, p.count.by - 1) * p.tile_bytes,
-                           g);
+            const uint32_t tile = min(piece.panel * GemmTile::kTiles + tile_of(m), p.count.by - 1);
+            const uint64_t expert = product.expert - call_.first_expert;
+            codes[m].begin(shape, p, p.tiles + expert * p.expert_bytes + tile * p.tile_bytes, lane_ / 4);
+            codes_at[m] = tile_of(m) * p.block_bytes;
         }
         float sums[kBlocks][kN / 8][4] = {};
         Barrier* to_release = nullptr;  // of the stage before
@@ -360,24 +361,24 @@ class GemmMultiplier {
         for (uint32_t block = piece.begin; block < piece.end; ++block) {
             codes_.wait_full();
 #pragma unroll
-            for (uint32_t m = 0; m < kBlocks; ++m) codes[m].load(p, codes_.stage() + tile_of(m) * p.block_bytes, lane);
+            for (uint32_t m = 0; m < kBlocks; ++m) codes[m].load(shape, codes_.stage() + codes_at[m], lane_);
             __syncwarp();
-            if (lane == 0) codes_.empty[codes_.index].arrive();
+            if (lane_ == 0) codes_.empty[codes_.index].arrive();
             codes_.advance();
             uint32_t operands[2][kBlocks][4];
             const uint8_t* stage = nullptr;
-            multiply_16<kN, 0>(codes, operands, stage, to_release, sums);
-            multiply_16<kN, 1>(codes, operands, stage, to_release, sums);
-            multiply_16<kN, 2>(codes, operands, stage, to_release, sums);
-            multiply_16<kN, 3>(codes, operands, stage, to_release, sums);
-            multiply_16<kN, 4>(codes, operands, stage, to_release, sums);
-            multiply_16<kN, 5>(codes, operands, stage, to_release, sums);
-            multiply_16<kN, 6>(codes, operands, stage, to_release, sums);
-            multiply_16<kN, 7>(codes, operands, stage, to_release, sums);
+            multiply_16<kN, 0>(shape, codes, operands, stage, to_release, sums);
+            multiply_16<kN, 1>(shape, codes, operands, stage, to_release, sums);
+            multiply_16<kN, 2>(shape, codes, operands, stage, to_release, sums);
+            multiply_16<kN, 3>(shape, codes, operands, stage, to_release, sums);
+            multiply_16<kN, 4>(shape, codes, operands, stage, to_release, sums);
+            multiply_16<kN, 5>(shape, codes, operands, stage, to_release, sums);
+            multiply_16<kN, 6>(shape, codes, operands, stage, to_release, sums);
+            multiply_16<kN, 7>(shape, codes, operands, stage, to_release, sums);
         }
         wait_for_products<0>();
         __syncwarp();
-        if (lane == 0) to_release->arrive();
+        if (lane_ == 0) to_release->arrive();
         if (piece.begin != 0) return leave_partial<kN>(sums);
         if (piece.end != work.blocks) add_partials<kN>(work, piece, sums);
         if (is_last) to_rows_[thread_] = to_row;  // others see it behind the first barrier of write()
@@ -387,17 +388,16 @@ class GemmMultiplier {
     // Begins the products of columns 16 kQ .. 16 kQ + 15 of a block; those before them are done then, and the stage that
     // they were the last of is given back.
     template <int kN, int kQ>
-    __device__ __forceinline__ void multiply_16(Codes (&codes)[kBlocks], uint32_t (&operands)[2][kBlocks][4],
-                                                const uint8_t*& stage, Barrier*& to_release,
-                                                float (&sums)[kBlocks][kN / 8][4]) {
-        const uint32_t lane = thread_ % kLanes;
+    __device__ __forceinline__ void multiply_16(const typename Codes::Shape& shape, Codes (&codes)[kBlocks],
+                                                uint32_t (&operands)[2][kBlocks][4], const uint8_t*& stage,
+                                                Barrier*& to_release, float (&sums)[kBlocks][kN / 8][4]) {
+#pragma unroll
+        for (uint32_t m = 0; m < kBlocks; ++m) codes[m].template operand<kQ>(shape, operands[kQ % 2][m]);
         if constexpr (kQ % 4 == 0) {
             x_.wait_full();
             publish_to_async();  // what other threads have copied
             stage = x_.stage();
         }
-#pragma unroll
-        for (uint32_t m = 0; m < kBlocks; ++m) codes[m].template operand<kQ>(operands[kQ % 2][m]);
         if constexpr (kHasWarpgroups) {
             begin_products();
             const uint64_t x = swizzled_operand(stage) + 2 * (kQ % 4);
@@ -408,7 +408,7 @@ class GemmMultiplier {
         } else {
 #pragma unroll
             for (uint32_t n = 0; n < kN / 16; ++n) {
-                const uint32_t row = 16 * n + lane / 16 * 8 + lane % 8, at = 2 * (kQ % 4) + lane / 8 % 2;
+                const uint32_t row = 16 * n + lane_ / 16 * 8 + lane_ % 8, at = 2 * (kQ % 4) + lane_ / 8 % 2;
                 const uint4 x = load_matrices(stage + row * 128 + (at ^ row % 8) * 16);
 #pragma unroll
                 for (uint32_t m = 0; m < kBlocks; ++m) {
@@ -419,7 +419,7 @@ class GemmMultiplier {
             __syncwarp();
         }
         if constexpr (kQ % 4 == 0) {
-            if (lane == 0 && to_release != nullptr) to_release->arrive();
+            if (lane_ == 0 && to_release != nullptr) to_release->arrive();
             to_release = x_.empty + x_.index;
             x_.advance();
         }
@@ -474,7 +474,7 @@ class GemmMultiplier {
     __device__ __forceinline__ void write(const GemmProjection& p, const GemmPiece& piece, const GemmProduct& product,
                                           const Codes (&codes)[kBlocks],
                                           const float (&sums)[kBlocks][kN / 8][4]) const {
-        const uint32_t lane = thread_ % kLanes, g = lane / 4, t = lane % 4;
+        const uint32_t g = lane_ / 4, t = lane_ % 4;
 #pragma unroll
         for (uint32_t done = 0; done < kN; done += GemmTile::kAtOnce) {
             if (done >= product.rows) break;
@@ -491,6 +491,14 @@ class GemmMultiplier {
             finish_tokens(p, piece, product, done);
         }
         if (call_.experts && !p.is_first) sync_threads<GemmTile::kGroupThreads>(1 + group_);  // to_rows_ is read
+    }
+
+    static __device__ __forceinline__ void load_eight(const float* from, float (&values)[8]) {
+#pragma unroll
+        for (uint32_t i = 0; i < 2; ++i) {
+            const float4 four = reinterpret_cast<const float4*>(from)[i];
+            values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
+        }
     }
 
     // What follows the sums of some tokens, the first of which is `done`.
@@ -515,24 +523,45 @@ class GemmMultiplier {
                 row = to_row.x, weight = __uint_as_float(to_row.y);
             }
             alignas(16) T out[kOut];
+            float values[kOut];
+            load_eight(from, values);
+            if (gates) {
+                float ups[kOut];
+                load_eight(from + kOut, ups);
+                if (p.bias != nullptr) {
+                    const bool halves = p.order == RowOrder::kHalves;
 #pragma unroll
-            for (uint32_t j = 0; j < kOut; ++j) {
-                float value = from[j];
-                const uint32_t at = col + j;
-                if (gates) {
-                    float up = from[kOut + j];
-                    if (p.bias != nullptr && at < width) {
-                        const bool halves = p.order == RowOrder::kHalves;
-                        value += to_float(bias[halves ? at : 2 * at]),
-                            up += to_float(bias[halves ? at + width : 2 * at + 1]);
-                    }
-                    value = gated(value, up, call_.gate);
-                } else {
-                    if (p.bias != nullptr && at < width) value += to_float(bias[at]);
-                    value = call_.experts && !is_last ? activated(value, call_.gate.activation) : value * weight;
+                    for (uint32_t j = 0; j < kOut; ++j)
+                        if (col + j < width) {
+                            values[j] += to_float(bias[halves ? col + j : 2 * (col + j)]);
+                            ups[j] += to_float(bias[halves ? col + j + width : 2 * (col + j) + 1]);
+                        }
                 }
-                out[j] = from_float<T>(value);
+                // What models have most is unrolled; all of it would be more code than the caches of instructions hold.
+                Gate gate = call_.gate;
+                if (gate.clamped) {
+                    gate.clamped = true;
+#pragma unroll
+                    for (uint32_t j = 0; j < kOut; ++j) values[j] = gated(values[j], ups[j], gate);
+                } else if (gate.activation == Activation::kSilu) {
+                    gate.clamped = false, gate.activation = Activation::kSilu;
+#pragma unroll
+                    for (uint32_t j = 0; j < kOut; ++j) values[j] = gated(values[j], ups[j], gate);
+                } else {
+#pragma unroll 1
+                    for (uint32_t j = 0; j < kOut; ++j) values[j] = gated(values[j], ups[j], gate);
+                }
+            } else {
+                if (p.bias != nullptr)
+#pragma unroll
+                    for (uint32_t j = 0; j < kOut; ++j)
+                        if (col + j < width) values[j] += to_float(bias[col + j]);
+                if (call_.experts && !is_last)
+#pragma unroll 1
+                    for (uint32_t j = 0; j < kOut; ++j) values[j] = activated(values[j], call_.gate.activation);
             }
+#pragma unroll
+            for (uint32_t j = 0; j < kOut; ++j) out[j] = from_float<T>(values[j] * weight);
             T* const to = static_cast<T*>(p.y) + uint64_t{row} * width + col;
             if (aligned) {
                 *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(out);
@@ -546,7 +575,7 @@ class GemmMultiplier {
 
     const Gemm& call_;
     GemmRing x_, codes_;
-    const uint32_t thread_, group_;
+    const uint32_t thread_, lane_, group_;
     float* const leaving_;
     uint2* const to_rows_;
 };

@@ -121,16 +121,12 @@ Status linear_few(const IntLinear& linear, const Device& device, cudaStream_t st
     QMOE_TRY(tiles_of(linear.weight, p, bits));
     call.count = 1;
     p.bias = linear.bias;
-    const uint64_t launches = ceil_div(linear.tokens, uint64_t{16});
-    for (uint64_t i = 0, first = 0; i < launches; ++i) {
-        const uint64_t last = linear.tokens * (i + 1) / launches;
-        call.tokens = static_cast<uint32_t>(last - first);
+    return in_parts(linear.tokens, 16, [&](uint64_t first, uint64_t count) {
+        call.tokens = static_cast<uint32_t>(count);
         p.x = static_cast<const uint16_t*>(linear.x) + first * p.cols;
         p.y = static_cast<uint16_t*>(linear.y) + first * p.rows;
-        QMOE_TRY(launch_few<false>(call, bits, linear.type, device, stream));
-        first = last;
-    }
-    return {};
+        return launch_few<false>(call, bits, linear.type, device, stream);
+    });
 }
 
 Status linear_many(const IntLinear& linear, const Device& device, cudaStream_t stream) noexcept {
@@ -142,10 +138,14 @@ Status linear_many(const IntLinear& linear, const Device& device, cudaStream_t s
     QMOE_TRY(plan.make(linear.tokens));
     QMOE_TRY(check_workspace(plan.sums_bytes(device), linear.workspace_bytes));
     call.end = 1;
-    call.tokens = static_cast<uint32_t>(linear.tokens);
-    p.x = linear.x, p.y = linear.y, p.bias = linear.bias;
-    plan.put(call, linear.workspace, device);
-    return launch_many(call, bits, linear.type, device, stream);
+    p.bias = linear.bias;
+    return in_parts(linear.tokens, kMostTokensOfMany, [&](uint64_t first, uint64_t count) {
+        call.tokens = static_cast<uint32_t>(count);
+        p.x = static_cast<const uint16_t*>(linear.x) + first * p.cols;
+        p.y = static_cast<uint16_t*>(linear.y) + first * p.rows;
+        plan.put(call, linear.workspace, device);
+        return launch_many(call, bits, linear.type, device, stream);
+    });
 }
 
 Status experts_few(const IntExperts& e, const Device& device, cudaStream_t stream) noexcept {
@@ -252,7 +252,7 @@ Status workspace_int(const IntExperts& experts, uint64_t* bytes) noexcept {
         *bytes = FewWorkspace(experts).bytes;
         return {};
     }
-    QMOE_TRY(check_choices(experts, kMostChoicesOfMany));
+    QMOE_TRY(check_many(experts));
     Device device{};
     QMOE_TRY(Device::current(device));
     ManyWorkspace room{};
@@ -267,7 +267,7 @@ Status experts_int(const IntExperts& e, cudaStream_t stream) noexcept {
     Device device{};
     QMOE_TRY(Device::current(device));
     if (!is_for_many(e)) return experts_few(e, device, stream);
-    QMOE_TRY(check_choices(e, kMostChoicesOfMany));
+    QMOE_TRY(check_many(e));
     return experts_many(e, device, stream);
 }
 

@@ -40,15 +40,20 @@ __device__ __forceinline__ uint32_t masked_or(uint32_t bits, uint32_t more) {
 template <typename T, int kBits>
 class IntGrid {
   public:
-    IntGrid() = default;
-    __device__ __forceinline__ IntGrid(float scale, float zero) {
+    __device__ __forceinline__ void set_zero(float zero) {
         if constexpr (kByFloats) {
-            scale_ = scale, rest_ = -zero * scale;
+            fraction_ = -zero;
         } else {
             const float whole = fminf(fmaxf(rintf(zero), 0.0f), PairOf<T>::kMostZero);
             minus_ = pair_of(-(PairOf<T>::kMagicValue + whole));
-            scale_ = pair_of(scale), rest_ = pair_of((whole - zero) * scale);
+            fraction_ = whole - zero;
         }
+    }
+    __device__ __forceinline__ void set_scale(float scale) {
+        if constexpr (kByFloats)
+            scale_ = scale, rest_ = fraction_ * scale;
+        else
+            scale_ = pair_of(scale), rest_ = pair_of(fraction_ * scale);
     }
     // Of codes at bits kAt and kAt + 16 of a word.
     template <int kAt>
@@ -77,13 +82,9 @@ class IntGrid {
     static constexpr bool kByFloats = kBits == 8 && std::is_same_v<T, __nv_bfloat16>;
     using Number = std::conditional_t<kByFloats, float, Pair>;
 
-    static __device__ __forceinline__ Number pair_of(float value) {
-        if constexpr (kByFloats) {
-            return value;
-        } else {
-            const T one = from_float<T>(value);
-            return Pair{one, one};
-        }
+    static __device__ __forceinline__ Pair pair_of(float value) {
+        const T one = from_float<T>(value);
+        return {one, one};
     }
     __device__ __forceinline__ uint32_t value(uint32_t bits) const {
         if constexpr (kByFloats) {
@@ -95,44 +96,63 @@ class IntGrid {
     }
 
     Number minus_, scale_, rest_;
+    float fraction_;
 };
 
 // A lane's codes of a tile's block. kWhole: a block is one group, or a row is.
 template <typename T, int kBits, bool kWhole>
 class IntWeights {
   public:
+    // What is the same for all tiles, in registers.
+    struct Shape {
+        bool row_groups, has_zeros, bf16_scales;
+        uint32_t groups;
+        float zero;
+
+        __device__ __forceinline__ explicit Shape(const TiledMatrix& p)
+            : row_groups(p.row_groups),
+              has_zeros(p.has_zeros),
+              bf16_scales(p.bf16_scales),
+              groups(kWhole ? 1 : p.groups),
+              zero(p.zero) {}
+    };
+
     // `tile`: in memory; `g`: lane / 4.
-    __device__ __forceinline__ void begin(const TiledMatrix& p, const uint8_t* tile, uint32_t g) {
-        if (!p.row_groups) return;
-        const uint32_t group_bytes = p.has_zeros ? 64 : 32;
-        const uint8_t* const behind = tile + p.tile_bytes - group_bytes + g * 4;
-        row_scale_ = floats_of(*reinterpret_cast<const uint32_t*>(behind), p.bf16_scales);
-        const float2 zero =
-            p.has_zeros ? floats_of(*reinterpret_cast<const uint32_t*>(behind + 32), false) : float2{p.zero, p.zero};
-        grids_[0] = {1.0f, zero.x}, grids_[1] = {1.0f, zero.y};
+    __device__ __forceinline__ void begin(const Shape& shape, const TiledMatrix& p, const uint8_t* tile, uint32_t g) {
+        float2 zero{shape.zero, shape.zero};
+        if (shape.row_groups) {
+            const uint8_t* const behind = tile + p.tile_bytes - (shape.has_zeros ? 64 : 32) + g * 4;
+            row_scale_ = floats_of(*reinterpret_cast<const uint32_t*>(behind), shape.bf16_scales);
+            if (shape.has_zeros) zero = floats_of(*reinterpret_cast<const uint32_t*>(behind + 32), false);
+        }
+        grids_[0].set_zero(zero.x), grids_[1].set_zero(zero.y);
+        grids_[0].set_scale(1.0f), grids_[1].set_scale(1.0f);
     }
     // `block`: in shared memory.
-    __device__ __forceinline__ void load(const TiledMatrix& p, const uint8_t* block, uint32_t lane) {
+    __device__ __forceinline__ void load(const Shape& shape, const uint8_t* block, uint32_t lane) {
         load_words<kBits>(block, lane, words_);
-        if (p.row_groups) return;
+        if (shape.row_groups) return;
         const auto* const scales =
-            reinterpret_cast<const uint32_t*>(block + 2 * kBits * 4 * kLanes) + lane / 4 * p.groups;
+            reinterpret_cast<const uint32_t*>(block + 2 * kBits * 4 * kLanes) + lane / 4 * shape.groups;
 #pragma unroll
         for (uint32_t i = 0; i < kGroups; ++i) {
-            const uint32_t group = kWhole || p.groups == kGroups ? i : i / 2;
-            scales_[i] = floats_of(scales[group], p.bf16_scales);
-            zeros_[i] =
-                p.has_zeros ? floats_of(scales[group + p.groups * (kTileRows / 2)], false) : float2{p.zero, p.zero};
+            const uint32_t group = kWhole || shape.groups == kGroups ? i : i / 2;
+            scales_[i] = scales[group];
+            if (shape.has_zeros) zeros_[i] = scales[group + shape.groups * (kTileRows / 2)];
         }
-        has_groups_ = true;
     }
     // The operand of columns 16 kQ .. 16 kQ + 15.
     template <int kQ>
-    __device__ __forceinline__ void operand(uint32_t (&a)[4]) {
+    __device__ __forceinline__ void operand(const Shape& shape, uint32_t (&a)[4]) {
         constexpr int kGroupProducts = 8 / kGroups;
-        if (kQ % kGroupProducts == 0 && has_groups_) {
+        if (kQ % kGroupProducts == 0 && !shape.row_groups) {
             constexpr int kGroup = kQ / kGroupProducts;
-            grids_[0] = {scales_[kGroup].x, zeros_[kGroup].x}, grids_[1] = {scales_[kGroup].y, zeros_[kGroup].y};
+            if (shape.has_zeros) {
+                const float2 zero = floats_of(zeros_[kGroup], false);
+                grids_[0].set_zero(zero.x), grids_[1].set_zero(zero.y);
+            }
+            const float2 scale = floats_of(scales_[kGroup], shape.bf16_scales);
+            grids_[0].set_scale(scale.x), grids_[1].set_scale(scale.y);
         }
         pairs<kQ, 0>(a), pairs<kQ, 1>(a);
     }
@@ -170,9 +190,9 @@ class IntWeights {
     }
 
     alignas(16) uint32_t words_[2 * kBits];
-    float2 scales_[kGroups], zeros_[kGroups], row_scale_{1.0f, 1.0f};
+    uint32_t scales_[kGroups], zeros_[kGroups];
+    float2 row_scale_{1.0f, 1.0f};
     IntGrid<T, kBits> grids_[2];
-    bool has_groups_ = false;
 };
 
 }  // namespace qmoe::cuda

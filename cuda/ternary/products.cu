@@ -129,10 +129,14 @@ Status linear_many(const TernaryLinear& linear, const Device& device, cudaStream
     static_cast<TiledMatrix&>(p) = many.expansion.matrices[0];
     call.end = 1;
     call.codes_are_new = true;
-    call.tokens = static_cast<uint32_t>(linear.tokens);
-    p.x = linear.x, p.y = linear.y, p.bias = linear.bias;
-    many.plan.put(call, room + many.sums_at, device);
-    return launch_many(call, linear.type, device, stream);
+    p.bias = linear.bias;
+    return in_parts(linear.tokens, kMostTokensOfMany, [&](uint64_t first, uint64_t count) {
+        call.tokens = static_cast<uint32_t>(count);
+        p.x = static_cast<const uint16_t*>(linear.x) + first * p.cols;
+        p.y = static_cast<uint16_t*>(linear.y) + first * p.rows;
+        many.plan.put(call, room + many.sums_at, device);
+        return launch_many(call, linear.type, device, stream);
+    });
 }
 
 Status experts_many(const TernaryExperts& e, const Device& device, cudaStream_t stream) noexcept {
@@ -201,16 +205,12 @@ Status linear_ternary(const TernaryLinear& linear, cudaStream_t stream) noexcept
     p.bias = linear.bias;
     const uint64_t at_once = linear.type == OutputType::kFloat16 ? tokens_at_once<__half>(call, device)
                                                                  : tokens_at_once<__nv_bfloat16>(call, device);
-    const uint64_t launches = ceil_div(linear.tokens, at_once);
-    for (uint64_t i = 0, first = 0; i < launches; ++i) {
-        const uint64_t last = linear.tokens * (i + 1) / launches;
-        call.tokens = static_cast<uint32_t>(last - first);
+    return in_parts(linear.tokens, at_once, [&](uint64_t first, uint64_t count) {
+        call.tokens = static_cast<uint32_t>(count);
         p.x = static_cast<const uint16_t*>(linear.x) + first * p.cols;
         p.y = static_cast<uint16_t*>(linear.y) + first * p.rows;
-        QMOE_TRY(launch_type<false>(call, linear.type, device, stream));
-        first = last;
-    }
-    return {};
+        return launch_type<false>(call, linear.type, device, stream);
+    });
 }
 
 Status workspace_ternary(const TernaryExperts& experts, uint64_t* bytes) noexcept {
@@ -222,7 +222,7 @@ Status workspace_ternary(const TernaryExperts& experts, uint64_t* bytes) noexcep
         *bytes = Workspace(experts).bytes;
         return {};
     }
-    QMOE_TRY(check_choices(experts, kMostChoicesOfMany));
+    QMOE_TRY(check_many(experts));
     Device device{};
     QMOE_TRY(Device::current(device));
     ManyOfExperts many;
@@ -237,7 +237,7 @@ Status experts_ternary(const TernaryExperts& e, cudaStream_t stream) noexcept {
     Device device{};
     QMOE_TRY(Device::current(device));
     if (is_for_many(e)) {
-        QMOE_TRY(check_choices(e, kMostChoicesOfMany));
+        QMOE_TRY(check_many(e));
         return experts_many(e, device, stream);
     }
     QMOE_TRY(check_choices(e, kMostChoices));

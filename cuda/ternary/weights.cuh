@@ -50,13 +50,16 @@ struct TernaryLevels {
 template <typename T>
 class TernaryWeights {
   public:
-    __device__ __forceinline__ void begin(const TiledMatrix& p, const uint8_t* tile, uint32_t g) {
+    struct Shape {
+        __device__ __forceinline__ explicit Shape(const TiledMatrix&) {}
+    };
+    __device__ __forceinline__ void begin(const Shape&, const TiledMatrix& p, const uint8_t* tile, uint32_t g) {
         const auto* const levels =
             reinterpret_cast<const uint32_t*>(tile + p.tile_bytes - TernaryTiles::kLevelsBytes) + g;
 #pragma unroll
         for (uint32_t r = 0; r < 2; ++r) levels_[r] = TernaryLevels::of<T>(levels[8 * r]);
     }
-    __device__ __forceinline__ void load(const TiledMatrix&, const uint8_t* block, uint32_t lane) {
+    __device__ __forceinline__ void load(const Shape&, const uint8_t* block, uint32_t lane) {
         shift_ = lane % 4 * 4;
 #pragma unroll
         for (uint32_t r = 0; r < 2; ++r)
@@ -66,7 +69,7 @@ class TernaryWeights {
                     *reinterpret_cast<const uint4*>(block + half * TernaryTiles::kHalfBytes + (lane / 4 + 8 * r) * 16);
     }
     template <int kQ>
-    __device__ __forceinline__ void operand(uint32_t (&a)[4]) const {
+    __device__ __forceinline__ void operand(const Shape&, uint32_t (&a)[4]) const {
 #pragma unroll
         for (uint32_t r = 0; r < 2; ++r) {
             // Two codes of columns 2 t and 2 t + 1, and of the two 8 further; then each in a byte; then which bytes.

@@ -120,6 +120,7 @@ class CudaInt:
         workspace_bytes: int = 0,
         kernel: str = "auto",
     ) -> None: ...
+    def linear_workspace(self, tokens: int, kernel: str = "auto") -> int: ...
 
 class CudaTernary:
     @property

@@ -4,10 +4,10 @@ A device holds a record's run-time layout and not the record: int matrices as th
 as streams, others as stored. The record itself may stay in CPU memory (`PackedModule` sees to that), so that weights
 are on the device once.
 
-Few tokens are multiplied by the packed weights. Many tokens, float32 activations, layers whose projections differ in
-kind, and matrices without a kernel of their own (int with groups of 16 columns or float32 scales, records of several
-kinds) decode one matrix at a time and leave the product to torch; which experts those are has to be known on the host,
-so that such a call cannot be captured in a CUDA graph.
+Packed weights are what is multiplied. float32 activations, linear layers of very many tokens, layers whose projections
+differ in kind, and matrices without a kernel of their own (int with groups of 16 columns or float32 scales, records of
+several kinds) decode one matrix at a time and leave the product to torch; which experts those are has to be known on
+the host, so that such a call cannot be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ..errors import QmoeError
 from .gating import Gating
 from .layouts import DTYPES, cached
 
-# Up to here packed weights are read again and again; beyond, decoding them once is faster.
-FEW_TOKENS, FEW_CHOICES = 64, 1024
-FEW_TERNARY_TOKENS = 32  # of a linear layer
+# Tokens of a linear layer up to which decoding all weights first would not be faster.
+LINEAR_TOKENS = {_C.CudaInt: 256, _C.CudaTernary: 128}
+CHOICES = 65535  # that one call for experts may have
 
 
 class Stack:
@@ -132,14 +132,15 @@ def linear(x: torch.Tensor, packed: torch.Tensor, out_features: int, compute: st
     stack = _stack_for(rows, packed, out_features)
     if stack.experts != 1:
         raise QmoeError("E_SHAPE", "a linear layer is a record of one matrix", expected=1, actual=stack.experts)
-    most = FEW_TERNARY_TOKENS if isinstance(stack.matrix, _C.CudaTernary) else FEW_TOKENS
-    few = len(rows) <= min(most, FEW_TOKENS) and x.dtype != torch.float32
-    if stack.matrix is None or stack.weights is None or not few:
+    matrix = stack.matrix
+    if matrix is None or stack.weights is None or x.dtype == torch.float32 or len(rows) > LINEAR_TOKENS[type(matrix)]:
         return torch.nn.functional.linear(x, stack.dense(0, x.dtype))
     out = x.new_empty(len(rows), out_features)
     with torch.cuda.device(x.device):
+        workspace = torch.empty(matrix.linear_workspace(len(rows)), dtype=torch.uint8, device=x.device)
         pointers = stack.weights.data_ptr(), rows.data_ptr(), 0, out.data_ptr()
-        stack.matrix.linear(*pointers, len(rows), DTYPES[x.dtype], _stream())
+        room = workspace.data_ptr(), workspace.numel()
+        matrix.linear(*pointers, len(rows), DTYPES[x.dtype], _stream(), *room)
     return out.view(*x.shape[:-1], out_features)
 
 
@@ -148,7 +149,8 @@ def experts(
     first_bias: torch.Tensor | None, second_bias: torch.Tensor | None, order: str, activation: str, clamped: bool,
     alpha: float, limit: float, compute: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    """`ops.experts`: one launch where tokens are few, else expert by expert.
+    """`ops.experts`: at most three launches, for ternary weights of many tokens two more for every 512 MiB of two bits a
+    weight; expert by expert where there is no kernel.
 
     Raises:
         QmoeError: E_VALUE for ids, weights or biases on another device than x, where their addresses mean nothing;
@@ -169,10 +171,12 @@ def experts(
                             actual=tuple(bias.shape))  # fmt: skip
     gating = Gating(order, activation, clamped, alpha, limit)
     biases = [None if bias is None else bias.to(x.dtype).contiguous() for bias in (first_bias, second_bias)]
-    few = len(x) <= FEW_TOKENS and ids.numel() <= FEW_CHOICES and x.dtype != torch.float32
     alike = stacks[0].matrix is not None and type(stacks[0].matrix) is type(stacks[1].matrix)
-    if few and alike:
-        return _experts_at_once(x.contiguous(), ids.contiguous(), weights, stacks, gating, biases)
+    if alike and x.dtype != torch.float32 and ids.shape[1] <= CHOICES:
+        at_once = max(1, CHOICES // max(1, ids.shape[1]))
+        parts = [t.contiguous().split(at_once) for t in (x, ids, weights)]
+        done = [_experts_at_once(*part, stacks, gating, biases) for part in zip(*parts, strict=True)]
+        return done[0] if len(done) == 1 else torch.cat(done)
     return _experts_in_turn(x, ids, weights, stacks, gating, biases)
 
 
@@ -194,8 +198,8 @@ def _experts_at_once(
     weights = weights.contiguous() if weights.dtype in DTYPES else weights.float()
     tokens, top_k = ids.shape
     out = torch.empty_like(x)
-    workspace = torch.empty(layer.workspace(tokens, top_k), dtype=torch.uint8, device=x.device)
     with torch.cuda.device(x.device):
+        workspace = torch.empty(layer.workspace(tokens, top_k), dtype=torch.uint8, device=x.device)
         layer.run(
             first.weights.data_ptr(), second.weights.data_ptr(), pointers[0], pointers[1],
             x.data_ptr(), DTYPES[x.dtype], tokens, ids.data_ptr(), weights.data_ptr(), DTYPES[weights.dtype], top_k,

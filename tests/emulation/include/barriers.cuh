@@ -20,6 +20,10 @@ struct Barrier {
 };
 static_assert(sizeof(Barrier) == 8);
 
+inline uint32_t kept(uint32_t number) {
+    return number;
+}
+
 template <int count>
 void sync_threads(uint32_t id) {
     emulation::Grid::current().wait_for(static_cast<int>(id), count);
