@@ -75,8 +75,22 @@ def header(tokens: list[int]) -> str:
     return " | ".join(f"{n} token{'s' * (n > 1)}" for n in tokens)
 
 
+def times(row: dict[str, Any], digits: int) -> str:
+    """Of the kernel that a call gets, or of those for few tokens and for many; and how much faster the fastest one is."""
+    found = [row[key] for key in ("few_us", "many_us") if key in row] or [row["median_us"]]
+    shown = " / ".join(f"{time:.{digits}f}" for time in found)
+    if "many_us" in row and len(found) == 1:
+        shown = f"- / {shown}"
+    return f"{shown} ({row['speedup']:.2f}x)"
+
+
+def kernels(result: dict[str, Any]) -> str:
+    both = any("few_us" in row for row in result["rows"])
+    return "Kernel for few tokens / kernel for many, and the faster one's speedup. " if both else ""
+
+
 def int_linear(result: dict[str, Any]) -> list[str]:
-    """Products of int matrices and few tokens on a GPU (bench/gpu/int_linear.py)."""
+    """Products of int matrices on a GPU (bench/gpu/int_linear.py)."""
     tokens = sorted({row["tokens"] for row in result["rows"]})
     cells = {(*row["shape"], row["format"], row["tokens"]): row for row in result["rows"]}
     lines = [
@@ -85,13 +99,13 @@ def int_linear(result: dict[str, Any]) -> list[str]:
     ]
     for rows, cols, kind in dict.fromkeys(key[:3] for key in cells):
         of = [cells[rows, cols, kind, n] for n in tokens]
-        shown = " | ".join(f"{row['median_us']:.1f} ({row['speedup']:.2f}x)" for row in of)
+        shown = " | ".join(times(row, 1) for row in of)
         lines.append(f"| {rows} x {cols} | {kind} | {shown} | {of[0]['share_of_copy_bandwidth']:.0%} |")
     lines += [
         "",
         "Microseconds in a CUDA graph, weights rotating past the cache, and how many times as fast as cuBLAS in "
         "bfloat16. The last column is of one token's codes and scales, a copy's being "
-        f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s read and written. {origin(result)}",
+        f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s read and written. {kernels(result)}{origin(result)}",
     ]
     return lines
 
@@ -106,14 +120,14 @@ def int_experts(result: dict[str, Any]) -> list[str]:
     ]
     for model, kind in dict.fromkeys(key[:2] for key in cells):
         of = [cells[model, kind, n] for n in tokens]
-        shown = " | ".join(f"{r['median_us']:.0f} ({r['speedup']:.2f}x), {r['memory_limit_us']:.0f}" for r in of)
+        shown = " | ".join(f"{times(row, 0)}, {row['memory_limit_us']:.0f}" for row in of)
         lines.append(f"| {model} | {kind} | {shown} |")
     lines += [
         "",
         "Microseconds in a CUDA graph, from ids and routing weights to the sums over a token's experts; in brackets "
         "how many times as fast as bfloat16 grouped products and their gate, routing and sums left out; behind them "
         f"what the bytes of the experts chosen take at a copy's {result['copy_bytes_per_second'] / 1e12:.2f} TB/s. "
-        f"Routing is skewed and changes from call to call. {origin(result)}",
+        f"Routing is skewed and changes from call to call. {kernels(result)}{origin(result)}",
     ]
     return lines
 
@@ -128,7 +142,7 @@ def ternary(result: dict[str, Any]) -> list[str]:
     ]
     for rows, cols, zeros in dict.fromkeys(key[:3] for key in cells):
         of = [cells[rows, cols, zeros, n] for n in tokens]
-        shown = " | ".join(f"{row['median_us']:.1f} ({row['speedup']:.2f}x)" for row in of)
+        shown = " | ".join(times(row, 1) for row in of)
         int2 = f"{of[0]['int2_us']:.1f}" if of[0]["int2_us"] else ""
         lines.append(f"| {rows} x {cols} | {zeros:.1%} | {of[0]['bits']:.3f} | {shown} | {int2} |")
     counts = sorted({row["tokens"] for row in result["layers"]})
@@ -140,13 +154,21 @@ def ternary(result: dict[str, Any]) -> list[str]:
     ]
     for model, zeros in dict.fromkeys(key[:2] for key in by_layer):
         of = [by_layer[model, zeros, n] for n in counts]
-        shown = " | ".join(f"{row['median_us']:.0f} ({row['speedup']:.2f}x)" for row in of)
+        shown = " | ".join(times(row, 0) for row in of)
         lines.append(f"| {model} | {zeros:.1%} | {of[0]['bits']:.3f} | {shown} |")
     lines += [
         "",
         "Microseconds in a CUDA graph, and how many times as fast as bfloat16: cuBLAS, and grouped products with their "
-        f"gate, routing and sums left out. The last column is one token's. {origin(result)}",
+        f"gate, routing and sums left out. The last column is one token's. {kernels(result)}{origin(result)}",
     ]
+    rivals = [
+        f"{row['shape'][0]} x {row['shape'][1]} {row['qmoe_us']:.1f} at {row['qmoe_bits']:.3f} bits "
+        f"({row['qmoe_us'] / row['median_us']:.1f} times ours)"
+        for row in result["rows"]
+        if "qmoe_us" in row
+    ]
+    if rivals:
+        lines += ["", f"QMoE's own kernel in the same run, one token: {', '.join(rivals)}."]
     return lines
 
 

@@ -72,17 +72,16 @@ Status launch_many(const Gemm& call, uint32_t bits, OutputType type, const Devic
                       [&]<typename T, int kBits>() { return launch_int_gemm<T, kBits>(call, device, stream); });
 }
 
-// Where one kernel becomes faster than the other, measured on an H100.
-constexpr uint64_t kFewTokensOfLinear = 16, kFewChoicesOfExpert = 4;
+// Where one kernel becomes faster than the other, measured on an H100. Layers of experts have the one for few until the
+// other has been tested more.
+constexpr uint64_t kFewTokensOfLinear = 16;
 
 bool is_for_many(const IntLinear& linear) noexcept {
     return linear.kernel == Kernel::kManyTokens ||
            (linear.kernel == Kernel::kAuto && linear.tokens > kFewTokensOfLinear);
 }
 bool is_for_many(const IntExperts& e) noexcept {
-    const uint64_t choices = e.tokens * e.top_k;
-    return e.kernel == Kernel::kManyTokens ||
-           (e.kernel == Kernel::kAuto && (choices > kFewChoicesOfExpert * e.first.experts || choices > kMostChoices));
+    return e.kernel == Kernel::kManyTokens;
 }
 
 // The workspace of the kernel for few tokens: the outputs of both projections, one per choice.

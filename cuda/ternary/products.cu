@@ -50,17 +50,10 @@ struct Workspace {
     static uint64_t aligned(uint64_t bytes) noexcept { return ceil_div(bytes, uint64_t{16}) * 16; }
 };
 
-// Where one kernel becomes faster than the other, measured on an H100.
-constexpr uint64_t kFewTokensOfLinear = 8, kFewChoicesOfExpert = 8;
-
-bool is_for_many(const TernaryLinear& linear) noexcept {
-    return linear.kernel == Kernel::kManyTokens ||
-           (linear.kernel == Kernel::kAuto && linear.tokens > kFewTokensOfLinear);
-}
-bool is_for_many(const TernaryExperts& e) noexcept {
-    const uint64_t choices = e.tokens * e.top_k;
-    return e.kernel == Kernel::kManyTokens ||
-           (e.kernel == Kernel::kAuto && (choices > kFewChoicesOfExpert * e.first.experts || choices > kMostChoices));
+// kAuto is the kernel for few tokens until the other one has been tested more.
+template <typename Call>
+bool is_for_many(const Call& call) noexcept {
+    return call.kernel == Kernel::kManyTokens;
 }
 
 // Of many tokens: the tiles that streams become.

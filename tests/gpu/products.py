@@ -13,8 +13,8 @@ from qmoe_core import _C, PackedTensor
 from qmoe_core.runtime.gating import Gating
 
 ERROR = {"bfloat16": 4e-3, "float16": 6e-4}  # of the output's rounding, most of it
-# Of many tokens int weights are rounded to the activations' type (five standard deviations), and what their groups have in
-# common: scales, and zeros that are not whole.
+# Of many tokens int weights are rounded to the activations' type (five standard deviations), and what their groups have
+# in common: scales, and zeros that are not whole.
 ROUNDING = {"bfloat16": (1e-2, 4e-3), "float16": (1.2e-3, 5e-4)}
 
 

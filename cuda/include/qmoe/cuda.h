@@ -57,14 +57,16 @@ struct TernaryStack {
 // Tiles and streams must have been written before the kernel before this one began (as those of a model are): on devices
 // that can, kernels begin to read them before that one has ended.
 
-// Which kernel of several: for few tokens, that reads weights again for every few of them, or for many, that decodes them
-// once per tile into operands of tensor cores.
+// Which kernel of several: for few tokens, that reads weights again for every few of them, or for many, that makes them
+// operands of tensor cores once for up to 128. kAuto: of linear layers of int matrices the one for few up to 16 tokens, else
+// the one for many; of all others the one for few.
 enum class Kernel : uint8_t { kAuto, kFewTokens, kManyTokens };
 
 // y (tokens, rows) = x (tokens, cols) times the transpose of a stack's one matrix, plus bias (rows) where it is not null;
 // all row-major, of `type` (float16 or bfloat16), 2-byte aligned at least, on the device. Sums are float32 in a fixed
-// order. Few tokens are taken 16 at a time, of ternary matrices at most 4; many, with a `workspace` of
-// ternary_linear_workspace() bytes, 16-byte aligned, 4096 at a time.
+// order. Few tokens are taken 16 at a time, of ternary matrices at most 4; many need a `workspace` of
+// int_linear_workspace() or ternary_linear_workspace() bytes, 16-byte aligned. Of many tokens int weights are rounded to
+// `type`, and so are their scales, except those of whole rows.
 template <typename Stack>
 struct Linear {
     Stack weight;  // kPlain
@@ -94,8 +96,9 @@ struct Gate {
 //   biases   (E, 2 I or I) and (E, H) of `type`, or null
 //   workspace  int_workspace() or ternary_workspace() bytes, 16-byte aligned
 //
-// Each token's experts are added in the order of its choices, in float32. One launch; three of the kernels for few tokens
-// where the two projections differ in bits or groups.
+// Each token's experts are added in the order of its choices, in float32; of many tokens, what each adds is rounded to
+// `type` before. Few tokens are one launch, or three where the two projections differ in bits or groups; many are two
+// launches, or three, and of ternary matrices one and two more for every 512 MiB that they have at two bits a weight.
 template <typename Stack>
 struct Experts {
     Stack first, second;

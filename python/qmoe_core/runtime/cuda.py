@@ -4,10 +4,10 @@ A device holds a record's run-time layout and not the record: int matrices as th
 as streams, others as stored. The record itself may stay in CPU memory (`PackedModule` sees to that), so that weights
 are on the device once.
 
-Packed weights are what is multiplied. float32 activations, linear layers of very many tokens, layers whose projections
-differ in kind, and matrices without a kernel of their own (int with groups of 16 columns or float32 scales, records of
-several kinds) decode one matrix at a time and leave the product to torch; which experts those are has to be known on
-the host, so that such a call cannot be captured in a CUDA graph.
+Few tokens are multiplied by the packed weights. Many tokens, float32 activations, layers whose projections differ in
+kind, and matrices without a kernel of their own (int with groups of 16 columns or float32 scales, records of several
+kinds) decode one matrix at a time and leave the product to torch; which experts those are has to be known on the host,
+so that such a call cannot be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ..errors import QmoeError
 from .gating import Gating
 from .layouts import DTYPES, cached
 
-# Tokens of a linear layer up to which decoding all weights first would not be faster.
-LINEAR_TOKENS = {_C.CudaInt: 256, _C.CudaTernary: 128}
-CHOICES = 65535  # that one call for experts may have
+# Up to here packed weights are multiplied; beyond, decoding them once is faster.
+LINEAR_TOKENS = {_C.CudaInt: 256, _C.CudaTernary: 32}
+FEW_TOKENS, FEW_CHOICES = 64, 1024  # of experts
 
 
 class Stack:
@@ -149,8 +149,7 @@ def experts(
     first_bias: torch.Tensor | None, second_bias: torch.Tensor | None, order: str, activation: str, clamped: bool,
     alpha: float, limit: float, compute: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    """`ops.experts`: at most three launches, for ternary weights of many tokens two more for every 512 MiB of two bits a
-    weight; expert by expert where there is no kernel.
+    """`ops.experts`: one launch where tokens are few, else expert by expert.
 
     Raises:
         QmoeError: E_VALUE for ids, weights or biases on another device than x, where their addresses mean nothing;
@@ -171,12 +170,10 @@ def experts(
                             actual=tuple(bias.shape))  # fmt: skip
     gating = Gating(order, activation, clamped, alpha, limit)
     biases = [None if bias is None else bias.to(x.dtype).contiguous() for bias in (first_bias, second_bias)]
+    few = len(x) <= FEW_TOKENS and ids.numel() <= FEW_CHOICES and x.dtype != torch.float32
     alike = stacks[0].matrix is not None and type(stacks[0].matrix) is type(stacks[1].matrix)
-    if alike and x.dtype != torch.float32 and ids.shape[1] <= CHOICES:
-        at_once = max(1, CHOICES // max(1, ids.shape[1]))
-        parts = [t.contiguous().split(at_once) for t in (x, ids, weights)]
-        done = [_experts_at_once(*part, stacks, gating, biases) for part in zip(*parts, strict=True)]
-        return done[0] if len(done) == 1 else torch.cat(done)
+    if few and alike:
+        return _experts_at_once(x.contiguous(), ids.contiguous(), weights, stacks, gating, biases)
     return _experts_in_turn(x, ids, weights, stacks, gating, biases)
 
 
