@@ -76,7 +76,7 @@ def header(tokens: list[int]) -> str:
 
 
 def times(row: dict[str, Any], digits: int) -> str:
-    """Of the kernel that a call gets, or of those for few tokens and for many; and how much faster the fastest one is."""
+    """Of the kernel that a call gets, or of those for few tokens and for many; and how much faster the fastest is."""
     found = [row[key] for key in ("few_us", "many_us") if key in row] or [row["median_us"]]
     shown = " / ".join(f"{time:.{digits}f}" for time in found)
     if "many_us" in row and len(found) == 1:
