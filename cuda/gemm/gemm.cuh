@@ -249,33 +249,25 @@ class GemmActivations {
         for (GemmPieces pieces(work); pieces.next(piece);) {
             const GemmProduct product = products.at(piece.product);
             const T* const x = static_cast<const T*>(p.x) + (by_choice ? 0 : uint64_t{product.row} * p.cols);
-            uint32_t offsets[kMostRows];
+            uint32_t offsets[kMostRows];  // of rows
 #pragma unroll
             for (uint32_t i = 0; i < kMostRows; ++i) {
-                const uint32_t own = row + i * kRowsAtOnce;
-                offsets[i] = own >= product.rows ? ~0u
-                             : by_choice ? call_.choices.top_k.divide(call_.schedule.choice(product.row + own)) * p.cols
-                                         : own * p.cols;
+                const uint32_t own = min(row + i * kRowsAtOnce, product.rows - 1);
+                offsets[i] =
+                    (by_choice ? call_.choices.top_k.divide(call_.schedule.choice(product.row + own)) : own) * p.cols;
             }
-            for (uint32_t chunk = 2 * piece.begin; chunk < 2 * piece.end; ++chunk) {
-                const uint32_t col = chunk * GemmTile::kStageColumns + piece_of_row * kPieceColumns;
-                const bool there = col < p.cols;
-                const T* const from = x + (there ? col : 0);
+            const uint32_t count = row < product.rows ? (product.rows - row + kRowsAtOnce - 1) / kRowsAtOnce : 0;
+            uint32_t col = piece.begin * kTileColumns + piece_of_row * kPieceColumns;
+            for (uint32_t left = 2 * (piece.end - piece.begin); left > 0; --left, col += GemmTile::kStageColumns) {
                 ring_.wait_empty();
-                uint8_t* const stage = ring_.stage();
-#pragma unroll
-                for (uint32_t i = 0; i < kMostRows; ++i) {
-                    if (offsets[i] == ~0u) continue;
-                    uint8_t* const to = stage + (i % 2 == 0 ? even : odd) + i * (kRowsAtOnce * 128);
-                    if (aligned)
-                        copy_16(to, from + offsets[i], there);
-                    else
-                        *reinterpret_cast<uint4*>(to) = by_number(x + offsets[i], col, p.cols);
+                Barrier& full = ring_.full[ring_.index];
+                if (aligned) {
+                    copy_rows(x + col, offsets, count, col < p.cols, ring_.stage() + even, ring_.stage() + odd);
+                    arrive_with_copies(full);
+                } else {
+                    write_rows(x, offsets, count, col, p.cols, ring_.stage() + even, ring_.stage() + odd);
+                    full.arrive();
                 }
-                if (aligned)
-                    arrive_with_copies(ring_.full[ring_.index]);
-                else
-                    ring_.full[ring_.index].arrive();
                 ring_.advance();
             }
         }
@@ -286,6 +278,22 @@ class GemmActivations {
     static constexpr uint32_t kRowsAtOnce = GemmTile::kXWarps * kLanes / kRowLanes;
     static constexpr uint32_t kMostRows = (GemmTile::kMostTokens + kRowsAtOnce - 1) / kRowsAtOnce;
 
+    // Few instructions, and no branch: these warps are in the way of the tensor cores else.
+    static __device__ __forceinline__ void copy_rows(const T* from, const uint32_t (&offsets)[kMostRows],
+                                                     uint32_t count, bool there, uint8_t* even, uint8_t* odd) {
+#pragma unroll
+        for (uint32_t i = 0; i < kMostRows; ++i)
+            copy_16_if(i < count, (i % 2 == 0 ? even : odd) + i * (kRowsAtOnce * 128), from + offsets[i], there);
+    }
+    // Where rows begin anywhere.
+    static __device__ __forceinline__ void write_rows(const T* x, const uint32_t (&offsets)[kMostRows], uint32_t count,
+                                                      uint32_t col, uint32_t cols, uint8_t* even, uint8_t* odd) {
+#pragma unroll
+        for (uint32_t i = 0; i < kMostRows; ++i)
+            if (i < count)
+                *reinterpret_cast<uint4*>((i % 2 == 0 ? even : odd) + i * (kRowsAtOnce * 128)) =
+                    by_number(x + offsets[i], col, cols);
+    }
     static __device__ __forceinline__ uint4 by_number(const T* row, uint32_t col, uint32_t cols) {
         uint32_t words[4] = {};
 #pragma unroll

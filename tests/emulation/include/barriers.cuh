@@ -45,7 +45,8 @@ inline void copy_pieces(Barrier& full, uint8_t* to, const uint8_t* from, uint64_
     full.arrive();
 }
 
-inline void copy_16(uint8_t* to, const void* from, bool there) {
+inline void copy_16_if(bool wanted, uint8_t* to, const void* from, bool there) {
+    if (!wanted) return;
     if (there)
         std::memcpy(to, from, 16);
     else
