@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -43,7 +44,6 @@ enum class State { kReady, kYielding, kAtWarpBarrier, kAtNamedBarrier, kAtBlockB
 
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
     uint3 thread, block;
     State state = State::kReady;
     int barrier = 0;  // of kAtNamedBarrier
@@ -119,6 +119,9 @@ class Grid {
     }
 
     static inline Grid* current_ = nullptr;
+    // Of fibers; all grids use the same ones, one after the other.
+    static inline std::unique_ptr<char[]> stacks_;
+    static inline size_t stacks_there_ = 0;
     std::function<void()> body_;
     uint32_t threads_ = 0, blocks_ = 0;
     std::vector<Fiber> fibers_;
@@ -137,13 +140,16 @@ inline void Grid::run(dim3 blocks, uint32_t threads, uint32_t shared_bytes, std:
         grid.shared_.assign(blocks.x, std::vector<uint8_t>(shared_bytes + kGuard, kPoison));
         grid.fibers_ = std::vector<Fiber>(blocks.x * threads);
         grid.given_.resize(grid.fibers_.size());
+        if (grid.fibers_.size() > stacks_there_) {
+            stacks_there_ = grid.fibers_.size();
+            stacks_ = std::make_unique_for_overwrite<char[]>(stacks_there_ * kStackBytes);
+        }
         for (size_t f = 0; f < grid.fibers_.size(); ++f) {
             Fiber& fiber = grid.fibers_[f];
-            fiber.stack.resize(kStackBytes);
             fiber.thread = {static_cast<uint32_t>(f % threads), 0, 0};
             fiber.block = {static_cast<uint32_t>(f / threads), i % blocks.y, i / blocks.y};
             getcontext(&fiber.context);
-            fiber.context.uc_stack.ss_sp = fiber.stack.data();
+            fiber.context.uc_stack.ss_sp = stacks_.get() + f * kStackBytes;
             fiber.context.uc_stack.ss_size = kStackBytes;
             fiber.context.uc_link = nullptr;
             makecontext(&fiber.context, &Grid::begin, 0);
