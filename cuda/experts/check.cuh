@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "experts/schedule.cuh"
 
 namespace qmoe::cuda {
 
@@ -63,6 +64,21 @@ Status check_many(const Experts<Stack>& e) noexcept {
     if (e.tokens * cols_of(e.first) <= kMostNumbers) return {};
     return Status::mismatch(Code::kNoKernel, "cuda: activations of one call", 0, kMostNumbers,
                             e.tokens * cols_of(e.first));
+}
+
+// What a launch has of a call as it is.
+template <typename Launch, typename Stack>
+void take_call(Launch& launch, const Experts<Stack>& e) noexcept {
+    launch.tokens = static_cast<uint32_t>(e.tokens);
+    launch.choices = {e.ids, launch.tokens, static_cast<uint32_t>(e.first.experts), Divisor(e.top_k)};
+    launch.weights = e.weights;
+    launch.weights_type = e.weights_type;
+    launch.gate = e.gate;
+    launch.y = e.y;
+    launch.projections[0].is_first = true;
+    launch.projections[0].x = e.x;
+    launch.projections[0].bias = e.first_bias;
+    launch.projections[1].bias = e.second_bias;
 }
 
 // Tokens of a linear layer in parts of at most `most`, as even as can be: launch(first, count).

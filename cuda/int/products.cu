@@ -156,18 +156,9 @@ Status experts_few(const IntExperts& e, const Device& device, cudaStream_t strea
     uint32_t first_bits = 0, second_bits = 0;
     QMOE_TRY(tiles_of(e.first, first, first_bits));
     QMOE_TRY(tiles_of(e.second, second, second_bits));
-    call.tokens = static_cast<uint32_t>(e.tokens);
-    call.choices = {e.ids, call.tokens, static_cast<uint32_t>(e.first.experts), Divisor(e.top_k)};
-    call.weights = e.weights;
-    call.weights_type = e.weights_type;
-    call.gate = e.gate;
-    call.y = e.y;
-    first.is_first = true;
-    first.x = e.x;
-    first.bias = e.first_bias;
+    take_call(call, e);
     first.y = e.workspace;
     second.x = e.workspace;
-    second.bias = e.second_bias;
     second.y = static_cast<uint8_t*>(e.workspace) + room.second_at;
     // A ring has slots of one size, and kernels are for one number of bits and groups.
     if (first_bits == second_bits && first.block_bytes == second.block_bytes && first.groups == second.groups) {
@@ -193,19 +184,10 @@ Status experts_many(const IntExperts& e, const Device& device, cudaStream_t stre
     QMOE_TRY(check_workspace(room.bytes, e.workspace_bytes));
     uint8_t* const workspace = static_cast<uint8_t*>(e.workspace);
     call.experts = true;
-    call.tokens = static_cast<uint32_t>(e.tokens);
-    call.choices = {e.ids, call.tokens, static_cast<uint32_t>(e.first.experts), Divisor(e.top_k)};
+    take_call(call, e);
     call.most_products = room.products;
     call.last_expert = call.choices.experts;
     call.schedule = GemmSchedule(workspace, room.products);
-    call.weights = e.weights;
-    call.weights_type = e.weights_type;
-    call.gate = e.gate;
-    call.y = e.y;
-    first.is_first = true;
-    first.x = e.x;
-    first.bias = e.first_bias;
-    second.bias = e.second_bias;
     first.y = workspace + room.first_at;
     second.x = first.y;
     second.y = workspace + room.second_at;
