@@ -21,12 +21,27 @@ struct Barrier {
     __device__ __forceinline__ void arrive() {
         asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
     }
+    // As so many threads, of a phase that is over only when copies have brought so many bytes, too.
+    __device__ __forceinline__ void arrive_expecting(uint32_t threads, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("mbarrier.expect_tx.relaxed.cta.shared.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
+                     : "memory");
+        asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(threads) : "memory");
+#else
+        __trap();
+#endif
+    }
+    // Waits for it, but not for long.
     __device__ __forceinline__ bool is_over(uint32_t parity) const {
         uint32_t over;
         asm volatile(
             "{\n"
             ".reg .pred over;\n"
+#if __CUDA_ARCH__ >= 900
+            "mbarrier.try_wait.parity.shared.b64 over, [%1], %2;\n"
+#else
             "mbarrier.test_wait.parity.shared.b64 over, [%1], %2;\n"
+#endif
             "selp.u32 %0, 1, 0, over;\n"
             "}\n"
             : "=r"(over)
@@ -39,10 +54,9 @@ struct Barrier {
     }
 };
 
-// The same number, of which the compiler does not know where it comes from: it stays in a register.
+// The same number, of which the compiler does not know where it comes from: it stays in a register. Whole warps call.
 __device__ __forceinline__ uint32_t kept(uint32_t number) {
-    asm volatile("" : "+r"(number));
-    return number;
+    return __shfl_sync(~0u, number, static_cast<int>(threadIdx.x % 32));
 }
 
 // Barrier `id`, 1 to 15, of `count` threads, whole warps.
@@ -94,18 +108,20 @@ __device__ __forceinline__ void copy_pieces(Barrier& full, uint8_t* to, const ui
 #endif
 }
 
-// Begins to bring 16 bytes from global to shared memory; zeros where they are not `there`.
-__device__ __forceinline__ void copy_16(uint8_t* to, const void* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(there ? 16 : 0)
-                 : "memory");
+// If `wanted`, begins to bring 16 bytes from global to shared memory; zeros where they are not `there`, wherever `from` is.
+__device__ __forceinline__ void copy_16_if(bool wanted, uint8_t* to, const void* from, bool there) {
+    asm volatile(
+        "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %3, 0;\n"
+        "@wanted cp.async.cg.shared.global [%0], [%1], 16, %2;\n}\n" ::"r"(shared_address(to)),
+        "l"(from), "r"(there ? 16 : 0), "r"(wanted ? 1 : 0)
+        : "memory");
 }
-// This thread arrives when all that it has asked for by copy_16() has come.
+// This thread arrives when all that it has asked for by copy_16_if() has come.
 __device__ __forceinline__ void arrive_with_copies(Barrier& barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
-// What this thread has written to shared memory, or has seen at a barrier that others had, also by copy_16(), is there for
+// What this thread has written to shared memory, or has seen at a barrier that others had, also by copy_16_if(), is there for
 // products of warpgroups that begin behind this, and so is what it has done to barriers for copy_pieces().
 __device__ __forceinline__ void publish_to_async() {
 #if __CUDA_ARCH__ >= 900

@@ -8,7 +8,8 @@
 //
 // Blocks of threads share all blocks of columns of all units evenly, wherever a unit begins, unless whole units leave as
 // few idle. Of a unit that is cut, the block of threads that has its beginning adds up what the others leave in memory, in
-// their order. Results depend on nothing but the shape, the tokens and the number of multiprocessors.
+// their order; those come earlier in the grid, so that what is waited for runs or has run. Results depend on nothing but the
+// shape, the tokens and the number of multiprocessors.
 //
 // A layer of experts is two launches: a schedule, and both projections and the sums over a token's choices, with barriers
 // of all blocks of threads between these.
@@ -21,6 +22,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <utility>
 
 #include "barriers.cuh"
 #include "experts/combine.cuh"
@@ -29,6 +31,7 @@
 #include "gemm/schedule.cuh"
 #include "int/mma.cuh"
 #include "launch.cuh"
+#include "tensor_map.cuh"
 #include "warpgroup.cuh"
 
 namespace qmoe::cuda {
@@ -38,17 +41,20 @@ struct GemmProjection : TiledMatrix {
     void* y;
     uint32_t panels;
     bool is_first;  // of experts: x has a row per token, and a gate follows; else one per row of the schedule's order
+    bool has_boxes;  // x is brought in boxes of x_boxes
+    TensorMap x_boxes;
 };
 
 struct Gemm {
     GemmProjection projections[2];
     uint32_t begin, end;          // of them
     bool experts, codes_are_new;  // codes_are_new: made by the kernel before this one
+    bool has_boxes;               // activations can be brought in boxes
     uint32_t tokens;              // of x
     uint32_t most;                // tokens that a product can have
     uint32_t codes_bytes, codes_stages, x_stages;
-    float* partials;  // by block of threads
-    uint64_t* flags;  // by block of threads and warpgroup: `nonce` where partial sums are there
+    float* partials;  // by team
+    uint64_t* flags;  // by team and warpgroup: `nonce` where partial sums are there
     uint64_t nonce;
     void* y;
     // Of experts alone.
@@ -103,7 +109,7 @@ struct GemmWork {
     uint32_t products, panels, blocks, units;
     bool by_panel;   // products of a panel are neighbours, not panels of a product
     bool whole;      // units are not cut
-    uint32_t teams;  // blocks of threads that have work
+    uint32_t teams;  // blocks of threads that have work, the last ones
 
     __device__ __forceinline__ GemmWork(const GemmProjection& p, uint32_t products, bool by_panel, uint32_t most)
         : products(products), panels(p.panels), blocks(p.blocks.by), units(products * p.panels), by_panel(by_panel) {
@@ -127,11 +133,16 @@ struct GemmWork {
     }
 };
 
+// Which of the teams a block of threads is.
+__device__ __forceinline__ uint32_t own_team() {
+    return gridDim.x - 1 - blockIdx.x;
+}
+
 // The pieces that this block of threads has of that, one after the other.
 class GemmPieces {
   public:
     __device__ __forceinline__ explicit GemmPieces(const GemmWork& work)
-        : work_(work), at_(work.before(blockIdx.x)), end_(work.before(blockIdx.x + 1)) {}
+        : work_(work), at_(work.before(own_team())), end_(work.before(own_team() + 1)) {}
     __device__ __forceinline__ bool next(GemmPiece& piece) {
         if (at_ == end_) return false;
         const uint32_t unit = at_ / work_.blocks;
@@ -240,6 +251,44 @@ class GemmActivations {
     __device__ __forceinline__ GemmActivations(const Gemm& call, const GemmRing& ring) : call_(call), ring_(ring) {}
 
     __device__ __forceinline__ void bring(const GemmProjection& p, const GemmWork& work, const GemmProducts& products) {
+        if (p.has_boxes)
+            bring_boxes(p, work, products);
+        else
+            bring_rows(p, work, products);
+    }
+
+  private:
+    static constexpr uint32_t kPieceColumns = 8, kRowLanes = GemmTile::kStageColumns / kPieceColumns;
+    static constexpr uint32_t kRowsAtOnce = GemmTile::kXWarps * kLanes / kRowLanes;
+    static constexpr uint32_t kMostRows = (GemmTile::kMostTokens + kRowsAtOnce - 1) / kRowsAtOnce;
+
+    // The copy engine does it, asked by one of the warps.
+    __device__ __forceinline__ void bring_boxes(const GemmProjection& p, const GemmWork& work,
+                                                const GemmProducts& products) {
+        const uint32_t lane = threadIdx.x % kLanes, box_rows = p.x_boxes.box_rows;
+        const bool is_first = threadIdx.x < 2 * kLanes;
+        GemmPiece piece;
+        for (GemmPieces pieces(work); pieces.next(piece);) {
+            const GemmProduct product = products.at(piece.product);
+            const uint32_t boxes = (product.rows + box_rows - 1) / box_rows;
+            uint32_t col = piece.begin * kTileColumns;
+            for (uint32_t left = 2 * (piece.end - piece.begin); left > 0; --left, col += GemmTile::kStageColumns) {
+                if (is_first) {
+                    ring_.wait_empty();
+                    Barrier& full = ring_.full[ring_.index];
+                    if (lane == 0) full.arrive_expecting(GemmTile::kXWarps * kLanes, boxes * box_rows * 128);
+                    __syncwarp();
+                    if (lane < boxes)
+                        copy_box(full, ring_.stage() + lane * box_rows * 128, p.x_boxes, col,
+                                 product.row + lane * box_rows);
+                }
+                ring_.advance();
+            }
+        }
+    }
+
+    __device__ __forceinline__ void bring_rows(const GemmProjection& p, const GemmWork& work,
+                                               const GemmProducts& products) {
         const bool aligned = p.cols % kPieceColumns == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
         const uint32_t row = (threadIdx.x - kLanes) / kRowLanes, piece_of_row = threadIdx.x % kRowLanes;
         const bool by_choice = call_.experts && p.is_first;
@@ -249,43 +298,46 @@ class GemmActivations {
         for (GemmPieces pieces(work); pieces.next(piece);) {
             const GemmProduct product = products.at(piece.product);
             const T* const x = static_cast<const T*>(p.x) + (by_choice ? 0 : uint64_t{product.row} * p.cols);
-            uint32_t offsets[kMostRows];
+            uint32_t offsets[kMostRows];  // of rows
 #pragma unroll
             for (uint32_t i = 0; i < kMostRows; ++i) {
-                const uint32_t own = row + i * kRowsAtOnce;
-                offsets[i] = own >= product.rows ? ~0u
-                             : by_choice ? call_.choices.top_k.divide(call_.schedule.choice(product.row + own)) * p.cols
-                                         : own * p.cols;
+                const uint32_t own = min(row + i * kRowsAtOnce, product.rows - 1);
+                offsets[i] =
+                    (by_choice ? call_.choices.top_k.divide(call_.schedule.choice(product.row + own)) : own) * p.cols;
             }
-            for (uint32_t chunk = 2 * piece.begin; chunk < 2 * piece.end; ++chunk) {
-                const uint32_t col = chunk * GemmTile::kStageColumns + piece_of_row * kPieceColumns;
-                const bool there = col < p.cols;
-                const T* const from = x + (there ? col : 0);
+            const uint32_t count = row < product.rows ? (product.rows - row + kRowsAtOnce - 1) / kRowsAtOnce : 0;
+            uint32_t col = piece.begin * kTileColumns + piece_of_row * kPieceColumns;
+            for (uint32_t left = 2 * (piece.end - piece.begin); left > 0; --left, col += GemmTile::kStageColumns) {
                 ring_.wait_empty();
-                uint8_t* const stage = ring_.stage();
-#pragma unroll
-                for (uint32_t i = 0; i < kMostRows; ++i) {
-                    if (offsets[i] == ~0u) continue;
-                    uint8_t* const to = stage + (i % 2 == 0 ? even : odd) + i * (kRowsAtOnce * 128);
-                    if (aligned)
-                        copy_16(to, from + offsets[i], there);
-                    else
-                        *reinterpret_cast<uint4*>(to) = by_number(x + offsets[i], col, p.cols);
+                Barrier& full = ring_.full[ring_.index];
+                if (aligned) {
+                    copy_rows(x + col, offsets, count, col < p.cols, ring_.stage() + even, ring_.stage() + odd);
+                    arrive_with_copies(full);
+                } else {
+                    write_rows(x, offsets, count, col, p.cols, ring_.stage() + even, ring_.stage() + odd);
+                    full.arrive();
                 }
-                if (aligned)
-                    arrive_with_copies(ring_.full[ring_.index]);
-                else
-                    ring_.full[ring_.index].arrive();
                 ring_.advance();
             }
         }
     }
 
-  private:
-    static constexpr uint32_t kPieceColumns = 8, kRowLanes = GemmTile::kStageColumns / kPieceColumns;
-    static constexpr uint32_t kRowsAtOnce = GemmTile::kXWarps * kLanes / kRowLanes;
-    static constexpr uint32_t kMostRows = (GemmTile::kMostTokens + kRowsAtOnce - 1) / kRowsAtOnce;
-
+    // Few instructions, and no branch: these warps are in the way of the tensor cores else.
+    static __device__ __forceinline__ void copy_rows(const T* from, const uint32_t (&offsets)[kMostRows],
+                                                     uint32_t count, bool there, uint8_t* even, uint8_t* odd) {
+#pragma unroll
+        for (uint32_t i = 0; i < kMostRows; ++i)
+            copy_16_if(i < count, (i % 2 == 0 ? even : odd) + i * (kRowsAtOnce * 128), from + offsets[i], there);
+    }
+    // Where rows begin anywhere.
+    static __device__ __forceinline__ void write_rows(const T* x, const uint32_t (&offsets)[kMostRows], uint32_t count,
+                                                      uint32_t col, uint32_t cols, uint8_t* even, uint8_t* odd) {
+#pragma unroll
+        for (uint32_t i = 0; i < kMostRows; ++i)
+            if (i < count)
+                *reinterpret_cast<uint4*>((i % 2 == 0 ? even : odd) + i * (kRowsAtOnce * 128)) =
+                    by_number(x + offsets[i], col, cols);
+    }
     static __device__ __forceinline__ uint4 by_number(const T* row, uint32_t col, uint32_t cols) {
         uint32_t words[4] = {};
 #pragma unroll
@@ -345,6 +397,7 @@ class GemmMultiplier {
             to_row.x = call_.schedule.choice(product.row + thread_);
             to_row.y = __float_as_uint(load_weight(call_.weights, to_row.x, call_.weights_type));
         }
+        has_boxes_ = p.has_boxes;
         const typename Codes::Shape shape(p);
         Codes codes[kBlocks];
         uint32_t codes_at[kBlocks];  // in a stage
@@ -357,24 +410,39 @@ class GemmMultiplier {
         }
         float sums[kBlocks][kN / 8][4] = {};
         Barrier* to_release = nullptr;  // of the stage before
+        codes_.wait_full();
+        load_codes<true, true>(shape, codes, codes_at);
 #pragma unroll 1
         for (uint32_t block = piece.begin; block < piece.end; ++block) {
-            codes_.wait_full();
-#pragma unroll
-            for (uint32_t m = 0; m < kBlocks; ++m) codes[m].load(shape, codes_.stage() + codes_at[m], lane_);
-            __syncwarp();
-            if (lane_ == 0) codes_.empty[codes_.index].arrive();
-            codes_.advance();
+            const bool more = block + 1 < piece.end;
             uint32_t operands[2][kBlocks][4];
             const uint8_t* stage = nullptr;
-            multiply_16<kN, 0>(shape, codes, operands, stage, to_release, sums);
-            multiply_16<kN, 1>(shape, codes, operands, stage, to_release, sums);
-            multiply_16<kN, 2>(shape, codes, operands, stage, to_release, sums);
-            multiply_16<kN, 3>(shape, codes, operands, stage, to_release, sums);
-            multiply_16<kN, 4>(shape, codes, operands, stage, to_release, sums);
-            multiply_16<kN, 5>(shape, codes, operands, stage, to_release, sums);
-            multiply_16<kN, 6>(shape, codes, operands, stage, to_release, sums);
-            multiply_16<kN, 7>(shape, codes, operands, stage, to_release, sums);
+            const auto multiply = [&]<int kQ>() {
+                multiply_16<kN, kQ>(shape, codes, operands, stage, sums);
+                // Codes of the next block take the place of those that are operands by now.
+                if (kQ == 3 && Codes::kHasHalves && more) {
+                    codes_.wait_full();
+                    load_codes<true, false>(shape, codes, codes_at);
+                }
+                if (kQ == 7 && more) {
+                    if (!Codes::kHasHalves) codes_.wait_full();
+                    load_codes<!Codes::kHasHalves, true>(shape, codes, codes_at);
+                }
+                wait_for_products<1>();
+                if (kQ % 4 == 0) {
+                    if (lane_ == 0 && to_release != nullptr) to_release->arrive();
+                    to_release = x_.empty + x_.index;
+                    x_.advance();
+                }
+            };
+            multiply.template operator()<0>();
+            multiply.template operator()<1>();
+            multiply.template operator()<2>();
+            multiply.template operator()<3>();
+            multiply.template operator()<4>();
+            multiply.template operator()<5>();
+            multiply.template operator()<6>();
+            multiply.template operator()<7>();
         }
         wait_for_products<0>();
         __syncwarp();
@@ -385,17 +453,31 @@ class GemmMultiplier {
         write<kN>(p, piece, product, codes, sums);
     }
 
-    // Begins the products of columns 16 kQ .. 16 kQ + 15 of a block; those before them are done then, and the stage that
-    // they were the last of is given back.
+    // Of the codes' present stage one half, or both; that is given back, then, behind the second one.
+    template <bool kFirst, bool kSecond>
+    __device__ __forceinline__ void load_codes(const typename Codes::Shape& shape, Codes (&codes)[kBlocks],
+                                               const uint32_t (&codes_at)[kBlocks]) {
+#pragma unroll
+        for (uint32_t m = 0; m < kBlocks; ++m) {
+            if constexpr (kFirst) codes[m].template load<0>(shape, codes_.stage() + codes_at[m], lane_);
+            if constexpr (kSecond) codes[m].template load<1>(shape, codes_.stage() + codes_at[m], lane_);
+        }
+        if constexpr (!kSecond) return;
+        __syncwarp();
+        if (lane_ == 0) codes_.empty[codes_.index].arrive();
+        codes_.advance();
+    }
+
+    // Begins the products of columns 16 kQ .. 16 kQ + 15 of a block.
     template <int kN, int kQ>
     __device__ __forceinline__ void multiply_16(const typename Codes::Shape& shape, Codes (&codes)[kBlocks],
                                                 uint32_t (&operands)[2][kBlocks][4], const uint8_t*& stage,
-                                                Barrier*& to_release, float (&sums)[kBlocks][kN / 8][4]) {
+                                                float (&sums)[kBlocks][kN / 8][4]) {
 #pragma unroll
         for (uint32_t m = 0; m < kBlocks; ++m) codes[m].template operand<kQ>(shape, operands[kQ % 2][m]);
         if constexpr (kQ % 4 == 0) {
             x_.wait_full();
-            publish_to_async();  // what other threads have copied
+            if (!has_boxes_) publish_to_async();  // what other threads have copied
             stage = x_.stage();
         }
         if constexpr (kHasWarpgroups) {
@@ -404,7 +486,6 @@ class GemmMultiplier {
 #pragma unroll
             for (uint32_t m = 0; m < kBlocks; ++m) multiply<T, kN>(sums[m], operands[kQ % 2][m], x);
             commit_products();
-            wait_for_products<1>();
         } else {
 #pragma unroll
             for (uint32_t n = 0; n < kN / 16; ++n) {
@@ -418,22 +499,17 @@ class GemmMultiplier {
             }
             __syncwarp();
         }
-        if constexpr (kQ % 4 == 0) {
-            if (lane_ == 0 && to_release != nullptr) to_release->arrive();
-            to_release = x_.empty + x_.index;
-            x_.advance();
-        }
     }
 
     // Partial sums of a block of threads and a group, in the order of its registers.
     template <int kN>
-    __device__ __forceinline__ float4* partials_of(uint32_t block) const {
+    __device__ __forceinline__ float4* partials_of(uint32_t team) const {
         const uint64_t each = uint64_t{call_.most} * GemmTile::kRows / 4;
-        return reinterpret_cast<float4*>(call_.partials) + block * each + group_ * (each / 2) + thread_;
+        return reinterpret_cast<float4*>(call_.partials) + team * each + group_ * (each / 2) + thread_;
     }
     template <int kN>
     __device__ __forceinline__ void leave_partial(const float (&sums)[kBlocks][kN / 8][4]) const {
-        float4* const to = partials_of<kN>(blockIdx.x);
+        float4* const to = partials_of<kN>(own_team());
 #pragma unroll
         for (uint32_t m = 0; m < kBlocks; ++m)
 #pragma unroll
@@ -441,22 +517,22 @@ class GemmMultiplier {
                 __stcg(to + (m * (kN / 8) + n) * GemmTile::kGroupThreads,
                        float4{sums[m][n][0], sums[m][n][1], sums[m][n][2], sums[m][n][3]});
         sync_threads<GemmTile::kGroupThreads>(1 + group_);
-        if (thread_ == 0) raise_flag(call_.flags + blockIdx.x * GemmTile::kGroups + group_, call_.nonce);
+        if (thread_ == 0) raise_flag(call_.flags + own_team() * GemmTile::kGroups + group_, call_.nonce);
     }
     template <int kN>
     __device__ __forceinline__ void add_partials(const GemmWork& work, const GemmPiece& piece,
                                                  float (&sums)[kBlocks][kN / 8][4]) const {
-        const uint32_t unit = work.before(blockIdx.x + 1) - piece.end;  // blocks of columns before this unit
-        uint32_t last = blockIdx.x + 1;  // the block of threads behind those that have parts
+        const uint32_t first = own_team() + 1, unit = work.before(first) - piece.end;  // blocks of columns before this unit
+        uint32_t last = first;  // the team behind those that have parts
         while (work.before(last) < unit + work.blocks) ++last;
-        for (uint32_t other = blockIdx.x + 1 + thread_; other < last; other += GemmTile::kGroupThreads) {
+        for (uint32_t other = first + thread_; other < last; other += GemmTile::kGroupThreads) {
             uint64_t* const flag = call_.flags + other * GemmTile::kGroups + group_;
             wait_for_flag(flag, call_.nonce);
             *flag = 0;  // a graph's next launch has the same nonce
         }
         sync_threads<GemmTile::kGroupThreads>(1 + group_);
 #pragma unroll 1
-        for (uint32_t other = blockIdx.x + 1; other < last; ++other) {
+        for (uint32_t other = first; other < last; ++other) {
             const float4* const from = partials_of<kN>(other);
 #pragma unroll
             for (uint32_t m = 0; m < kBlocks; ++m)
@@ -474,23 +550,37 @@ class GemmMultiplier {
     __device__ __forceinline__ void write(const GemmProjection& p, const GemmPiece& piece, const GemmProduct& product,
                                           const Codes (&codes)[kBlocks],
                                           const float (&sums)[kBlocks][kN / 8][4]) const {
-        const uint32_t g = lane_ / 4, t = lane_ % 4;
-#pragma unroll
+#pragma unroll 1
         for (uint32_t done = 0; done < kN; done += GemmTile::kAtOnce) {
             if (done >= product.rows) break;
             sync_threads<GemmTile::kGroupThreads>(1 + group_);
-#pragma unroll
-            for (uint32_t m = 0; m < kBlocks; ++m)
-#pragma unroll
-                for (uint32_t n = 0; n < GemmTile::kAtOnce / 8; ++n)
-#pragma unroll
-                    for (uint32_t i = 0; i < 4; ++i)
-                        leaving_[(8 * n + 2 * t + i % 2) * GemmTile::kPitch + (m * 4 + thread_ / kLanes) * kTileRows +
-                                 g + i / 2 * 8] = sums[m][done / 8 + n][i] * codes[m].scale(i / 2);
+            // Registers have no index: code for each, but for this alone, as the caches of instructions are small.
+            static_assert(kN <= 8 * GemmTile::kAtOnce);
+            const auto put = [&]<uint32_t kDone>() {
+                if (kDone < kN && done == kDone) put_sums<kDone < kN ? kDone : 0, kN>(codes, sums);
+            };
+            [&]<size_t... kI>(std::index_sequence<kI...>) {
+                (put.template operator()<kI * GemmTile::kAtOnce>(), ...);
+            }(std::make_index_sequence<8>());
             sync_threads<GemmTile::kGroupThreads>(1 + group_);
             finish_tokens(p, piece, product, done);
         }
         if (call_.experts && !p.is_first) sync_threads<GemmTile::kGroupThreads>(1 + group_);  // to_rows_ is read
+    }
+
+    // The sums of tokens kDone and the next ones to shared memory.
+    template <uint32_t kDone, int kN>
+    __device__ __forceinline__ void put_sums(const Codes (&codes)[kBlocks],
+                                             const float (&sums)[kBlocks][kN / 8][4]) const {
+        const uint32_t g = lane_ / 4, t = lane_ % 4;
+#pragma unroll
+        for (uint32_t m = 0; m < kBlocks; ++m)
+#pragma unroll
+            for (uint32_t n = 0; n < GemmTile::kAtOnce / 8; ++n)
+#pragma unroll
+                for (uint32_t i = 0; i < 4; ++i)
+                    leaving_[(8 * n + 2 * t + i % 2) * GemmTile::kPitch + (m * 4 + thread_ / kLanes) * kTileRows + g +
+                             i / 2 * 8] = sums[m][kDone / 8 + n][i] * codes[m].scale(i / 2);
     }
 
     static __device__ __forceinline__ void load_eight(const float* from, float (&values)[8]) {
@@ -578,6 +668,7 @@ class GemmMultiplier {
     const uint32_t thread_, lane_, group_;
     float* const leaving_;
     uint2* const to_rows_;
+    bool has_boxes_ = false;
 };
 
 // What all threads do behind a projection of experts.
@@ -648,12 +739,14 @@ static __global__ __launch_bounds__(kHasWarpgroups ? kWithWarpgroups : kWithoutW
 // A launch that is being prepared: tiles of tokens, and what the workspace holds.
 struct GemmPlan {
     uint32_t most = 0;
+    bool has_boxes = false;
 
     // For products that have `tokens` at most.
     Status make(uint64_t tokens) noexcept {
         uint32_t threads = 0;
         QMOE_TRY(most_threads(which_code, threads));
         most = threads == kWithWarpgroups ? 128 : 64;
+        has_boxes = TensorMap::are_there(threads == kWithWarpgroups);
         while (most > 16 && tokens <= most / 2) most /= 2;
         return {};
     }
@@ -666,6 +759,7 @@ struct GemmPlan {
     // `room`: sums_bytes() of the workspace, 16-byte aligned.
     void put(Gemm& call, void* room, const Device& device) const noexcept {
         call.most = most;
+        call.has_boxes = has_boxes;
         call.flags = static_cast<uint64_t*>(room);
         call.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(room) + flags_bytes(device));
         static std::atomic<uint64_t> launches{
@@ -695,12 +789,17 @@ Status launch_gemm_as(Gemm call, const Device& device, cudaStream_t stream) noex
     for (uint32_t i = call.begin; i < call.end; ++i) {
         GemmProjection& p = call.projections[i];
         p.panels = ceil_div(p.count.by, GemmTile::kTiles);
+        // Rows of the first projection of experts are anywhere.
+        p.has_boxes = call.has_boxes && !(call.experts && p.is_first) && TensorMap::fits(p.x, p.cols);
+        if (!p.has_boxes) continue;
+        const uint32_t rows = call.experts ? call.tokens * call.choices.top_k.by : call.tokens;
+        QMOE_TRY(p.x_boxes.make(p.x, rows, p.cols, call.experts ? 16 : call.most));
     }
     QMOE_TRY(divide(call, device));
     const auto kernel = gemm<T, Codes>;
     QMOE_TRY(runtime_status(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared))));
-    return launch(kernel, device.multiprocessors, GemmTile::kThreads, GemmRoom(call).bytes, true, device, stream, call);
+    return launch(kernel, device.multiprocessors, GemmTile::kThreads, GemmRoom(call).bytes, call.experts, device, stream, call);
 }
 
 }  // namespace qmoe::cuda

@@ -41,6 +41,18 @@ __device__ __forceinline__ void load_words(const uint8_t* block, uint32_t lane, 
     if constexpr (kBits == 3)
         *reinterpret_cast<uint2*>(words + 4) = *reinterpret_cast<const uint2*>(block + lane * 8 + 16 * kLanes);
 }
+// Those of the products of 64 columns, kHalf of the block's two. Not of 3 bits.
+template <int kBits, int kHalf>
+__device__ __forceinline__ void load_half_words(const uint8_t* block, uint32_t lane, uint32_t (&words)[2 * kBits]) {
+    constexpr uint32_t kFirst = kHalf * kBits;
+    if constexpr (kBits == 2) {
+        *reinterpret_cast<uint2*>(words + kFirst) = *reinterpret_cast<const uint2*>(block + lane * 16 + kFirst * 4);
+    } else {
+#pragma unroll
+        for (uint32_t i = kFirst; i < kFirst + kBits; i += 4)
+            *reinterpret_cast<uint4*>(words + i) = *reinterpret_cast<const uint4*>(block + lane * 16 + i * 4 * kLanes);
+    }
+}
 
 // `kMask` is of a half of a word.
 template <int kBy, uint32_t kMask>

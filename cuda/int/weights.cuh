@@ -128,14 +128,20 @@ class IntWeights {
         grids_[0].set_zero(zero.x), grids_[1].set_zero(zero.y);
         grids_[0].set_scale(1.0f), grids_[1].set_scale(1.0f);
     }
-    // `block`: in shared memory.
+    // Half kHalf of a block, which is in shared memory. With kHasHalves it leaves the other half's operands as they were.
+    static constexpr bool kHasHalves = kBits != 3;
+    template <int kHalf>
     __device__ __forceinline__ void load(const Shape& shape, const uint8_t* block, uint32_t lane) {
-        load_words<kBits>(block, lane, words_);
-        if (shape.row_groups) return;
+        if constexpr (kHasHalves)
+            load_half_words<kBits, kHalf>(block, lane, words_);
+        else if constexpr (kHalf == 0)
+            load_words<kBits>(block, lane, words_);
+        if (shape.row_groups || kHalf >= kGroups) return;
+        constexpr uint32_t kOwn = kGroups == 1 ? 1 : kGroups / 2;
         const auto* const scales =
             reinterpret_cast<const uint32_t*>(block + 2 * kBits * 4 * kLanes) + lane / 4 * shape.groups;
 #pragma unroll
-        for (uint32_t i = 0; i < kGroups; ++i) {
+        for (uint32_t i = kHalf * kOwn; i < (kHalf + 1) * kOwn; ++i) {
             const uint32_t group = kWhole || shape.groups == kGroups ? i : i / 2;
             scales_[i] = scales[group];
             if (shape.has_zeros) zeros_[i] = scales[group + shape.groups * (kTileRows / 2)];

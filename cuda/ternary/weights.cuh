@@ -59,14 +59,14 @@ class TernaryWeights {
 #pragma unroll
         for (uint32_t r = 0; r < 2; ++r) levels_[r] = TernaryLevels::of<T>(levels[8 * r]);
     }
+    static constexpr bool kHasHalves = true;
+    template <int kHalf>
     __device__ __forceinline__ void load(const Shape&, const uint8_t* block, uint32_t lane) {
         shift_ = lane % 4 * 4;
 #pragma unroll
         for (uint32_t r = 0; r < 2; ++r)
-#pragma unroll
-            for (uint32_t half = 0; half < 2; ++half)
-                *reinterpret_cast<uint4*>(words_[r] + 4 * half) =
-                    *reinterpret_cast<const uint4*>(block + half * TernaryTiles::kHalfBytes + (lane / 4 + 8 * r) * 16);
+            *reinterpret_cast<uint4*>(words_[r] + 4 * kHalf) =
+                *reinterpret_cast<const uint4*>(block + kHalf * TernaryTiles::kHalfBytes + (lane / 4 + 8 * r) * 16);
     }
     template <int kQ>
     __device__ __forceinline__ void operand(const Shape&, uint32_t (&a)[4]) const {

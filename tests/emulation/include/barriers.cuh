@@ -6,14 +6,22 @@
 namespace qmoe::cuda {
 
 struct Barrier {
-    uint16_t arrivals, arrived;
-    uint32_t phase;
+    uint8_t arrivals, arrived, parity_of_phase;
+    int32_t expected;  // bytes
 
-    void init(uint32_t count) { arrivals = static_cast<uint16_t>(count), arrived = 0, phase = 0; }
-    void arrive() {
-        if (++arrived == arrivals) arrived = 0, ++phase;
+    void init(uint32_t count) { arrivals = static_cast<uint8_t>(count), arrived = 0, parity_of_phase = 0, expected = 0; }
+    void arrive() { arrive_expecting(1, 0); }
+    void arrive_expecting(uint32_t count, uint32_t bytes) {
+        expected += static_cast<int32_t>(bytes);
+        arrived = static_cast<uint8_t>(arrived + count);
+        complete(0);
     }
-    bool is_over(uint32_t parity) const { return phase % 2 != parity; }
+    // Bytes have come.
+    void complete(uint32_t bytes) {
+        expected -= static_cast<int32_t>(bytes);
+        if (arrived == arrivals && expected == 0) arrived = 0, parity_of_phase ^= 1;
+    }
+    bool is_over(uint32_t parity) const { return parity_of_phase != parity; }
     void wait(uint32_t parity) const {
         while (!is_over(parity)) emulation::Grid::current().yield();
     }
@@ -45,7 +53,8 @@ inline void copy_pieces(Barrier& full, uint8_t* to, const uint8_t* from, uint64_
     full.arrive();
 }
 
-inline void copy_16(uint8_t* to, const void* from, bool there) {
+inline void copy_16_if(bool wanted, uint8_t* to, const void* from, bool there) {
+    if (!wanted) return;
     if (there)
         std::memcpy(to, from, 16);
     else
