@@ -21,6 +21,18 @@ struct Barrier {
     __device__ __forceinline__ void arrive() {
         asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
     }
+    // At the barrier that is where this one is, of block of threads `rank` of the cluster.
+    __device__ __forceinline__ void arrive_at(uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+        asm volatile(
+            "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+            "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_address(this)),
+            "r"(rank)
+            : "memory");
+#else
+        __trap();
+#endif
+    }
     // As so many threads, of a phase that is over only when copies have brought so many bytes, too.
     __device__ __forceinline__ void arrive_expecting(uint32_t threads, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
@@ -63,6 +75,15 @@ __device__ __forceinline__ uint32_t kept(uint32_t number) {
 template <int count>
 __device__ __forceinline__ void sync_threads(uint32_t id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(count) : "memory");
+}
+
+// All threads of a cluster.
+__device__ __forceinline__ void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __trap();
+#endif
 }
 
 // Leaves `value` in global memory behind what this thread has written, or has seen at a barrier that others had.
@@ -121,8 +142,15 @@ __device__ __forceinline__ void arrive_with_copies(Barrier& barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
+// Barriers that this thread has made are there for copies, and for other blocks of threads of the cluster behind
+// sync_cluster().
+__device__ __forceinline__ void publish_barriers() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 // What this thread has written to shared memory, or has seen at a barrier that others had, also by copy_16_if(), is there for
-// products of warpgroups that begin behind this, and so is what it has done to barriers for copy_pieces().
+// products of warpgroups that begin behind this.
 __device__ __forceinline__ void publish_to_async() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -48,10 +48,12 @@ Status most_threads(void (*kernel)(Arguments...), uint32_t& threads) noexcept {
 
 // Launches `kernel` so that it may begin before the one before it in the stream has ended, where the device can. together:
 // all of its blocks of threads are there at the same time.
+// `cluster` blocks of threads that are neighbours are a cluster.
 template <typename... Arguments>
-Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, bool together,
-              const Device& device, cudaStream_t stream, std::type_identity_t<Arguments>... arguments) noexcept {
-    cudaLaunchAttribute attributes[2]{};
+Status launch_clusters(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, uint32_t cluster,
+                       bool together, const Device& device, cudaStream_t stream,
+                       std::type_identity_t<Arguments>... arguments) noexcept {
+    cudaLaunchAttribute attributes[3]{};
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = threads;
@@ -66,7 +68,18 @@ Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_
         attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
+    if (cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs].val.clusterDim.x = cluster;
+        attributes[config.numAttrs].val.clusterDim.y = 1;
+        attributes[config.numAttrs++].val.clusterDim.z = 1;
+    }
     return runtime_status(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+template <typename... Arguments>
+Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, bool together,
+              const Device& device, cudaStream_t stream, std::type_identity_t<Arguments>... arguments) noexcept {
+    return launch_clusters(kernel, grid, threads, shared, 1, together, device, stream, arguments...);
 }
 
 // Launches `kernel` behind all that is before it in the stream.

@@ -49,14 +49,24 @@ struct TensorMap {
 };
 
 // Begins to bring the box whose first number is at (row, col), to `to`, at a multiple of 1024 bytes or box_rows * 128 behind
-// one. `full` is told of its box_rows * 128 bytes. `map` is a kernel's parameter.
+// one. `full` is told of its box_rows * 128 bytes. In a cluster of kCluster blocks of threads the box comes to where `to` is
+// in each of them, and each one's barrier where `full` is is told. `map` is a kernel's parameter.
+template <uint32_t kCluster>
 __device__ __forceinline__ void copy_box(Barrier& full, uint8_t* to, const TensorMap& map, uint32_t col, uint32_t row) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            shared_address(to)),
-        "l"(&map.map), "r"(col), "r"(row), "r"(shared_address(&full))
-        : "memory");
+    if constexpr (kCluster == 1)
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+            "[%4];" ::"r"(shared_address(to)),
+            "l"(&map.map), "r"(col), "r"(row), "r"(shared_address(&full))
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+            "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+            "l"(&map.map), "r"(col), "r"(row), "r"(shared_address(&full)),
+            "h"(static_cast<uint16_t>((1u << kCluster) - 1))
+            : "memory");
 #else
     __trap();
 #endif

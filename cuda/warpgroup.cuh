@@ -14,6 +14,8 @@ inline constexpr bool kHasWarpgroups = true;
 #else
 inline constexpr bool kHasWarpgroups = false;
 #endif
+// Kernels for clusters are compiled where there are warpgroups, too.
+inline constexpr bool kHasClusters = kHasWarpgroups;
 
 // Describes an operand (n, 64) of 16-bit numbers, rows of 128 bytes, of which those of 16 bytes at i lie at i ^ row % 8;
 // `bytes` are at a multiple of 1024, or 32 further for every 16 columns that are left out.

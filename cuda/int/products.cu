@@ -95,17 +95,18 @@ struct FewWorkspace {
     }
 };
 
-// And of the one for many: a schedule, outputs of both projections, partial sums.
+// And of the one for many: a schedule, activations in its order, outputs of both projections, partial sums.
 struct ManyWorkspace {
     GemmPlan plan;
     uint32_t products;
-    uint64_t first_at, second_at, sums_at, bytes;
+    uint64_t gathered_at, first_at, second_at, sums_at, bytes;
 
     Status make(const IntExperts& e, const Device& device) noexcept {
         const uint64_t choices = e.tokens * e.top_k;
-        QMOE_TRY(plan.make(e.tokens));
+        QMOE_TRY(plan.make_for_experts(e.tokens, choices, e.first.experts));
         products = GemmSchedule::most_products(choices, e.first.experts, plan.most);
-        first_at = GemmSchedule::bytes(choices, products);
+        gathered_at = GemmSchedule::bytes(choices, products);
+        first_at = gathered_at + plan.gathered_bytes_of(choices, e.first.cols);
         second_at = first_at + ceil_div(choices * width_of(e) * 2, 16) * 16;
         sums_at = second_at + ceil_div(choices * e.second.rows * 2, 16) * 16;
         bytes = sums_at + plan.sums_bytes(device);
@@ -134,7 +135,7 @@ Status linear_many(const IntLinear& linear, const Device& device, cudaStream_t s
     GemmPlan plan;
     uint32_t bits = 0;
     QMOE_TRY(tiles_of(linear.weight, p, bits));
-    QMOE_TRY(plan.make(linear.tokens));
+    QMOE_TRY(plan.make(linear.tokens, linear.tokens));
     QMOE_TRY(check_workspace(plan.sums_bytes(device), linear.workspace_bytes));
     call.end = 1;
     p.bias = linear.bias;
@@ -192,7 +193,7 @@ Status experts_many(const IntExperts& e, const Device& device, cudaStream_t stre
     second.x = first.y;
     second.y = workspace + room.second_at;
     room.plan.put(call, workspace + room.sums_at, device);
-    QMOE_TRY(launch_schedule(call.choices, call.most, call.schedule, device, stream));
+    QMOE_TRY(launch_preparation(call, workspace + room.gathered_at, device, stream));
     call.end = 2;
     if (first_bits == second_bits && (first.groups == 1) == (second.groups == 1))
         return launch_many(call, first_bits, e.type, device, stream);
@@ -211,7 +212,7 @@ Status linear_workspace_int(const IntLinear& linear, uint64_t* bytes) noexcept {
     Device device{};
     QMOE_TRY(Device::current(device));
     GemmPlan plan;
-    QMOE_TRY(plan.make(linear.tokens));
+    QMOE_TRY(plan.make(linear.tokens, linear.tokens));
     *bytes = plan.sums_bytes(device);
     return {};
 }

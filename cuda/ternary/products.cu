@@ -63,7 +63,7 @@ struct ManyOfLinear {
     uint64_t sums_at = 0, bytes = 0;
 
     Status make(const TernaryLinear& linear, const Device& device) noexcept {
-        QMOE_TRY(plan.make(linear.tokens));
+        QMOE_TRY(plan.make(linear.tokens, linear.tokens));
         QMOE_TRY(view_of(linear.weight, expansion.stacks[0]));
         expansion.count = 1, expansion.last = 1;
         expansion.matrices[0] = ternary_tiles(expansion.stacks[0]);
@@ -72,18 +72,18 @@ struct ManyOfLinear {
         return {};
     }
 };
-// And a schedule, outputs of both projections, partial sums.
+// And a schedule, activations in its order, outputs of both projections, partial sums.
 struct ManyOfExperts {
     static constexpr uint64_t kMostTilesBytes = 512 << 20;
 
     GemmPlan plan;
     TernaryExpansion expansion{};
     uint32_t at_once = 0;  // experts that there are tiles of
-    uint64_t tiles_at[2]{}, first_at = 0, second_at = 0, sums_at = 0, bytes = 0;
+    uint64_t tiles_at[2]{}, gathered_at = 0, first_at = 0, second_at = 0, sums_at = 0, bytes = 0;
 
     Status make(const TernaryExperts& e, const Device& device) noexcept {
         const uint64_t choices = e.tokens * e.top_k;
-        QMOE_TRY(plan.make(e.tokens));
+        QMOE_TRY(plan.make_for_experts(e.tokens, choices, e.first.experts));
         QMOE_TRY(view_of(e.first, expansion.stacks[0]));
         QMOE_TRY(view_of(e.second, expansion.stacks[1]));
         TiledMatrix &first = expansion.matrices[0], &second = expansion.matrices[1];
@@ -94,7 +94,8 @@ struct ManyOfExperts {
         expansion.most_products = GemmSchedule::most_products(choices, e.first.experts, plan.most);
         tiles_at[0] = GemmSchedule::bytes(choices, expansion.most_products);
         tiles_at[1] = tiles_at[0] + Workspace::aligned(at_once * first.expert_bytes);
-        first_at = tiles_at[1] + Workspace::aligned(at_once * second.expert_bytes);
+        gathered_at = tiles_at[1] + Workspace::aligned(at_once * second.expert_bytes);
+        first_at = gathered_at + plan.gathered_bytes_of(choices, e.first.shape.cols);
         second_at = first_at + Workspace::aligned(choices * width_of(e) * 2);
         sums_at = second_at + Workspace::aligned(choices * e.second.shape.rows * 2);
         bytes = sums_at + plan.sums_bytes(device);
@@ -153,7 +154,7 @@ Status experts_many(const TernaryExperts& e, const Device& device, cudaStream_t 
     second.x = first.y;
     second.y = room + many.second_at;
     many.plan.put(call, room + many.sums_at, device);
-    QMOE_TRY(launch_schedule(call.choices, call.most, call.schedule, device, stream));
+    QMOE_TRY(launch_preparation(call, room + many.gathered_at, device, stream));
     for (uint32_t done = 0; done < call.choices.experts; done = call.last_expert) {
         call.first_expert = expansion.first = done;
         call.last_expert = expansion.last = std::min(done + many.at_once, call.choices.experts);

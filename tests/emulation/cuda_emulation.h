@@ -63,7 +63,8 @@ class Grid {
     Fiber& fiber() { return *running_; }
     uint32_t threads() const { return threads_; }
     uint32_t blocks() const { return blocks_; }
-    uint8_t* shared() { return shared_[running_->block.x].data(); }
+    uint8_t* shared() { return shared_of(running_->block.x); }
+    uint8_t* shared_of(uint32_t block) { return shared_[block].data(); }
     void wait(State state) {
         running_->state = state;
         swapcontext(&running_->context, &main_);
@@ -184,6 +185,16 @@ inline void Grid::run(dim3 blocks, uint32_t threads, uint32_t shared_bytes, std:
 
 inline uint8_t* shared_memory() {
     return Grid::current().shared();
+}
+
+// What is in shared memory where `own` is in that of this block of threads, of block `rank` of the cluster; clusters are
+// pairs.
+template <typename T>
+T* of_cluster(T* own, uint32_t rank) {
+    constexpr uint32_t kCluster = 2;
+    Grid& grid = Grid::current();
+    const auto offset = reinterpret_cast<uint8_t*>(own) - grid.shared();
+    return reinterpret_cast<T*>(grid.shared_of(grid.fiber().block.x / kCluster * kCluster + rank) + offset);
 }
 
 inline uint32_t lane() {
@@ -309,6 +320,9 @@ inline float __uint_as_float(uint32_t bits) {
 }
 inline float __expf(float x) {
     return std::exp(x);
+}
+inline uint32_t max(uint32_t a, uint32_t b) {
+    return a > b ? a : b;
 }
 inline uint32_t min(uint32_t a, uint32_t b) {
     return a < b ? a : b;

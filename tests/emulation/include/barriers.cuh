@@ -21,6 +21,7 @@ struct Barrier {
         expected -= static_cast<int32_t>(bytes);
         if (arrived == arrivals && expected == 0) arrived = 0, parity_of_phase ^= 1;
     }
+    void arrive_at(uint32_t rank) { emulation::of_cluster(this, rank)->arrive(); }
     bool is_over(uint32_t parity) const { return parity_of_phase != parity; }
     void wait(uint32_t parity) const {
         while (!is_over(parity)) emulation::Grid::current().yield();
@@ -35,6 +36,10 @@ inline uint32_t kept(uint32_t number) {
 template <int count>
 void sync_threads(uint32_t id) {
     emulation::Grid::current().wait_for(static_cast<int>(id), count);
+}
+
+inline void sync_cluster() {
+    emulation::Grid::current().wait(emulation::State::kAtGridBarrier);  // all clusters: none can tell
 }
 
 inline void raise_flag(uint64_t* flag, uint64_t value) {
@@ -63,6 +68,7 @@ inline void copy_16_if(bool wanted, uint8_t* to, const void* from, bool there) {
 inline void arrive_with_copies(Barrier& barrier) {
     barrier.arrive();
 }
+inline void publish_barriers() {}
 inline void publish_to_async() {}
 
 }  // namespace qmoe::cuda

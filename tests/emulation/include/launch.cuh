@@ -35,6 +35,13 @@ Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_
 }
 
 template <typename... Arguments>
+Status launch_clusters(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, uint32_t, bool,
+                       const Device&, cudaStream_t, std::type_identity_t<Arguments>... arguments) {
+    emulation::Grid::run(grid, threads, shared, [=] { kernel(arguments...); });
+    return {};
+}
+
+template <typename... Arguments>
 Status launch_in_order(void (*kernel)(Arguments...), uint32_t grid, uint32_t threads, uint32_t shared, cudaStream_t,
                        std::type_identity_t<Arguments>... arguments) {
     emulation::Grid::run(grid, threads, shared, [=] { kernel(arguments...); });

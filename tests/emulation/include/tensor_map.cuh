@@ -21,14 +21,18 @@ struct TensorMap {
     }
 };
 
-inline void copy_box(Barrier& full, uint8_t* to, const TensorMap& map, uint32_t col, uint32_t row) {
-    for (uint32_t r = 0; r < map.box_rows; ++r)
-        for (uint32_t c = 0; c < TensorMap::kBoxColumns; ++c) {
-            const bool there = row + r < map.rows && col + c < map.cols;
-            const uint16_t number = there ? map.numbers[uint64_t{row + r} * map.cols + col + c] : uint16_t{0};
-            std::memcpy(to + r * 128 + ((c / 8) ^ (r % 8)) * 16 + c % 8 * 2, &number, 2);
-        }
-    full.complete(map.box_rows * 128);
+template <uint32_t kCluster>
+void copy_box(Barrier& full, uint8_t* to, const TensorMap& map, uint32_t col, uint32_t row) {
+    for (uint32_t i = 0; i < kCluster; ++i) {
+        uint8_t* const there = kCluster == 1 ? to : emulation::of_cluster(to, i);
+        for (uint32_t r = 0; r < map.box_rows; ++r)
+            for (uint32_t c = 0; c < TensorMap::kBoxColumns; ++c) {
+                const bool has = row + r < map.rows && col + c < map.cols;
+                const uint16_t number = has ? map.numbers[uint64_t{row + r} * map.cols + col + c] : uint16_t{0};
+                std::memcpy(there + r * 128 + ((c / 8) ^ (r % 8)) * 16 + c % 8 * 2, &number, 2);
+            }
+        (kCluster == 1 ? &full : emulation::of_cluster(&full, i))->complete(map.box_rows * 128);
+    }
 }
 
 }  // namespace qmoe::cuda

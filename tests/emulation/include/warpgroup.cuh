@@ -1,4 +1,4 @@
-// cuda/warpgroup.cuh, emulated: a device without products of four warps.
+// cuda/warpgroup.cuh, emulated: a device with clusters, but without products of four warps.
 #pragma once
 
 #include <stdexcept>
@@ -8,7 +8,7 @@
 
 namespace qmoe::cuda {
 
-inline constexpr bool kHasWarpgroups = false;
+inline constexpr bool kHasWarpgroups = false, kHasClusters = true;
 
 inline uint64_t swizzled_operand(const uint8_t*) {
     return 0;
