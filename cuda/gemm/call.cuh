@@ -11,9 +11,52 @@
 
 namespace qmoe::cuda {
 
+// What is the same for tall and for wide panels.
+struct GemmShape {
+    static constexpr uint32_t kGroupThreads = 128, kGroupRows = 64, kGroupTiles = kGroupRows / kTileRows;
+    static constexpr uint32_t kCopiers = 128, kXWarps = 3;
+    static constexpr uint32_t kStageColumns = 64;
+    static constexpr uint32_t kMostStages = 8;  // of codes and of activations
+    static constexpr uint32_t kAtOnce = 16;     // tokens whose sums are finished at once
+    static constexpr uint32_t kFewestXStages = 3;
+    static constexpr uint32_t kMostParts = 8;  // that the units of few panels are cut into
+    static constexpr uint32_t kBarriersBytes = 4 * kMostStages * 8;
+    static constexpr uint32_t kPitch = (kGroupRows + 8) * 2;  // of a token's numbers on their way out, bytes
+};
+
+// How units are shared by teams: `turns` whole ones for each, if there are as many, and the blocks of columns of the others
+// evenly by the first `teams`, if they are cut.
+struct GemmShares {
+    uint32_t turns, teams;
+    bool cut;
+
+    // `usual`: tokens of a product. Host and device, which know how many units there are of a layer of experts.
+    QMOE_INLINE static GemmShares of(uint32_t units, uint32_t blocks, uint32_t all, uint32_t usual,
+                                     uint32_t groups) noexcept {
+        const auto parts_of = [](uint32_t a, uint32_t b) { return (a + b - 1) / b; };
+        // Cycles, about: of a block, to put a unit's parts together, and of each part more.
+        const uint32_t tensor = usual * groups * 4, of_block = tensor > 1100 ? tensor : 1100, to_cut = 2500,
+                       of_part = 600 + usual * 8;
+        const uint32_t whole_turns = units / all;
+        GemmShares shares{parts_of(units, all), units < all ? units : all, false};
+        if (units == whole_turns * all) return shares;
+        uint32_t least = shares.turns * blocks * of_block;
+        const uint32_t turns = whole_turns > 0 ? whole_turns - 1 : 0, rest = units - turns * all;
+        for (uint32_t parts = 2; parts <= GemmShape::kMostParts; ++parts) {
+            const uint32_t some = rest * parts < all ? rest * parts : all;
+            const uint32_t time =
+                (turns * blocks + parts_of(rest * blocks, some)) * of_block + to_cut + parts_of(some, rest) * of_part;
+            if (time < least) shares = {turns, some, true}, least = time;
+            if (some == all) break;
+        }
+        return shares;
+    }
+};
+
 struct GemmProjection : TiledMatrix {
     const void *x, *bias;
     void* y;
+    uint32_t panels;  // of each product, for a team
     bool is_first;   // of experts: a gate follows
     bool by_choice;  // x has a row per token of the call; else one per row of the schedule's order, or of the product
     bool has_boxes;  // x is brought in boxes of x_boxes
@@ -30,11 +73,13 @@ struct Gemm {
     uint32_t most;                // tokens that a product can have
     uint32_t usual;               // about as many as it has
     uint32_t codes_bytes, codes_stages, x_stages;
+    uint32_t neighbours;  // products that are neighbours for a panel: their activations stay in the second-level cache
     float* partials;  // by team, block of threads and group
     uint64_t* flags;  // by the same: `nonce` where partial sums are there
     uint64_t nonce;
-    void* y;
+    GemmShares shares;  // of a linear layer
     // Of experts alone.
+    void* y;
     Choices choices;
     GemmSchedule schedule;
     uint32_t most_products;
@@ -45,18 +90,6 @@ struct Gemm {
     Gate gate;
 };
 
-// What is the same for tall and for wide panels.
-struct GemmShape {
-    static constexpr uint32_t kGroupThreads = 128, kGroupRows = 64, kGroupTiles = kGroupRows / kTileRows;
-    static constexpr uint32_t kCopiers = 128, kXWarps = 3;
-    static constexpr uint32_t kStageColumns = 64;
-    static constexpr uint32_t kMostStages = 8;  // of codes and of activations
-    static constexpr uint32_t kAtOnce = 16;     // tokens whose sums are finished at once
-    static constexpr uint32_t kFewestXStages = 3;
-    static constexpr uint32_t kMostParts = 8;  // that the units of few panels are cut into
-    static constexpr uint32_t kBarriersBytes = 4 * kMostStages * 8;
-    static constexpr uint32_t kPitch = (kGroupRows + 8) * 2;  // of a token's numbers on their way out, bytes
-};
 // (rows, tokens) of a unit are (256, up to 64)
 struct GemmTall : GemmShape {
     static constexpr uint32_t kGroups = 4, kCluster = 1, kMostTokens = 64;
@@ -99,53 +132,36 @@ struct GemmPiece {
     uint32_t product, panel, begin, end;
 };
 
-// How the work of a projection is shared.
+// The work of a projection, and what of it a block of threads has.
 template <class Tile>
 class GemmWork {
   public:
     __device__ __forceinline__ GemmWork(const Gemm& call, const GemmProjection& p, uint32_t products)
         : blocks(p.blocks.by),
           products_(products),
-          panels_((p.count.by + Tile::kTiles * Tile::kCluster - 1) / (Tile::kTiles * Tile::kCluster)),
+          panels_(p.panels),
           own_(gridDim.x / Tile::kCluster - 1 - blockIdx.x / Tile::kCluster),
-          all_(gridDim.x / Tile::kCluster) {
-        units_ = products_ * panels_;
-        // Products of a linear layer that are neighbours, so that their activations stay in the second-level cache.
-        neighbours_ = call.experts ? 1 : max(1u, min(products_, kCachedBytes / (call.most * p.cols * 2)));
-        // Cycles, about: of a block, to put a unit's parts together, and of each part more.
-        const uint32_t of_block = max(1100u, call.usual * Tile::kGroups * 4), to_cut = 2500,
-                       of_part = 600 + call.usual * 8;
-        const uint32_t turns = units_ / all_;
-        teams_ = min(units_, all_), turns_ = (units_ + all_ - 1) / all_;
-        cut_ = false;
-        if (units_ == turns * all_) return;
-        uint32_t least = turns_ * blocks * of_block;
-        const uint32_t whole = turns > 0 ? turns - 1 : 0, rest = units_ - whole * all_;
-        for (uint32_t parts = 2; parts <= Tile::kMostParts; ++parts) {
-            const uint32_t some = min(rest * parts, all_);
-            const uint32_t time = (whole * blocks + (rest * blocks + some - 1) / some) * of_block + to_cut +
-                                  ((some + rest - 1) / rest) * of_part;
-            if (time < least) cut_ = true, teams_ = some, turns_ = whole, least = time;
-            if (some == all_) break;
-        }
-    }
+          all_(gridDim.x / Tile::kCluster),
+          units_(products_ * panels_),
+          neighbours_(call.neighbours),
+          shares_(call.experts ? GemmShares::of(units_, blocks, all_, call.usual, Tile::kGroups) : call.shares) {}
     // Which of the teams this block of threads is of; which one of it.
     __device__ __forceinline__ uint32_t own_team() const { return own_; }
     static __device__ __forceinline__ uint32_t own_rank() { return Tile::kCluster == 1 ? 0 : blockIdx.x % Tile::kCluster; }
 
     // Blocks of columns, of the units that are cut, one after the other, that are before a team's own.
     __device__ __forceinline__ uint32_t before(uint32_t team) const {
-        const uint32_t all = (units_ - turns_ * all_) * blocks;
-        return team >= teams_ ? all : static_cast<uint32_t>(uint64_t{team} * all / teams_);
+        const uint32_t all = (units_ - shares_.turns * all_) * blocks;
+        return team >= shares_.teams ? all : static_cast<uint32_t>(uint64_t{team} * all / shares_.teams);
     }
     // The pieces that this block of threads has, one after the other.
     class Pieces {
       public:
         __device__ __forceinline__ explicit Pieces(const GemmWork& work) : work_(work) {
-            if (work.cut_) at_ = work.before(work.own_), end_ = work.before(work.own_ + 1);
+            if (work.shares_.cut) at_ = work.before(work.own_), end_ = work.before(work.own_ + 1);
         }
         __device__ __forceinline__ bool next(GemmPiece& piece) {
-            if (turn_ < work_.turns_) {
+            if (turn_ < work_.shares_.turns) {
                 const uint32_t unit = turn_ * work_.all_ + work_.own_;
                 ++turn_;
                 if (unit >= work_.units_) return false;
@@ -158,7 +174,7 @@ class GemmWork {
             piece.begin = at_ - unit * work_.blocks;
             piece.end = min(work_.blocks, piece.begin + end_ - at_);
             at_ += piece.end - piece.begin;
-            work_.place(work_.turns_ * work_.all_ + unit, piece);
+            work_.place(work_.shares_.turns * work_.all_ + unit, piece);
             return true;
         }
 
@@ -170,8 +186,6 @@ class GemmWork {
     const uint32_t blocks;
 
   private:
-    static constexpr uint32_t kCachedBytes = 8 << 20;
-
     __device__ __forceinline__ void place(uint32_t unit, GemmPiece& piece) const {
         uint32_t panel;
         if (neighbours_ == 1) {
@@ -184,11 +198,8 @@ class GemmWork {
         piece.panel = panel * Tile::kCluster + own_rank();
     }
 
-    const uint32_t products_, panels_, own_, all_;
-    uint32_t units_, neighbours_;
-    uint32_t turns_;  // units that each team has before those that are cut
-    uint32_t teams_;  // that have a part of those
-    bool cut_;
+    const uint32_t products_, panels_, own_, all_, units_, neighbours_;
+    const GemmShares shares_;
 };
 
 // A product's tokens: rows of the schedule's order, or of x.

@@ -170,10 +170,21 @@ Status divide(Gemm& call, const Device& device) noexcept {
 template <typename T, class Codes, class Tile>
 Status launch_tiles(Gemm& call, const Device& device, cudaStream_t stream) noexcept {
     QMOE_TRY(divide<Tile>(call, device));
+    constexpr uint32_t kCachedBytes = 8 << 20;
+    const uint32_t teams = device.multiprocessors / Tile::kCluster;
+    for (uint32_t i = call.begin; i < call.end; ++i)
+        call.projections[i].panels = ceil_div(call.projections[i].count.by, Tile::kTiles * Tile::kCluster);
+    call.neighbours = 1;
+    if (!call.experts) {
+        const GemmProjection& p = call.projections[call.begin];
+        const uint32_t products = ceil_div(call.tokens, call.most);
+        call.neighbours = std::clamp(kCachedBytes / (call.most * p.cols * 2), 1u, products);
+        call.shares = GemmShares::of(products * p.panels, p.blocks.by, teams, call.usual, Tile::kGroups);
+    }
     const auto kernel = gemm<T, Codes, Tile>;
     QMOE_TRY(runtime_status(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared))));
-    return launch_clusters(kernel, device.multiprocessors / Tile::kCluster * Tile::kCluster, Tile::kThreads,
+    return launch_clusters(kernel, teams * Tile::kCluster, Tile::kThreads,
                            GemmRoom<Tile>(call).bytes, Tile::kCluster, call.experts, device, stream, call);
 }
 

@@ -280,6 +280,7 @@ class GemmMultiplier {
                 bias[r] = there ? to_float(biases[row]) : 0.0f;
             }
         }
+        const bool is_plain = !call_.experts;
         // A warp's columns of y: 16, or 8 behind a gate.
         uint8_t* const own = leaving_ + thread_ / kLanes * (gates ? 16 : 32);
 #pragma unroll 1
@@ -295,23 +296,21 @@ class GemmMultiplier {
 #pragma unroll
                     for (uint32_t i = 0; i < 4; ++i) values[n][i] = fmaf(values[n][i], codes.scale(i / 2), bias[i / 2]);
                 uint8_t* const to = own + (at - first) * Tile::kPitch;
-                if (gates) {
+                if (!is_plain && gates) {
                     gate(values);
                     const uint32_t words[2] = {pair_from_floats<T>(values[0][0], values[0][1]),
                                                pair_from_floats<T>(values[1][0], values[1][1])};
                     store_transposed<1>(to, Tile::kPitch, words, lane_);
                     continue;
                 }
-                if (is_last) {
+                if (!is_plain && is_last) {
 #pragma unroll
                     for (uint32_t n = 0; n < 2; ++n)
 #pragma unroll
                         for (uint32_t i = 0; i < 4; ++i)
                             values[n][i] *= __uint_as_float(to_rows_[at + 8 * n + 2 * t + i % 2].y);
-                } else if (call_.experts) {
-#pragma unroll 1
-                    for (uint32_t i = 0; i < 8; ++i)
-                        values[i / 4][i % 4] = activated(values[i / 4][i % 4], call_.gate.activation);
+                } else if (!is_plain) {
+                    activate(values);
                 }
                 const uint32_t words[4] = {
                     pair_from_floats<T>(values[0][0], values[0][1]), pair_from_floats<T>(values[0][2], values[0][3]),
@@ -320,6 +319,17 @@ class GemmMultiplier {
             }
             sync_group();
             leave(p, piece, product, first, end - first);
+        }
+    }
+
+    // In turns of one number, so that there is code for one.
+    __device__ __forceinline__ void activate(float (&values)[2][4]) const {
+#pragma unroll 1
+        for (uint32_t turn = 0; turn < 8; ++turn) {
+            const float done = activated(values[0][0], call_.gate.activation);
+#pragma unroll
+            for (uint32_t i = 0; i < 7; ++i) values[i / 4][i % 4] = values[(i + 1) / 4][(i + 1) % 4];
+            values[1][3] = done;
         }
     }
 
