@@ -316,15 +316,18 @@ struct Layer {
                 expected[token * hidden + r] += double{weights[choice]} * sum;
             }
         }
-        double size = 0.0;
-        for (const double value : expected) size += value * value;
-        size = std::sqrt(size / static_cast<double>(expected.size())) + 1e-9;
-        // Of many tokens what each choice adds is rounded as well.
-        const double most = kernel == cuda::Kernel::kManyTokens ? 1.6e-2 : 8e-3;
-        bool close = true;
-        for (size_t i = 0; i < expected.size(); ++i)
-            close &= std::abs(y[i] - expected[i]) <= most * (std::abs(expected[i]) + size);
-        CHECK(close);
+        // Of many tokens what each choice adds is rounded as well, and weights are.
+        const double most = kernel == cuda::Kernel::kManyTokens ? 2.5e-2 : 8e-3;
+        double worst = 0.0;
+        for (uint64_t token = 0; token < tokens; ++token) {
+            const double* const own = expected.data() + token * hidden;
+            double size = 0.0;
+            for (uint64_t i = 0; i < hidden; ++i) size += own[i] * own[i];
+            size = std::sqrt(size / static_cast<double>(hidden)) + 1e-9;
+            for (uint64_t i = 0; i < hidden; ++i)
+                worst = std::max(worst, std::abs(y[token * hidden + i] - own[i]) / (std::abs(own[i]) + size));
+        }
+        CHECK(worst <= most);
     }
 };
 
