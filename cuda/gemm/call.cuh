@@ -57,9 +57,9 @@ struct GemmProjection : TiledMatrix {
     const void *x, *bias;
     void* y;
     uint32_t panels;  // of each product, for a team
-    bool is_first;   // of experts: a gate follows
-    bool by_choice;  // x has a row per token of the call; else one per row of the schedule's order, or of the product
-    bool has_boxes;  // x is brought in boxes of x_boxes
+    bool is_first;    // of experts: a gate follows
+    bool by_choice;   // x has a row per token of the call; else one per row of the schedule's order, or of the product
+    bool has_boxes;   // x is brought in boxes of x_boxes
     TensorMap x_boxes;
 };
 
@@ -74,8 +74,8 @@ struct Gemm {
     uint32_t usual;               // about as many as it has
     uint32_t codes_bytes, codes_stages, x_stages;
     uint32_t neighbours;  // products that are neighbours for a panel: their activations stay in the second-level cache
-    float* partials;  // by team, block of threads and group
-    uint64_t* flags;  // by the same: `nonce` where partial sums are there
+    float* partials;      // by team, block of threads and group
+    uint64_t* flags;      // by the same: `nonce` where partial sums are there
     uint64_t nonce;
     GemmShares shares;  // of a linear layer
     // Of experts alone.
@@ -105,7 +105,7 @@ struct GemmTile : Shape {
     static constexpr uint32_t kTiles = Shape::kGroups * Shape::kGroupTiles, kRows = kTiles * kTileRows;
     static constexpr uint32_t kMultipliers = Shape::kGroups * Shape::kGroupThreads;
     static constexpr uint32_t kThreads = Shape::kCopiers + kMultipliers;
-    static constexpr uint32_t kWarps = kMultipliers / kLanes;  // that multiply
+    static constexpr uint32_t kWarps = kMultipliers / kLanes;   // that multiply
     static constexpr uint32_t kLeaving = 256 / Shape::kGroups;  // tokens that leave at once
     static constexpr uint32_t kLeavingBytes = Shape::kGroups * kLeaving * Shape::kPitch;
     static constexpr uint32_t kChoicesBytes = Shape::kGroups * Shape::kMostTokens * 8;  // choice and weight by token
@@ -147,7 +147,9 @@ class GemmWork {
           shares_(call.experts ? GemmShares::of(units_, blocks, all_, call.usual, Tile::kGroups) : call.shares) {}
     // Which of the teams this block of threads is of; which one of it.
     __device__ __forceinline__ uint32_t own_team() const { return own_; }
-    static __device__ __forceinline__ uint32_t own_rank() { return Tile::kCluster == 1 ? 0 : blockIdx.x % Tile::kCluster; }
+    static __device__ __forceinline__ uint32_t own_rank() {
+        return Tile::kCluster == 1 ? 0 : blockIdx.x % Tile::kCluster;
+    }
 
     // Blocks of columns, of the units that are cut, one after the other, that are before a team's own.
     __device__ __forceinline__ uint32_t before(uint32_t team) const {

@@ -29,8 +29,8 @@ static __global__ __launch_bounds__(kGatherThreads) void gather_rows(const __gri
 inline uint64_t gathered_bytes(uint64_t choices, uint64_t cols) noexcept {
     return ceil_div(choices * cols * 2, uint64_t{16}) * 16;
 }
-inline Status launch_gather(const Choices& choices, const GemmSchedule& schedule, const void* x, void* to, uint32_t cols,
-                            const Device& device, cudaStream_t stream) noexcept {
+inline Status launch_gather(const Choices& choices, const GemmSchedule& schedule, const void* x, void* to,
+                            uint32_t cols, const Device& device, cudaStream_t stream) noexcept {
     const uint32_t rows = choices.tokens * choices.top_k.by;
     return launch(gather_rows, std::min(rows, 8 * device.multiprocessors), kGatherThreads, 0, false, device, stream,
                   choices, schedule, static_cast<const uint16_t*>(x), static_cast<uint16_t*>(to), cols);

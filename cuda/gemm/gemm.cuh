@@ -184,8 +184,8 @@ Status launch_tiles(Gemm& call, const Device& device, cudaStream_t stream) noexc
     const auto kernel = gemm<T, Codes, Tile>;
     QMOE_TRY(runtime_status(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared))));
-    return launch_clusters(kernel, teams * Tile::kCluster, Tile::kThreads,
-                           GemmRoom<Tile>(call).bytes, Tile::kCluster, call.experts, device, stream, call);
+    return launch_clusters(kernel, teams * Tile::kCluster, Tile::kThreads, GemmRoom<Tile>(call).bytes, Tile::kCluster,
+                           call.experts, device, stream, call);
 }
 
 // What comes before a launch for experts: the schedule, and with wide panels activations in its order at `gathered`.

@@ -74,12 +74,8 @@ class GemmMultiplier {
 
   private:
     // Where the tile of 16 rows that this warp has is in the panel.
-    __device__ __forceinline__ uint32_t own_tile() const {
-        return group_ * Tile::kGroupTiles + thread_ / kLanes;
-    }
-    __device__ __forceinline__ void sync_group() const {
-        sync_threads<Tile::kGroupThreads>(1 + group_);
-    }
+    __device__ __forceinline__ uint32_t own_tile() const { return group_ * Tile::kGroupTiles + thread_ / kLanes; }
+    __device__ __forceinline__ void sync_group() const { sync_threads<Tile::kGroupThreads>(1 + group_); }
 
     template <int kN>
     __device__ __forceinline__ void multiply_piece(const GemmProjection& p, const GemmWork<Tile>& work,
@@ -100,7 +96,8 @@ class GemmMultiplier {
         const uint32_t tile = min(piece.panel * Tile::kTiles + own_tile(), p.count.by - 1);
         const uint32_t codes_at = own_tile() * p.block_bytes;  // in a stage
         Codes codes;
-        codes.begin(shape, p, p.tiles + uint64_t{product.expert - call_.first_expert} * p.expert_bytes + tile * p.tile_bytes,
+        codes.begin(shape, p,
+                    p.tiles + uint64_t{product.expert - call_.first_expert} * p.expert_bytes + tile * p.tile_bytes,
                     lane_ / 4);
         float sums[kN / 8][4] = {};
         Barrier* to_release = nullptr;  // of the stage before
@@ -249,7 +246,8 @@ class GemmMultiplier {
     // values = sums[2 * at], sums[2 * at + 1]: registers have no index, so there is code for each, but for this alone, as
     // the caches of instructions are small.
     template <int kN, uint32_t kFrom, uint32_t kTo>
-    static __device__ __forceinline__ void take_sums(const float (&sums)[kN / 8][4], uint32_t at, float (&values)[2][4]) {
+    static __device__ __forceinline__ void take_sums(const float (&sums)[kN / 8][4], uint32_t at,
+                                                     float (&values)[2][4]) {
         if constexpr (kTo - kFrom == 1) {
 #pragma unroll
             for (uint32_t i = 0; i < 8; ++i) values[i / 4][i % 4] = sums[2 * kFrom + i / 4][i % 4];
@@ -273,7 +271,7 @@ class GemmMultiplier {
             const T* const biases = static_cast<const T*>(p.bias) + product.expert * p.rows;
 #pragma unroll
             for (uint32_t r = 0; r < 2; ++r) {
-                const uint32_t row = !gates                           ? tile * kTileRows + 8 * r + g
+                const uint32_t row = !gates                         ? tile * kTileRows + 8 * r + g
                                      : p.order == RowOrder::kHalves ? tile * 8 + g + r * (p.rows / 2)
                                                                     : 2 * (tile * 8 + g) + r;
                 const bool there = gates ? tile * 8 + g < p.rows / 2 : row < p.rows;
@@ -338,7 +336,8 @@ class GemmMultiplier {
         Gate how = call_.gate;
         const auto all = [&] {
 #pragma unroll
-            for (uint32_t i = 0; i < 4; ++i) values[i / 2][i % 2] = gated(values[i / 2][i % 2], values[i / 2][i % 2 + 2], how);
+            for (uint32_t i = 0; i < 4; ++i)
+                values[i / 2][i % 2] = gated(values[i / 2][i % 2], values[i / 2][i % 2 + 2], how);
         };
         if (how.clamped) {
             how.clamped = true;
@@ -357,8 +356,8 @@ class GemmMultiplier {
                                           uint32_t first, uint32_t count) const {
         constexpr uint32_t kOut = 8;  // columns at once
         const bool gates = call_.experts && p.order != RowOrder::kPlain, is_last = call_.experts && !p.is_first;
-        const uint32_t width = gates ? p.rows / 2 : p.rows;                                // of y
-        const uint32_t each = (gates ? Tile::kGroupRows / 2 : Tile::kGroupRows) / kOut;    // parts of a token
+        const uint32_t width = gates ? p.rows / 2 : p.rows;                              // of y
+        const uint32_t each = (gates ? Tile::kGroupRows / 2 : Tile::kGroupRows) / kOut;  // parts of a token
         const uint32_t first_col = (piece.panel * Tile::kGroups + group_) * each * kOut;
         const bool aligned = width % kOut == 0 && reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
         const uint32_t part = thread_ % each, col = first_col + part * kOut;

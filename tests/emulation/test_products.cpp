@@ -403,15 +403,16 @@ TEST_SUITE("emulated products") {
         check_linear<IntStack>(integers(3, 128, false), 300, 700, 130, true, kManyTokens);  // rows that begin anywhere
         check_linear<IntStack>(integers(8, 32, true), 130, 1160, 140, false, kManyTokens);
         check_linear<IntStack>(integers(2, 0, true), 1030, 136, 300, true, kManyTokens);
-        check_linear<IntStack>(integers(4, 64, true), 513, 264, 700, false, kManyTokens);  // products that are neighbours
+        check_linear<IntStack>(integers(4, 64, true), 513, 264, 700, false,
+                               kManyTokens);  // products that are neighbours
         check_linear<TernaryStack>(ternary(906), 520, 640, 270, true, kManyTokens);
         for (const RowOrder order : {RowOrder::kHalves, RowOrder::kInterleaved, RowOrder::kPlain}) {
             Layer<IntStack>{2, 136, 72, 80, 2, integers(4, 32, true), integers(4, 64, true), order, true, kManyTokens}
                 .check(13);
             Layer<TernaryStack>{2, 150, 70, 75, 2, ternary(906), ternary(980), order, true, kManyTokens}.check(14);
         }
-        Layer<IntStack>{3, 200, 136, 300, 2, integers(3, 0, true), integers(2, 128, false), RowOrder::kHalves,
-                        false, kManyTokens}
+        Layer<IntStack>{
+            3, 200, 136, 300, 2, integers(3, 0, true), integers(2, 128, false), RowOrder::kHalves, false, kManyTokens}
             .check(15);
         cuda::Device::few = 3;
     }

@@ -25,7 +25,7 @@ from .gating import Gating
 from .layouts import DTYPES, cached
 
 # Up to here packed weights are multiplied; beyond, decoding them once is faster.
-LINEAR_TOKENS = {_C.CudaInt: 256, _C.CudaTernary: 32}
+LINEAR_TOKENS = {_C.CudaInt: 1024, _C.CudaTernary: 32}
 FEW_TOKENS, FEW_CHOICES = 64, 1024  # of experts
 
 

@@ -9,7 +9,9 @@ struct Barrier {
     uint8_t arrivals, arrived, parity_of_phase;
     int32_t expected;  // bytes
 
-    void init(uint32_t count) { arrivals = static_cast<uint8_t>(count), arrived = 0, parity_of_phase = 0, expected = 0; }
+    void init(uint32_t count) {
+        arrivals = static_cast<uint8_t>(count), arrived = 0, parity_of_phase = 0, expected = 0;
+    }
     void arrive() { arrive_expecting(1, 0); }
     void arrive_expecting(uint32_t count, uint32_t bytes) {
         expected += static_cast<int32_t>(bytes);
