@@ -25,7 +25,7 @@ from ..formats import IntFormat, IntMatrix, PackedTensor
 
 VERSION = 3
 PREFETCH = (0, 1024, 2048, 4096, 8192, 16384)  # into the second-level cache
-NEAR = (64, 128, 192, 256, 384)  # into the first
+NEAR = (64, 128, 192, 256, 384, 1024, 2048, 3072)  # into the first
 DIRECT_TOKENS = (4, 8, 16, 32, 128, 1024)
 SHAPE = (4096, 4096)  # 8 MiB in 4 bits: a few of them in turn are colder than any cache is large
 
