@@ -57,6 +57,8 @@ def main() -> None:
     clocks: list[float] = []
     for _ in range(arguments.repetitions):
         rates, clock, isa = measure(arguments.program)
+        if isa not in ISAS:
+            parser.error(f"there is no model of {isa}: pin another with QMOE_FORCE_ISA")
         clocks.append(clock)
         for name, rate in rates.items():
             lines[name].append(rate)
