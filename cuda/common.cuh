@@ -96,7 +96,7 @@ Status workspace_ternary(const TernaryExperts& experts, uint64_t* bytes) noexcep
 Status experts_ternary(const TernaryExperts& experts, cudaStream_t stream) noexcept;
 Status census_ternary(const int8_t* trits, uint64_t rows, uint64_t cols, uint64_t* counts,
                       cudaStream_t stream) noexcept;
-uint64_t ternary_encode_scratch(const uint8_t* spec, uint64_t matrices, uint64_t rows, uint64_t cols) noexcept;
+Status ternary_encode_scratch(const TernaryEncode& encode, uint64_t* bytes) noexcept;
 Status code_ternary(const TernaryEncode& encode, cudaStream_t stream) noexcept;
 Status words_ternary(const TernaryEncode& encode, cudaStream_t stream) noexcept;
 Status round_block(const RoundBlock& block, cudaStream_t stream) noexcept;

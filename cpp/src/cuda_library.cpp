@@ -68,7 +68,7 @@ Status ternary_decoding_table(std::span<const uint8_t, kSpecBytes> spec, std::sp
 }
 
 Status ternary_encoding_tables(std::span<const uint8_t, kSpecBytes> spec, std::vector<uint8_t>& out) {
-    if (load<uint16_t>(spec.data()) != kTernaryId) return Status::error(Code::kUnknown, "not a ternary spec");
+    QMOE_TRY(check_ternary_spec(spec.data()));
     const TernaryEncodingTables tables(spec.data());
     out.resize(sizeof tables);
     std::memcpy(out.data(), &tables, sizeof tables);

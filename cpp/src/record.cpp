@@ -8,6 +8,7 @@
 #include "cpu/pool.h"
 #include "qmoe/checked.h"
 #include "qmoe/crc32c.h"
+#include "record_head.h"
 
 namespace qmoe {
 namespace {
@@ -25,30 +26,6 @@ uint32_t header_crc(std::span<const uint8_t> head) noexcept {
     const uint8_t zero[4] = {};
     const uint32_t before = crc32c(head.first(kCrcAt));
     return crc32c(head.subspan(kCrcAt + 4), crc32c(zero, before));
-}
-
-// Lays out the head in front of the already padded matrices, which end at `total`.
-void finish(std::vector<uint8_t>& out, uint64_t rows, uint64_t cols, std::span<const SpecBytes> specs,
-            std::span<const RecordEntry> entries, uint64_t total) {
-    std::memcpy(out.data(), "QMOE", 4);
-    store<uint16_t>(out.data() + 4, kRecordVersion);
-    store<uint32_t>(out.data() + 8, static_cast<uint32_t>(entries.size()));
-    store<uint32_t>(out.data() + 12, static_cast<uint32_t>(specs.size()));
-    store<uint64_t>(out.data() + 16, rows);
-    store<uint64_t>(out.data() + 24, cols);
-    store<uint64_t>(out.data() + 32, total);
-    uint8_t* p = out.data() + kHeaderBytes;
-    for (const SpecBytes& spec : specs) {
-        std::memcpy(p, spec.data(), kSpecBytes);
-        p += kSpecBytes;
-    }
-    for (const RecordEntry& entry : entries) {
-        store<uint64_t>(p, entry.offset);
-        store<uint32_t>(p + 8, entry.spec);
-        store<uint32_t>(p + 12, entry.crc32c);
-        p += kEntryBytes;
-    }
-    store<uint32_t>(out.data() + kCrcAt, header_crc({out.data(), static_cast<size_t>(p - out.data())}));
 }
 
 // Matrices that may share a spec: same format, same parameters.
@@ -140,6 +117,33 @@ Status open_checked(std::span<const uint8_t> bytes, bool check_crc, std::vector<
 
 }  // namespace
 
+uint64_t record_head_bytes(uint64_t specs, uint64_t experts) noexcept {
+    return ceil_div(tables_end(specs, experts), kRecordAlign) * kRecordAlign;
+}
+
+void write_record_head(uint8_t* out, uint64_t rows, uint64_t cols, std::span<const SpecBytes> specs,
+                       std::span<const RecordEntry> entries, uint64_t total) {
+    std::memcpy(out, "QMOE", 4);
+    store<uint16_t>(out + 4, kRecordVersion);
+    store<uint32_t>(out + 8, static_cast<uint32_t>(entries.size()));
+    store<uint32_t>(out + 12, static_cast<uint32_t>(specs.size()));
+    store<uint64_t>(out + 16, rows);
+    store<uint64_t>(out + 24, cols);
+    store<uint64_t>(out + 32, total);
+    uint8_t* p = out + kHeaderBytes;
+    for (const SpecBytes& spec : specs) {
+        std::memcpy(p, spec.data(), kSpecBytes);
+        p += kSpecBytes;
+    }
+    for (const RecordEntry& entry : entries) {
+        store<uint64_t>(p, entry.offset);
+        store<uint32_t>(p + 8, entry.spec);
+        store<uint32_t>(p + 12, entry.crc32c);
+        p += kEntryBytes;
+    }
+    store<uint32_t>(out + kCrcAt, header_crc({out, static_cast<size_t>(p - out)}));
+}
+
 Status Record::open(std::span<const uint8_t> bytes, Record& out, bool check_crc) {
     try {
         Record record;
@@ -199,13 +203,13 @@ Status Record::slice_experts(uint64_t first, uint64_t count, std::vector<uint8_t
             }
             entry.spec = renumbered[entry.spec];
         }
-        const uint64_t data_at = ceil_div(tables_end(specs.size(), count), kRecordAlign) * kRecordAlign;
+        const uint64_t data_at = record_head_bytes(specs.size(), count);
         const uint64_t from = entries.front().offset, to = entries.back().offset + entries.back().bytes;
         out.assign(data_at, 0);
         out.insert(out.end(), bytes_.begin() + static_cast<ptrdiff_t>(from),
                    bytes_.begin() + static_cast<ptrdiff_t>(to));
         for (RecordEntry& entry : entries) entry.offset = entry.offset - from + data_at;
-        finish(out, rows_, cols_, specs, entries, out.size());
+        write_record_head(out.data(), rows_, cols_, specs, entries, out.size());
         return {};
     } catch (const std::bad_alloc&) {
         return Status::error(Code::kNoSpace, "record: out of memory");
@@ -241,7 +245,7 @@ Status join_records(std::span<const Record> records, std::vector<uint8_t>& head)
                 entries.push_back(entry);
             }
         }
-        head.assign(ceil_div(tables_end(specs.size(), experts), kRecordAlign) * kRecordAlign, 0);
+        head.assign(record_head_bytes(specs.size(), experts), 0);
         uint64_t at = head.size();
         size_t e = 0;
         for (const Record& record : records) {
@@ -249,7 +253,7 @@ Status join_records(std::span<const Record> records, std::vector<uint8_t>& head)
             for (const size_t end = e + record.experts(); e < end; ++e) entries[e].offset += at - from;
             at += record.bytes().size() - from;
         }
-        finish(head, rows, cols, specs, entries, at);
+        write_record_head(head.data(), rows, cols, specs, entries, at);
         return {};
     } catch (const std::bad_alloc&) {
         return Status::error(Code::kNoSpace, "record: out of memory");
@@ -285,7 +289,7 @@ Status build_record(std::span<const MatrixInput> inputs, std::vector<uint8_t>& o
         // A few matrices at a time into bytes of their own, on any thread, and then, in order, into the record: memory
         // holds the record once.
         std::vector<RecordEntry> entries(inputs.size());
-        out.assign(ceil_div(tables_end(specs.size(), inputs.size()), kRecordAlign) * kRecordAlign, 0);
+        out.assign(record_head_bytes(specs.size(), inputs.size()), 0);
         const size_t batch = 4 * static_cast<size_t>(std::max(threads, 1));
         for (size_t first = 0; first < inputs.size(); first += batch) {
             const size_t count = std::min(batch, inputs.size() - first);
@@ -310,7 +314,7 @@ Status build_record(std::span<const MatrixInput> inputs, std::vector<uint8_t>& o
                 if (first + i == 0) out.reserve(out.size() + encoded[0].size() * inputs.size() * 9 / 8);
             }
         }
-        finish(out, rows, cols, specs, entries, out.size());
+        write_record_head(out.data(), rows, cols, specs, entries, out.size());
         return {};
     } catch (const std::bad_alloc&) {
         return Status::error(Code::kNoSpace, "record: out of memory");

@@ -121,55 +121,6 @@ Status unpack(const cuda::IntStack& stack, uint64_t expert, float* out) {
     return cuda::unpack_int(one, out, cuda::OutputType::kFloat32, nullptr);
 }
 
-// The device's encoder with a record's spec makes what the record has; its census counts the classes of symbols.
-void check_encoding(const Record& record, const std::vector<Matrix>& matrices) {
-    const MatrixView first = record.matrix(0);
-    const TernaryLayout layout(first.spec.data(), first.rows, first.cols);
-    std::vector<int8_t> trits;
-    std::vector<uint64_t> expected(kClasses + 1), counts(kClasses + 1, 77), first_words(matrices.size());
-    for (const Matrix& matrix : matrices) {
-        trits.insert(trits.end(), matrix.trits.begin(), matrix.trits.end());
-        for (uint64_t r = 0; r < first.rows; ++r)
-            for (uint64_t k = 0; k < first.cols; k += kTrits) {
-                uint32_t plus = 0, minus = 0;
-                for (uint64_t i = k; i < std::min(k + kTrits, first.cols); ++i)
-                    plus += matrix.trits[r * first.cols + i] > 0, minus += matrix.trits[r * first.cols + i] < 0;
-                ++expected[ternary_class(plus, minus)];
-            }
-    }
-    expected[0] = 0;
-    REQUIRE(cuda::census_ternary(trits.data(), matrices.size() * first.rows, first.cols, counts.data(), nullptr).ok());
-    CHECK(counts == expected);
-    std::vector<uint8_t> tables;
-    REQUIRE(cuda::ternary_encoding_tables(first.spec, tables).ok());
-    std::vector<uint32_t> offsets(matrices.size() * (layout.blocks + 1), 99);
-    cuda::TernaryEncode call{};
-    std::copy(first.spec.begin(), first.spec.end(), call.spec);
-    call.trits = trits.data(), call.matrices = matrices.size(), call.rows = first.rows, call.cols = first.cols;
-    call.tables = tables.data(), call.offsets = offsets.data();
-    call.scratch_bytes = cuda::ternary_encode_scratch(call.spec, call.matrices, call.rows, call.cols);
-    std::vector<uint32_t> scratch(call.scratch_bytes / 4 + 1, 0xAAAAAAAA);
-    call.scratch = scratch.data();
-    REQUIRE(cuda::code_ternary(call, nullptr).ok());
-    uint64_t words = 0;
-    for (size_t m = 0; m < matrices.size(); ++m) {
-        first_words[m] = words;
-        words += offsets[m * (layout.blocks + 1) + layout.blocks];
-    }
-    std::vector<uint16_t> payload(words + kGuard, 0x1234);
-    call.words = payload.data(), call.first_words = first_words.data();
-    REQUIRE(cuda::words_ternary(call, nullptr).ok());
-    for (size_t m = 0; m < matrices.size(); ++m) {
-        const uint8_t* const stored = record.matrix(m).data.data();
-        const uint32_t* const own = offsets.data() + m * (layout.blocks + 1);
-        CHECK(std::memcmp(stored + layout.offsets_at, own, (layout.blocks + 1) * 4) == 0);
-        CHECK(std::memcmp(stored + layout.payload_at, payload.data() + first_words[m], own[layout.blocks] * 2) == 0);
-    }
-    for (size_t i = words; i < payload.size(); ++i) REQUIRE(payload[i] == 0x1234);
-    --call.scratch_bytes;
-    CHECK(cuda::code_ternary(call, nullptr).code == Code::kShape);
-}
-
 // A stack as a kernel sees it, and its values.
 template <typename View>
 struct Stack {
@@ -463,20 +414,6 @@ TEST_SUITE("emulated products") {
         for (const uint32_t zeros : {0u, 500u, 906u, 980u, 1020u}) check(ternary(zeros), TernaryStack{});
         for (const uint8_t bits : std::initializer_list<uint8_t>{2, 3, 4, 8})
             for (const uint32_t group : {0u, 64u}) check(integers(bits, group, true), IntStack{});
-    }
-
-    TEST_CASE("encoding makes the CPU's bytes") {
-        Random random(45);
-        for (const auto& [rows, cols] :
-             std::initializer_list<std::array<uint64_t, 2>>{{1, 1}, {3, 7}, {37, 611}, {130, 64}})
-            for (const uint32_t zeros : {0u, 500u, 906u, 1020u, 1024u}) {
-                const std::vector<Matrix> matrices = {test::ternary_matrix(random, rows, cols, 2, zeros),
-                                                      test::ternary_matrix(random, rows, cols, 2, zeros)};
-                const test::Buffer bytes = test::build(matrices);
-                Record record;
-                REQUIRE(Record::open(bytes, record).ok());
-                check_encoding(record, matrices);
-            }
     }
 
     TEST_CASE("refusals") {

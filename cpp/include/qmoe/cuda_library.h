@@ -25,6 +25,31 @@ Status ternary_decoding_table(std::span<const uint8_t, kSpecBytes> spec, std::sp
 // not a ternary spec.
 Status ternary_encoding_tables(std::span<const uint8_t, kSpecBytes> spec, std::vector<uint8_t>& out);
 
+// Ternary matrices that a device encodes, as the host knows them.
+struct TernaryMatrices {
+    uint64_t matrices, rows, cols;  // E, N, K
+    std::span<const float> levels;  // (E, N, 1) [high] or (E, N, 2) [low, high]
+};
+
+// The spec that build_record() gives such matrices. counts (29): what Api::ternary_census counted over all of them.
+// E_SHAPE: nothing, or another number of levels or counts; E_LIMIT: too many; E_VALUE: a trit that is none, or a level that
+// is not a finite bfloat16.
+Status ternary_spec(const TernaryMatrices& in, std::span<const uint64_t> counts, SpecBytes& spec);
+
+// Where the words of some of them are to be, numbered from where the first one's bytes begin in the record, and how many
+// bytes they take there. offsets (matrices, blocks + 1) and misfits (matrices): from Api::ternary_code. E_VALUE: matrices
+// that the spec is not of; E_LIMIT: more than 8 GiB of words.
+Status ternary_places(const SpecBytes& spec, const TernaryMatrices& in, std::span<const uint32_t> offsets,
+                      std::span<const uint32_t> misfits, std::vector<uint64_t>& first_words, uint64_t& bytes);
+
+// Bytes of their record that are in front of the first matrix.
+uint64_t ternary_head_bytes(uint64_t matrices) noexcept;
+
+// Makes the record, that of build_record() bit for bit, of bytes in which the words are where they belong, with zeros
+// around them behind the head. E_SHAPE: another number of bytes.
+Status ternary_finish(const SpecBytes& spec, const TernaryMatrices& in, std::span<const uint32_t> offsets,
+                      std::span<uint8_t> record, int threads = 1);
+
 // How the ternary matrices of a stack are laid out on a device (src/formats/ternary_streams.h).
 struct StreamsShape {
     uint64_t rows, cols;  // N, K

@@ -12,38 +12,10 @@
 namespace qmoe {
 namespace {
 
-Status check_spec(const uint8_t* spec) noexcept {
-    if (spec[kLevelsAt] != 1 && spec[kLevelsAt] != 2)
-        return Status::error(Code::kUnknown, "ternary: levels must be 1 or 2", 2);
-    const uint32_t segments = spec[kSegmentsAt], rows_per_lane = load<uint16_t>(spec + kRowsPerLaneAt);
-    if (segments == 0 || segments > kLanes || (segments & (segments - 1)) != 0)
-        return Status::error(Code::kUnknown, "ternary: segments must be 1, 2, 4, 8, 16 or 32", kSegmentsAt);
-    if (rows_per_lane == 0 || rows_per_lane > 4096)
-        return Status::error(Code::kUnknown, "ternary: rows per lane must be 1 to 4096", kRowsPerLaneAt);
-    if (spec[kLevelBitsAt] > 16 || spec[kLevelBitsAt + 1] > 16)
-        return Status::error(Code::kUnknown, "ternary: more than 16 bits for a level", kLevelBitsAt);
-    if (spec[kLevelsAt] == 1 && (load<uint16_t>(spec + kLevelBaseAt + 2) != 0 || spec[kLevelBitsAt + 1] != 0))
-        return Status::error(Code::kUnknown, "ternary: low levels described where there are none", kLevelBaseAt);
-    if (!all_zero(spec + 6, 2) || !all_zero(spec + kSpecEnd, kSpecBytes - kSpecEnd))
-        return Status::error(Code::kUnknown, "ternary: reserved spec bytes are not zero", 6);
-    uint64_t total = 0;
-    const auto freq = ternary_frequencies(spec);
-    for (const uint16_t f : freq) total += f;
-    if (total != kStates)
-        return Status::mismatch(Code::kUnknown, "ternary: slots do not sum to 4096", kClassFreqAt, kStates, total);
-    return {};
-}
-
 Status validate(const MatrixView& view, bool values) noexcept {
-    QMOE_TRY(check_spec(view.spec.data()));
+    QMOE_TRY(check_ternary_spec(view.spec.data()));
     const TernaryLayout layout(view.spec.data(), view.rows, view.cols);
-    if (layout.segments > 1 && layout.padded_cols() - layout.segment_cols >= view.cols)
-        return Status::mismatch(Code::kShape, "ternary: a segment lies wholly beyond the last column", 0, view.cols,
-                                layout.padded_cols());
-    if (layout.rows_per_lane * layout.segment_cols > kMaxLaneWeights &&
-        (layout.segments != kLanes || layout.rows_per_lane != 1))
-        return Status::mismatch(Code::kLimit, "ternary: too many weights in a lane", 0, kMaxLaneWeights,
-                                layout.rows_per_lane * layout.segment_cols);
+    QMOE_TRY(layout.check_geometry());
     const uint8_t* const data = view.data.data();
     if (view.data.size() < layout.payload_at)
         return Status::mismatch(Code::kTruncated, "ternary: too short for its tables", 0, layout.payload_at,

@@ -67,6 +67,12 @@ constexpr std::array<SymbolInfo, kSymbols> make_symbols() noexcept {
 }
 inline constexpr std::array<SymbolInfo, kSymbols> kSymbolTable = make_symbols();
 
+inline constexpr std::array<uint16_t, kClasses> kTernaryMembers = [] {  // symbols per class
+    std::array<uint16_t, kClasses> members{};
+    for (const SymbolInfo& symbol : kSymbolTable) ++members[symbol.cls];
+    return members;
+}();
+
 // Slots of the 4096 given to every symbol; entry 729 is the escape. Sums to 4096 in a valid spec.
 std::array<uint16_t, kSymbols + 1> ternary_frequencies(const uint8_t* spec) noexcept;
 
@@ -88,6 +94,35 @@ struct TernaryEncodingTables {
 };
 // A cache of the tables of recently used specs; safe to call from any thread.
 std::shared_ptr<const TernaryTable> ternary_table(const uint8_t* spec);
+
+// A lane codes at most this many weights, and a block's worth of bytes stays small, unless one row alone is longer than
+// 32 such lanes. Bounds what a few bytes of a hostile file can make a reader do.
+inline constexpr uint64_t kMaxLaneWeights = 16384;
+
+// E_UNKNOWN: not a spec that a `ternary` record may have. The layout below is for those that are.
+inline Status check_ternary_spec(const uint8_t* spec) noexcept {
+    if (load<uint16_t>(spec) != kTernaryId)
+        return Status::mismatch(Code::kUnknown, "not a ternary spec", 0, kTernaryId, load<uint16_t>(spec));
+    if (spec[kLevelsAt] != 1 && spec[kLevelsAt] != 2)
+        return Status::error(Code::kUnknown, "ternary: levels must be 1 or 2", 2);
+    const uint32_t segments = spec[kSegmentsAt], rows_per_lane = load<uint16_t>(spec + kRowsPerLaneAt);
+    if (segments == 0 || segments > kLanes || (segments & (segments - 1)) != 0)
+        return Status::error(Code::kUnknown, "ternary: segments must be 1, 2, 4, 8, 16 or 32", kSegmentsAt);
+    if (rows_per_lane == 0 || rows_per_lane > 4096)
+        return Status::error(Code::kUnknown, "ternary: rows per lane must be 1 to 4096", kRowsPerLaneAt);
+    if (spec[kLevelBitsAt] > 16 || spec[kLevelBitsAt + 1] > 16)
+        return Status::error(Code::kUnknown, "ternary: more than 16 bits for a level", kLevelBitsAt);
+    if (spec[kLevelsAt] == 1 && (load<uint16_t>(spec + kLevelBaseAt + 2) != 0 || spec[kLevelBitsAt + 1] != 0))
+        return Status::error(Code::kUnknown, "ternary: low levels described where there are none", kLevelBaseAt);
+    if (!all_zero(spec + 6, 2) || !all_zero(spec + kSpecEnd, kSpecBytes - kSpecEnd))
+        return Status::error(Code::kUnknown, "ternary: reserved spec bytes are not zero", 6);
+    uint64_t total = load<uint16_t>(spec + kEscapeFreqAt);
+    for (uint32_t c = 0; c < kClasses; ++c)
+        total += uint64_t{load<uint16_t>(spec + kClassFreqAt + 2 * c)} * kTernaryMembers[c];
+    if (total != kStates)
+        return Status::mismatch(Code::kUnknown, "ternary: slots do not sum to 4096", kClassFreqAt, kStates, total);
+    return {};
+}
 
 // Where everything is in one stored matrix, and which lane codes what.
 struct TernaryLayout {
@@ -117,6 +152,17 @@ struct TernaryLayout {
         payload_at = offsets_at + (blocks + 1) * 4;
     }
 
+    // E_SHAPE, E_LIMIT: matrices of this shape are not cut so.
+    Status check_geometry() const noexcept {
+        if (segments > 1 && padded_cols() - segment_cols >= cols)
+            return Status::mismatch(Code::kShape, "ternary: a segment lies wholly beyond the last column", 0, cols,
+                                    padded_cols());
+        if (rows_per_lane * segment_cols > kMaxLaneWeights && (segments != kLanes || rows_per_lane != 1))
+            return Status::mismatch(Code::kLimit, "ternary: too many weights in a lane", 0, kMaxLaneWeights,
+                                    rows_per_lane * segment_cols);
+        return {};
+    }
+
     // Row of the matrix that `lane` codes as its j-th.
     QMOE_INLINE uint64_t row(uint64_t block, uint32_t lane, uint32_t j) const noexcept {
         return block * block_rows + uint64_t{j} * (kLanes / segments) + lane / segments;
@@ -144,10 +190,6 @@ struct TernaryLayout {
         return load<uint32_t>(data + offsets_at + block * 4 + 4) - load<uint32_t>(data + offsets_at + block * 4);
     }
 };
-
-// A lane codes at most this many weights, and a block's worth of bytes stays small, unless one row alone is longer than
-// 32 such lanes. Bounds what a few bytes of a hostile file can make a reader do.
-inline constexpr uint64_t kMaxLaneWeights = 16384;
 
 // Decodes one block to signed bytes -1, 0, 1: out[r * padded_cols + k] for the block's rows r and k < padded_cols.
 // Columns from K on receive the padding of the stream, which an encoder sets to zero. Reads past the block's last word

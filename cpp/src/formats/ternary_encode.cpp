@@ -8,15 +8,10 @@
 
 #include "cpu/pool.h"
 #include "formats/ternary.h"
+#include "formats/ternary_spec.h"
 
 namespace qmoe {
 namespace {
-
-constexpr std::array<uint16_t, kClasses> kMembers = [] {  // symbols per class
-    std::array<uint16_t, kClasses> members{};
-    for (const SymbolInfo& symbol : kSymbolTable) ++members[symbol.cls];
-    return members;
-}();
 
 // Packed trits (two bits each) to symbol number; unused patterns map to the escape and never occur.
 constexpr std::array<uint16_t, 1u << kRawBits> kSymbolOfPacked = [] {
@@ -52,14 +47,9 @@ bool pad_row(const int8_t* row, uint64_t cols, std::vector<int8_t>& padded) noex
     return !bad;
 }
 
-struct Census {
-    std::array<uint64_t, kClasses> count{};
-    uint64_t symbols = 0, weights = 0;
-};
-
 // How many symbols of each class the inputs hold. Counted on whole rows, since the geometry is chosen later: segments
 // cut between symbols, and what their last one is filled up with are zero symbols, which always have slots.
-Status count_symbols(const MatrixInput& in, Census& census) {
+Status count_symbols(const MatrixInput& in, TernaryCensus& census) {
     if (in.trits.size() != in.rows * in.cols)
         return Status::mismatch(Code::kShape, "ternary: number of trits", 0, in.rows * in.cols, in.trits.size());
     std::vector<int8_t> padded(ceil_div(in.cols, kTrits) * kTrits + 2);
@@ -73,8 +63,8 @@ Status count_symbols(const MatrixInput& in, Census& census) {
     return {};
 }
 
-Status take_census(std::span<const MatrixInput* const> inputs, Census& census, int threads) {
-    std::vector<Census> parts(inputs.size());
+Status take_census(std::span<const MatrixInput* const> inputs, TernaryCensus& census, int threads) {
+    std::vector<TernaryCensus> parts(inputs.size());
     std::vector<Status> statuses(inputs.size());
     parallel_for(inputs.size(), threads, [&](uint64_t i) {
         try {
@@ -101,7 +91,7 @@ struct Slots {
 // Best slots when exactly the classes in `kept` have codes of their own. Starts from the rounded-down ideal, then
 // spends (or takes back) slots where a slot is worth most (least). Class 0 has one member, so every remainder can be
 // placed.
-Slots fit_slots(const Census& census, std::span<const uint32_t> kept) {
+Slots fit_slots(const TernaryCensus& census, std::span<const uint32_t> kept) {
     Slots slots;
     uint64_t escaped = census.symbols;
     int64_t left = kStates;
@@ -109,8 +99,8 @@ Slots fit_slots(const Census& census, std::span<const uint32_t> kept) {
     for (const uint32_t c : kept) {
         escaped -= census.count[c];
         slots.cls[c] = static_cast<uint16_t>(
-            std::max(1.0, std::floor(static_cast<double>(census.count[c]) * per_symbol / kMembers[c])));
-        left -= int64_t{slots.cls[c]} * kMembers[c];
+            std::max(1.0, std::floor(static_cast<double>(census.count[c]) * per_symbol / kTernaryMembers[c])));
+        left -= int64_t{slots.cls[c]} * kTernaryMembers[c];
     }
     if (escaped > 0)
         slots.escape = static_cast<uint16_t>(std::max(1.0, std::round(static_cast<double>(escaped) * per_symbol)));
@@ -119,9 +109,9 @@ Slots fit_slots(const Census& census, std::span<const uint32_t> kept) {
         double best = left > 0 ? -1.0 : std::numeric_limits<double>::infinity();
         uint32_t chosen = kClasses;
         for (const uint32_t c : kept) {
-            if (left > 0 ? kMembers[c] > left : slots.cls[c] == 1) continue;
+            if (left > 0 ? kTernaryMembers[c] > left : slots.cls[c] == 1) continue;
             const double f = slots.cls[c], count = static_cast<double>(census.count[c]);
-            const double worth = count * std::log2(left > 0 ? (f + 1) / f : f / (f - 1)) / kMembers[c];
+            const double worth = count * std::log2(left > 0 ? (f + 1) / f : f / (f - 1)) / kTernaryMembers[c];
             if (left > 0 ? worth > best : worth < best) {
                 best = worth;
                 chosen = c;
@@ -129,7 +119,7 @@ Slots fit_slots(const Census& census, std::span<const uint32_t> kept) {
         }
         if (chosen == kClasses) return slots;  // more classes than states can hold: infinite cost
         slots.cls[chosen] = static_cast<uint16_t>(slots.cls[chosen] + (left > 0 ? 1 : -1));
-        left += left > 0 ? -int64_t{kMembers[chosen]} : int64_t{kMembers[chosen]};
+        left += left > 0 ? -int64_t{kTernaryMembers[chosen]} : int64_t{kTernaryMembers[chosen]};
     }
     slots.bits = escaped == 0 ? 0.0 : static_cast<double>(escaped) * (kStateBits - std::log2(slots.escape) + kRawBits);
     for (const uint32_t c : kept)
@@ -138,11 +128,11 @@ Slots fit_slots(const Census& census, std::span<const uint32_t> kept) {
 }
 
 // Classes by how often one of their members occurs; all prefixes are tried and the cheapest wins.
-Slots choose_slots(const Census& census) {
+Slots choose_slots(const TernaryCensus& census) {
     std::array<uint32_t, kClasses> order;
     for (uint32_t c = 0; c < kClasses; ++c) order[c] = c;
     std::stable_sort(order.begin() + 1, order.end(), [&](uint32_t a, uint32_t b) {
-        return census.count[a] * kMembers[b] > census.count[b] * kMembers[a];
+        return census.count[a] * kTernaryMembers[b] > census.count[b] * kTernaryMembers[a];
     });
     Slots best;
     for (size_t n = 1; n <= kClasses; ++n) {
@@ -392,7 +382,7 @@ TernaryEncodingTables::TernaryEncodingTables(const uint8_t* spec) noexcept {
         symbol_of[p] = freq[kSymbolOfPacked[p]] != 0 ? kSymbolOfPacked[p] : static_cast<uint16_t>(kSymbols);
 }
 
-Status ternary_make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& spec, int threads) {
+Status ternary_describe_levels(std::span<const MatrixInput* const> inputs, SpecBytes& spec) {
     const MatrixInput& first = *inputs.front();
     spec = {};
     if (first.rows == 0 || (first.levels.size() != first.rows && first.levels.size() != 2 * first.rows))
@@ -401,12 +391,26 @@ Status ternary_make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& 
     const auto per_row = static_cast<uint32_t>(first.levels.size() / first.rows);
     spec[kLevelsAt] = static_cast<uint8_t>(per_row);
     for (uint32_t which = 0; which < per_row; ++which) QMOE_TRY(choose_levels(inputs, per_row, which, spec));
-    Census census;
-    QMOE_TRY(take_census(inputs, census, threads));
+    return {};
+}
+
+void ternary_describe_code(const TernaryCensus& census, uint64_t rows, uint64_t cols, SpecBytes& spec) {
     const Slots slots = choose_slots(census);
     for (uint32_t c = 0; c < kClasses; ++c) store<uint16_t>(spec.data() + kClassFreqAt + 2 * c, slots.cls[c]);
     store<uint16_t>(spec.data() + kEscapeFreqAt, slots.escape);
-    choose_geometry(first.rows, first.cols, slots.bits / static_cast<double>(census.weights), spec);
+    choose_geometry(rows, cols, slots.bits / static_cast<double>(census.weights), spec);
+}
+
+void ternary_put_levels(const MatrixInput& in, const TernaryLayout& layout, uint8_t* out) noexcept {
+    put_levels(in, layout.highs, layout.levels, 0, out);
+    if (layout.levels == 2) put_levels(in, layout.lows, 2, 1, out);
+}
+
+Status ternary_make_spec(std::span<const MatrixInput* const> inputs, SpecBytes& spec, int threads) {
+    QMOE_TRY(ternary_describe_levels(inputs, spec));
+    TernaryCensus census;
+    QMOE_TRY(take_census(inputs, census, threads));
+    ternary_describe_code(census, inputs.front()->rows, inputs.front()->cols, spec);
     return {};
 }
 
@@ -414,8 +418,7 @@ Status ternary_encode(const MatrixInput& in, const SpecBytes& spec, std::vector<
     const TernaryLayout layout(spec.data(), in.rows, in.cols);
     const size_t begin = out.size();
     out.resize(begin + layout.payload_at);
-    put_levels(in, layout.highs, layout.levels, 0, out.data() + begin);
-    if (layout.levels == 2) put_levels(in, layout.lows, 2, 1, out.data() + begin);
+    ternary_put_levels(in, layout, out.data() + begin);
     BlockEncoder encoder(layout, spec.data());
     for (uint64_t block = 0; block < layout.blocks; ++block) {
         QMOE_TRY(encoder.encode(in, block, out));

@@ -16,7 +16,7 @@
 
 namespace qmoe::cuda {
 
-inline constexpr uint32_t kApiVersion = 7;
+inline constexpr uint32_t kApiVersion = 8;
 
 enum class OutputType : uint8_t { kFloat32, kFloat16, kBfloat16 };
 
@@ -116,19 +116,23 @@ using IntExperts = Experts<IntStack>;
 using TernaryLinear = Linear<TernaryStack>;
 using TernaryExperts = Experts<TernaryStack>;
 
-// Ternary matrices to be encoded on the device as one spec says (FORMAT.md), bit for bit as the CPU does; the spec must be
-// made for these matrices, so that all of their symbols have slots. Two calls:
-// ternary_code() finds out how many words each matrix's payload has, the last of its offsets, and ternary_words() writes
-// them, behind each other from each matrix's first word on.
+// Ternary matrices to be encoded on the device as one spec says (FORMAT.md), bit for bit as the CPU does; the spec is to be
+// theirs, ternary_spec() of qmoe/cuda_library.h. Two calls: ternary_code() finds out how many words each matrix's payload
+// has, the last of its offsets, and ternary_words() writes them, behind each other from each matrix's first word on.
+//
+// E_UNKNOWN, E_SHAPE and E_LIMIT: of no spec, or of one that does not cut matrices of this shape. Whether a spec of the same
+// shape is of other matrices only the trits tell: `misfits` counts what cannot be coded. Where it is not 0 the words are
+// worth nothing.
 struct TernaryEncode {
     uint8_t spec[kSpecBytes];
     const int8_t* trits;  // device: (matrices, rows, cols), -1, 0 or 1
     uint64_t matrices, rows, cols;
-    const void* tables;           // device: ternary_encoding_tables() of qmoe/cuda_library.h
+    const void* tables;           // device: ternary_encoding_tables() of qmoe/cuda_library.h, of this spec
     uint32_t* offsets;            // device, out: (matrices, blocks + 1), as stored
+    uint32_t* misfits;            // device, out: by matrix, symbols without slots, or with something that is no trit
     uint16_t* words;              // device, out
     const uint64_t* first_words;  // device: by matrix
-    void* scratch;                // device, 4-byte aligned: the same for both calls
+    void* scratch;                // device, 8-byte aligned: the same for both calls
     uint64_t scratch_bytes;       // ternary_scratch() at least
 };
 
@@ -165,7 +169,8 @@ struct Api {
     // something that is no trit.
     Status (*ternary_census)(const int8_t* trits, uint64_t rows, uint64_t cols, uint64_t* counts,
                              void* stream) noexcept;
-    uint64_t (*ternary_scratch)(const uint8_t* spec, uint64_t matrices, uint64_t rows, uint64_t cols) noexcept;
+    // Bytes, of which spec, matrices, rows and cols decide: about one a weight.
+    Status (*ternary_scratch)(const TernaryEncode& encode, uint64_t* bytes) noexcept;
     Status (*ternary_code)(const TernaryEncode& encode, void* stream) noexcept;
     Status (*ternary_words)(const TernaryEncode& encode, void* stream) noexcept;
     // The inner loops of qmoe/gptq.h, with pointers to device memory; groups have at most kMaxBlockColumns columns.
