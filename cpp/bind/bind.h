@@ -29,6 +29,9 @@ Record open_record(const Bytes& bytes, bool check_crc);
 // The same, and raises unless the record has this expert.
 Record open_record_with(const Bytes& bytes, bool check_crc, uint64_t expert);
 
+// Of an argument: 0 and less are as many as the machine has.
+int threads_of(int threads);
+
 // From Python's names; E_VALUE for others.
 RowOrder row_order_of(const std::string& name);
 Activation activation_of(const std::string& name);

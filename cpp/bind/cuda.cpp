@@ -64,6 +64,14 @@ cuda::DeviceMatrix device_matrix(const Record& record, uint64_t expert, uintptr_
     return matrix;
 }
 
+template <class T>
+using Numbers = py::array_t<T, py::array::c_style>;
+
+template <class T>
+std::span<const T> span_of(const Numbers<T>& array) {
+    return {array.data(), static_cast<size_t>(array.size())};
+}
+
 // A record's matrices as they are stored, to be decoded where their bytes lie in device memory. The record is checked
 // once, here.
 class CudaRecord {
@@ -219,6 +227,84 @@ class CudaTernary {
     uint64_t bytes_ = 0;
 };
 
+// An encoder of ternary matrices (E, N, K) whose trits lie on the device: their spec, and what the host does besides. Trits
+// go by several calls where scratch is to be less, some matrices at a time.
+class CudaTernaryEncoder {
+  public:
+    CudaTernaryEncoder(const Numbers<float>& levels, uint64_t cols, const Numbers<uint64_t>& counts)
+        : levels_(levels.data(), levels.data() + levels.size()) {
+        if (levels.ndim() != 3) raise(Code::kShape, "levels of ternary matrices have three dimensions");
+        all_ = {static_cast<uint64_t>(levels.shape(0)), static_cast<uint64_t>(levels.shape(1)), cols, levels_};
+        check(cuda::ternary_spec(all_, span_of(counts), spec_));
+        check(cuda::ternary_encoding_tables(spec_, tables_));
+        cuda::TernaryEncode call = call_of(1);
+        check(required_library().ternary_scratch(call, &scratch_));
+    }
+
+    Bytes tables() const { return to_array(std::vector<uint8_t>(tables_)); }
+    uint64_t offsets() const { return cuda::ternary_offsets(spec_, all_.rows, all_.cols); }
+    uint64_t scratch() const { return scratch_; }
+    uint64_t head() const { return cuda::ternary_head_bytes(all_.matrices); }
+
+    void code(uintptr_t trits, uint64_t matrices, uintptr_t tables, uintptr_t offsets, uintptr_t misfits,
+              uintptr_t scratch, uint64_t scratch_bytes, uintptr_t stream) const {
+        cuda::TernaryEncode call = call_of(matrices);
+        call.trits = reinterpret_cast<const int8_t*>(trits);
+        call.tables = reinterpret_cast<const void*>(tables);
+        call.offsets = reinterpret_cast<uint32_t*>(offsets);
+        call.misfits = reinterpret_cast<uint32_t*>(misfits);
+        call.scratch = reinterpret_cast<void*>(scratch);
+        call.scratch_bytes = scratch_bytes;
+        check(required_library().ternary_code(call, reinterpret_cast<void*>(stream)));
+    }
+
+    py::tuple places(const Numbers<uint32_t>& offsets, const Numbers<uint32_t>& misfits) const {
+        cuda::TernaryMatrices some = all_;
+        some.matrices = static_cast<uint64_t>(misfits.size());
+        std::vector<uint64_t> first_words;
+        uint64_t bytes = 0;
+        check(cuda::ternary_places(spec_, some, span_of(offsets), span_of(misfits), first_words, bytes));
+        return py::make_tuple(py::array_t<uint64_t>(static_cast<py::ssize_t>(first_words.size()), first_words.data()),
+                              bytes);
+    }
+
+    void words(uint64_t matrices, uintptr_t offsets, uintptr_t scratch, uint64_t scratch_bytes, uintptr_t first_words,
+               uintptr_t out, uintptr_t stream) const {
+        cuda::TernaryEncode call = call_of(matrices);
+        call.offsets = reinterpret_cast<uint32_t*>(offsets);
+        call.scratch = reinterpret_cast<void*>(scratch);
+        call.scratch_bytes = scratch_bytes;
+        call.first_words = reinterpret_cast<const uint64_t*>(first_words);
+        call.words = reinterpret_cast<uint16_t*>(out);
+        check(required_library().ternary_words(call, reinterpret_cast<void*>(stream)));
+    }
+
+    void finish(const Numbers<uint32_t>& offsets, Bytes& record, int threads) const {
+        const std::span<uint8_t> bytes(record.mutable_data(), static_cast<size_t>(record.size()));
+        const auto all_offsets = span_of(offsets);
+        check([&] {
+            const py::gil_scoped_release release;
+            return cuda::ternary_finish(spec_, all_, all_offsets, bytes, threads_of(threads));
+        }());
+    }
+
+  private:
+    cuda::TernaryEncode call_of(uint64_t matrices) const {
+        if (matrices == 0 || matrices > all_.matrices)
+            check(Status::mismatch(Code::kShape, "cuda: matrices to encode", 0, all_.matrices, matrices));
+        cuda::TernaryEncode call{};
+        std::copy(spec_.begin(), spec_.end(), call.spec);
+        call.matrices = matrices, call.rows = all_.rows, call.cols = all_.cols;
+        return call;
+    }
+
+    std::vector<float> levels_;
+    cuda::TernaryMatrices all_{};
+    SpecBytes spec_{};
+    std::vector<uint8_t> tables_;
+    uint64_t scratch_ = 0;  // for one matrix
+};
+
 cuda::Kernel kernel_of(const std::string& name) {
     if (name == "auto") return cuda::Kernel::kAuto;
     if (name == "few") return cuda::Kernel::kFewTokens;
@@ -327,6 +413,11 @@ void cuda_choose_grid(const py::dict& target, const py::dict& grid, uintptr_t st
     check(required_library().choose_grid(choose_grid_of(target, grid), reinterpret_cast<void*>(stream)));
 }
 
+void cuda_ternary_census(uintptr_t trits, uint64_t rows, uint64_t cols, uintptr_t counts, uintptr_t stream) {
+    check(required_library().ternary_census(reinterpret_cast<const int8_t*>(trits), rows, cols,
+                                            reinterpret_cast<uint64_t*>(counts), reinterpret_cast<void*>(stream)));
+}
+
 void cuda_ternary_sums(const py::dict& fields, uintptr_t stream) {
     check(required_library().ternary_sums(ternary_sums_of(fields), reinterpret_cast<void*>(stream)));
 }
@@ -373,6 +464,34 @@ void bind_cuda(py::module_& m) {
              "Bytes of workspace that linear() wants, on the current device.");
     bind_experts<CudaInt>(m, "CudaIntExperts");
     bind_experts<CudaTernary>(m, "CudaTernaryExperts");
+    py::class_<CudaTernaryEncoder>(
+        m, "CudaTernaryEncoder",
+        "Encodes ternary matrices whose trits (E, N, K) lie on the device, some of them at a "
+        "time; see TernaryEncode in qmoe/cuda.h. Pointers are raw.")
+        .def(py::init<const Numbers<float>&, uint64_t, const Numbers<uint64_t>&>(), py::arg("levels"), py::arg("cols"),
+             py::arg("counts"), "levels: (E, N, 1 or 2), counts: (29,) as cuda_ternary_census counted all trits.")
+        .def_property_readonly("tables", &CudaTernaryEncoder::tables, "What code() wants in device memory.")
+        .def_property_readonly("offsets", &CudaTernaryEncoder::offsets, "Offsets of a matrix, uint32 each.")
+        .def_property_readonly("scratch", &CudaTernaryEncoder::scratch, "Bytes of scratch for each matrix of a call.")
+        .def_property_readonly("head", &CudaTernaryEncoder::head, "Bytes of the record before its first matrix.")
+        .def("code", &CudaTernaryEncoder::code, py::arg("trits"), py::arg("matrices"), py::arg("tables"),
+             py::arg("offsets"), py::arg("misfits"), py::arg("scratch"), py::arg("scratch_bytes"), py::arg("stream"),
+             "Codes some matrices, and fills their offsets and misfits, uint32.")
+        .def("places", &CudaTernaryEncoder::places, py::arg("offsets"), py::arg("misfits"),
+             "By code()'s results on the host: first words of the matrices, uint64, and the bytes that they take. "
+             "Raises "
+             "E_VALUE for trits that this is not the encoder of.")
+        .def("words", &CudaTernaryEncoder::words, py::arg("matrices"), py::arg("offsets"), py::arg("scratch"),
+             py::arg("scratch_bytes"), py::arg("first_words"), py::arg("out"), py::arg("stream"),
+             "Writes the words of matrices just coded to `out`, which holds zeros.")
+        .def("finish", &CudaTernaryEncoder::finish, py::arg("offsets"), py::arg("record").noconvert(),
+             py::arg("threads") = 0,
+             "Makes the record, in place, of all that words() wrote, behind room for the head.");
+    m.def("cuda_ternary_census", &cuda_ternary_census, py::arg("trits"), py::arg("rows"), py::arg("cols"),
+          py::arg("counts"), py::arg("stream"),
+          "Counts symbols of trits (rows, cols) on the device by class, int64 (29,): the first one's are left 0, the "
+          "last "
+          "count is of those with something that is no trit.");
     m.def("cuda_round_block", &cuda_round_block, py::arg("block"), py::arg("grid"), py::arg("stream"),
           "Round one block of columns with feedback on the device; fields and raw pointers as in qmoe/cuda.h.");
     m.def("cuda_ternary_sums", &cuda_ternary_sums, py::arg("fields"), py::arg("stream"),

@@ -51,6 +51,10 @@ Bytes to_array(std::vector<uint8_t>&& bytes) {
     return Bytes(static_cast<py::ssize_t>(kept->size()), kept->data(), owner);
 }
 
+int threads_of(int threads) {
+    return threads > 0 ? threads : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+}
+
 Record open_record(const Bytes& bytes, bool check_crc) {
     Record record;
     const auto span = bytes_of(bytes);
@@ -166,7 +170,7 @@ MatrixInput matrix_input(const py::dict& matrix, uint64_t rows, uint64_t cols, H
 }
 
 Bytes py_build_record(uint64_t rows, uint64_t cols, const std::vector<py::dict>& matrices, int threads) {
-    if (threads <= 0) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    threads = threads_of(threads);
     std::vector<HeldMatrix> held(matrices.size());
     std::vector<MatrixInput> inputs;
     inputs.reserve(matrices.size());

@@ -172,11 +172,19 @@ class IntMatrix:
 @dataclass
 class TernaryMatrix:
     """One matrix in `ternary`: trits int8 (N, K) in {-1, 0, 1}; levels float32, (N, 2) [low, high] or (N, 1)
-    [high] when symmetric."""
+    [high] when symmetric.
+
+    `there`: the same trits on the CUDA device that made them, a torch tensor, where `quantize.packing` encodes them; or
+    None. Copies and other processes do without.
+    """
 
     format: TernaryFormat
     trits: NDArray[np.int8]
     levels: NDArray[np.float32]
+    there: Any = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "there": None}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -272,7 +280,10 @@ class RecordPart:
     @classmethod
     def pack(cls, matrices: Sequence[Matrix], threads: int = 0) -> RecordPart:
         """As `PackedTensor.pack`."""
-        packed = PackedTensor.pack(matrices, threads)
+        return cls.of(PackedTensor.pack(matrices, threads))
+
+    @classmethod
+    def of(cls, packed: PackedTensor) -> RecordPart:
         return cls(packed.data, crc32c(packed.data[packed.info["entries"][0]["offset"] :]))
 
 

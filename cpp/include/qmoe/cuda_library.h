@@ -36,6 +36,9 @@ struct TernaryMatrices {
 // is not a finite bfloat16.
 Status ternary_spec(const TernaryMatrices& in, std::span<const uint64_t> counts, SpecBytes& spec);
 
+// Of a matrix (N, K): its blocks, and one more. The spec must be one.
+uint64_t ternary_offsets(const SpecBytes& spec, uint64_t rows, uint64_t cols) noexcept;
+
 // Where the words of some of them are to be, numbered from where the first one's bytes begin in the record, and how many
 // bytes they take there. offsets (matrices, blocks + 1) and misfits (matrices): from Api::ternary_code. E_VALUE: matrices
 // that the spec is not of; E_LIMIT: more than 8 GiB of words.

@@ -78,6 +78,10 @@ Status ternary_spec(const TernaryMatrices& in, std::span<const uint64_t> counts,
     return {};
 }
 
+uint64_t ternary_offsets(const SpecBytes& spec, uint64_t rows, uint64_t cols) noexcept {
+    return TernaryLayout(spec.data(), rows, cols).blocks + 1;
+}
+
 Status ternary_places(const SpecBytes& spec, const TernaryMatrices& in, std::span<const uint32_t> offsets,
                       std::span<const uint32_t> misfits, std::vector<uint64_t>& first_words, uint64_t& bytes) {
     QMOE_TRY(check_ternary_spec(spec.data()));

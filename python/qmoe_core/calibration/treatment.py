@@ -3,6 +3,7 @@ pruning (`sparsify/treatment.py`) another."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from itertools import chain
@@ -16,7 +17,10 @@ from ..families import Target
 from ..formats import IntMatrix, RecordPart, RecordPieces, TernaryMatrix
 from ..quantize import Matrix, MethodSpec, StackStatistics, TensorReport
 from ..quantize.base import dequantize
+from ..quantize.packing import pack
 from ..source import CheckedReader
+
+KEPT_THERE = 1 / 32
 
 Made = list[tuple[Any, TensorReport]]  # by matrix: what a treatment has made of it, which can be pickled, and a report
 
@@ -87,13 +91,17 @@ class PackedStack(StackResult):
     """Quantized matrices of a stack.
 
     Matrices in `int` are packed by the process that made them, chunk by chunk, which leaves half of the bytes to send
-    or to keep, and joined in the end. A ternary record has one code for all of its matrices, which must be there first.
+    or to keep, and joined in the end. A ternary record has one code for all of its matrices, which must be there first;
+    trits that this process made on a GPU also stay there to be encoded, if those of the whole stack take no more than
+    `KEPT_THERE` of its memory.
     """
 
     matrices: list[TernaryMatrix] = field(default_factory=list)
     parts: list[RecordPart] = field(default_factory=list)
 
-    _trits: np.ndarray | None = None  # of all matrices: one allocation, where many would leave memory full of holes
+    # Of all matrices: one allocation, where many would leave memory full of holes; and the same on a GPU.
+    _trits: np.ndarray | None = None
+    _there: torch.Tensor | None = None
 
     def part(self, made: Made, threads: int) -> Made | Packed:
         if not all(isinstance(matrix, IntMatrix) for matrix, _ in made):
@@ -116,14 +124,31 @@ class PackedStack(StackResult):
             mine = self._trits[len(self.matrices)]
             mine[:] = made.trits
             made.trits = mine
+            made.there = self._keep_there(made.there)
         self.matrices.append(made)
+
+    def _keep_there(self, trits: torch.Tensor | None) -> torch.Tensor | None:
+        """The next matrix's trits in the stack's memory on their GPU; None where they, or others, are not kept."""
+        at = len(self.matrices)
+        if trits is None or (at > 0 and self._there is None):
+            self._there = None
+            return None
+        if self._there is None:
+            memory = torch.cuda.get_device_properties(trits.device).total_memory
+            if math.prod(self.target.shape) > KEPT_THERE * memory:
+                return None
+            try:
+                self._there = torch.empty(self.target.shape, dtype=torch.int8, device=trits.device)
+            except torch.OutOfMemoryError:
+                return None
+        return self._there[at].copy_(trits)
 
     def pack(self) -> RecordPieces:
         """The record of all matrices, which are then gone."""
-        packed = RecordPieces.join(self.parts or [RecordPart.pack(self.matrices)])
+        packed = RecordPieces.join(self.parts or [RecordPart.of(pack(self.matrices))])
         self.matrices.clear()
         self.parts.clear()
-        self._trits = None
+        self._trits = self._there = None
         return packed
 
 

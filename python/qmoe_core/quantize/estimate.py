@@ -19,6 +19,7 @@ from .base import Matrix, MethodSpec, StackStatistics, number_option
 from .feedback import factorize
 from .gptq import DAMPING, PRIOR, SWEEPS, grid_for, lean_on_pooled, rounded, ternary_matrices
 from .grids import IntGrid, TernaryGrid
+from .packing import pack
 
 FEWER_STEPS = 12  # widths of a group's grid that are tried: fewer than "gptq" tries, and hardly worse
 
@@ -86,7 +87,7 @@ class Estimator:
     def _bytes(self, spec: MethodSpec, matrices: Sequence[Matrix]) -> int:
         if isinstance(spec.format, IntFormat):
             return int_bytes(spec.format, self.shape)
-        return int(PackedTensor.pack(matrices).nbytes * self.scale)
+        return int(pack(matrices).nbytes * self.scale)
 
 
 def int_bytes(format: IntFormat, shape: Sequence[int]) -> int:

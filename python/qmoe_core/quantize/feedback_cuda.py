@@ -48,7 +48,7 @@ def round_block(
     Raises:
         QmoeError: as `feedback_fields.round_block`; `E_NO_KERNEL` without libqmoe_cuda or for tensors elsewhere.
     """
-    _on_gpu(weight)
+    on_gpu(weight)
     call = fields.round_block(weight, target, coefficients, precision, grid, columns, codes, residual)
     with torch.cuda.device(weight.device):
         _C.cuda_round_block(call.of, call.grid, torch.cuda.current_stream().cuda_stream)
@@ -61,7 +61,7 @@ def choose_grid(grid: IntGrid, target: torch.Tensor, precision: torch.Tensor, gr
     Raises:
         QmoeError: as `round_block`.
     """
-    _on_gpu(target)
+    on_gpu(target)
     if not 0 < target.shape[2] <= MAX_GROUP:
         raise QmoeError("E_SHAPE", "columns of a group", expected=f"1 to {MAX_GROUP}", actual=target.shape[2])
     call = fields.choose_grid(grid, target, precision, group)
@@ -79,14 +79,15 @@ def ternary_sums(grid: TernaryGrid, weight: torch.Tensor, precision: torch.Tenso
     Raises:
         QmoeError: as `round_block`.
     """
-    _on_gpu(weight)
+    on_gpu(weight)
     call, sums, counts = fields.ternary_sums(grid, weight, precision)
     with torch.cuda.device(weight.device):
         _C.cuda_ternary_sums(call.of, torch.cuda.current_stream().cuda_stream)
     return sums, counts
 
 
-def _on_gpu(tensor: torch.Tensor) -> None:
+def on_gpu(tensor: torch.Tensor) -> None:
+    """Raises `E_NO_KERNEL` for a tensor elsewhere."""
     if not tensor.is_cuda:
         raise QmoeError("E_NO_KERNEL", "cuda: not on a CUDA device", actual=str(tensor.device))
 

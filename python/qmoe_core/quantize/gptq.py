@@ -276,10 +276,17 @@ def _int_matrices(grid: IntGrid, codes: torch.Tensor, order: torch.Tensor | None
 
 
 def ternary_matrices(grid: TernaryGrid, codes: torch.Tensor) -> list[TernaryMatrix]:
+    """Of codes (E, N, K) int8, which stay where they are besides if that is a GPU that encodes them."""
     levels = [grid.high] if grid.format.levels == "symmetric" else [grid.low, grid.high]
     host_levels, host_codes = torch.stack(levels, dim=2).cpu().numpy(), feedback_cuda.to_host(codes).numpy()
+    there = codes.contiguous() if feedback_cuda.usable(codes) else None
     return [
-        TernaryMatrix(grid.format, np.ascontiguousarray(host_codes[e]), np.ascontiguousarray(host_levels[e]))
+        TernaryMatrix(
+            grid.format,
+            np.ascontiguousarray(host_codes[e]),
+            np.ascontiguousarray(host_levels[e]),
+            None if there is None else there[e],
+        )
         for e in range(len(host_codes))
     ]
 
