@@ -2,14 +2,15 @@
 # Builds on a machine with a GPU, for that GPU alone, and then tests there (also under compute-sanitizer) and measures, or
 # does some of that. Results go to the folder given. What fails does not keep the rest from running, but the exit status
 # tells.
-#   bench/gpu/run.sh OUT [PART ...]    parts: tests sanitizer dequantize int_linear int_experts ternary pruning_throughput
+#   bench/gpu/run.sh OUT [PART ...]    parts: tests sanitizer dequantize int_linear int_experts ternary ternary_codec
+#                                             pruning_throughput
 # TESTS: what pytest is to run, instead of tests/gpu.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:?usage: bench/gpu/run.sh OUT [PART ...]}
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests sanitizer dequantize int_linear int_experts ternary pruning_throughput)
+[ ${#parts[@]} -gt 0 ] || parts=(tests sanitizer dequantize int_linear int_experts ternary ternary_codec pruning_throughput)
 site=$(mktemp -d)
 export PYTHONPATH=$site PYTHONUNBUFFERED=1
 failed=0

@@ -72,9 +72,7 @@ def encode_ternary(trits: torch.Tensor, levels: torch.Tensor, threads: int = 0) 
     return PackedTensor(data)
 
 
-def _pieces(
-    encoder: _C.CudaTernaryEncoder, codes: torch.Tensor, stream: int
-) -> tuple[list[torch.Tensor], np.ndarray]:
+def _pieces(encoder: _C.CudaTernaryEncoder, codes: torch.Tensor, stream: int) -> tuple[list[torch.Tensor], np.ndarray]:
     """What the record has behind its head, in pieces, uint8 on the device, without what the host adds; and the offsets
     (E, blocks + 1) uint32 on the host."""
     experts = len(codes)
