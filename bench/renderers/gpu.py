@@ -172,6 +172,27 @@ def ternary(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def ternary_codec(result: dict[str, Any]) -> list[str]:
+    """Encoding and decompression of ternary matrices on a GPU (bench/gpu/ternary_codec.py)."""
+    columns = ("encode", "whole", "whole_bfloat16", "unpack", "dequantize", "cpu")
+    lines = [
+        "| matrices | N x K | zeros | bits per weight | encode | to the host | from bfloat16 | decode, layout "
+        "| decode, record | CPU's encoder |",
+        "|---:|---|---:|---:|" + "---:|" * len(columns),
+    ]
+    for row in result["rows"]:
+        experts, rows, cols = row["shape"]
+        cells = " | ".join(f"{row[f'{name}_weights_per_second'] / 1e9:.1f}" for name in columns)
+        lines.append(f"| {experts} | {rows} x {cols} | {row['zeros']:.1%} | {row['bits']:.3f} | {cells} |")
+    lines += [
+        "",
+        "G weights per second. Encode: the kernels in a CUDA graph; to the host: from trits on the GPU, int8 or "
+        "bfloat16, to the record in host memory. Decode: to bfloat16 in a CUDA graph, from the layout of the products "
+        f"and from the record. {origin(result)}",
+    ]
+    return lines
+
+
 def generation(result: dict[str, Any]) -> list[str]:
     """Models of real configurations, token by token on one GPU (bench/gpu/generation.py)."""
     lines = [
@@ -198,6 +219,7 @@ def generation(result: dict[str, Any]) -> list[str]:
 
 RENDERERS = {
     "ternary-gpu": ternary,
+    "ternary-codec-gpu": ternary_codec,
     "generation-gpu": generation,
     "gptq-gpu": gptq_gpu,
     "two-gpus": two_gpus,
