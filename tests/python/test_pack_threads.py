@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
-from qmoe_core import _C, IntFormat, IntMatrix, QmoeError, TernaryFormat, TernaryMatrix
+from qmoe_core import _C, IntFormat, IntMatrix, PackedTensor, QmoeError, TernaryFormat, TernaryMatrix
 
 
 def matrices(rows: int, cols: int, count: int) -> list[IntMatrix | TernaryMatrix]:
@@ -35,3 +37,21 @@ def test_a_bad_matrix_is_refused_alike_on_any_number_of_threads() -> None:
         with pytest.raises(QmoeError) as error:
             _C.build_record(9, 40, fields, threads)
         assert error.value.code == "E_VALUE"
+
+
+def test_trits_on_no_gpu_are_the_cpus() -> None:
+    """Records are by the CPU's encoder where trits are not on a GPU; what is on one stays out of copies."""
+    torch = pytest.importorskip("torch")
+    from qmoe_core.quantize import packing
+
+    made = matrices(9, 40, 3)[1::2]
+    expected = PackedTensor.pack(made).data
+    assert (packing.pack(made, 2).data == expected).all()
+    for matrix in made:
+        matrix.there = torch.from_numpy(matrix.trits)  # type: ignore[union-attr]
+    assert (packing.pack(made).data == expected).all()
+    copies = pickle.loads(pickle.dumps(made))
+    assert all(matrix.there is None for matrix in copies) and (packing.pack(copies).data == expected).all()
+    with pytest.raises(QmoeError, match="E_NO_KERNEL"):
+        packing.encode_ternary(torch.zeros(1, 2, 3, dtype=torch.int8), torch.ones(1, 2, 1))
+    assert packing._stack_there([]) is None
