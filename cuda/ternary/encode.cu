@@ -103,10 +103,15 @@ __global__ __launch_bounds__(kPackThreads) void pack_symbols(const Encoder e) {
         const uint32_t round = in_block / groups, group = in_block - round * groups;
         const uint64_t first = (matrix * layout.blocks + block) * e.fours;
         for (uint32_t s = threadIdx.x; s < symbols; s += blockDim.x) {
-            const uint32_t segment = s / steps, t = round * steps + s - segment * steps;
-            const uint64_t at = (first + t / kFour) * kLanes + group * layout.segments + segment;
-            packed[at * kFour + t % kFour] =
-                static_cast<uint16_t>(six_trits(e.trits + row * layout.cols, uint64_t{s} * kTrits, layout.cols));
+            const uint32_t segment = s / steps, step = s - segment * steps, lane = group * layout.segments + segment;
+            const auto put = [&](uint32_t t, uint32_t symbol) {
+                packed[((first + t / kFour) * kLanes + lane) * kFour + t % kFour] = static_cast<uint16_t>(symbol);
+            };
+            uint32_t t = round * steps + step;
+            put(t, six_trits(e.trits + row * layout.cols, uint64_t{s} * kTrits, layout.cols));
+            // The lane's last four are read as a whole.
+            if (step + 1 == steps && t + 1 == e.steps_of(block, lane))
+                while (++t % kFour != 0) put(t, 0);
         }
     }
 }
@@ -145,7 +150,9 @@ __global__ __launch_bounds__(kWarps* kLanes) void code_blocks(const Encoder e) {
     uint32_t* const counts = e.counts + unit * e.fours * kLanes + lane;
     BackwardWords words{e.lane_words + unit * e.most_words * kLanes + lane};
     uint32_t x = kStates, misfits = 0;  // readers end in state 0
-    const auto fetch = [&](uint32_t behind) { return behind > 0 ? packed[(behind - 1) * kLanes] : uint2{}; };
+    const auto fetch = [&](uint32_t behind) {
+        return behind > 0 && (behind - 1) * kFour < steps ? packed[(behind - 1) * kLanes] : uint2{};
+    };
     uint2 now = fetch(fours), ahead = fetch(fours - 1);
 #pragma unroll 1
     for (uint32_t four = fours; four-- > 0;) {
