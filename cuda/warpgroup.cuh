@@ -62,6 +62,7 @@ __device__ __forceinline__ void take_registers() {
 #define QMOE_SUMS_4(d, i) QMOE_SUMS_2(d, i), QMOE_SUMS_2(d, i + 2)
 #define QMOE_SUMS_8(d, i) QMOE_SUMS_4(d, i), QMOE_SUMS_4(d, i + 4)
 #define QMOE_SUMS_16(d, i) QMOE_SUMS_8(d, i), QMOE_SUMS_8(d, i + 8)
+#define QMOE_SUMS_24(d, i) QMOE_SUMS_16(d, i), QMOE_SUMS_8(d, i + 16)
 #define QMOE_SUMS_32(d, i) QMOE_SUMS_16(d, i), QMOE_SUMS_16(d, i + 16)
 #define QMOE_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define QMOE_NAMES_32 \
@@ -74,10 +75,12 @@ __device__ __forceinline__ void take_registers() {
     QMOE_NAMES_64                                                                      \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define QMOE_NAMES_192                                                                 \
+    QMOE_NAMES_128                                                                     \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define QMOE_NAMES_256                                                                             \
-    QMOE_NAMES_128                                                                                 \
-    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
-    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
+    QMOE_NAMES_192                                                                                 \
     ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define QMOE_WARPGROUP_PRODUCT(n, sums, type, a0, a1, a2, a3, operand)                      \
@@ -105,6 +108,7 @@ __device__ __forceinline__ void multiply(float (&d)[kN / 8][4], const uint32_t (
     QMOE_WARPGROUP_PRODUCTS(32, 4, 16, 17, 18, 19, 20)
     QMOE_WARPGROUP_PRODUCTS(64, 8, 32, 33, 34, 35, 36)
     QMOE_WARPGROUP_PRODUCTS(128, 16, 64, 65, 66, 67, 68)
+    QMOE_WARPGROUP_PRODUCTS(192, 24, 96, 97, 98, 99, 100)
     QMOE_WARPGROUP_PRODUCTS(256, 32, 128, 129, 130, 131, 132)
 #endif
 }

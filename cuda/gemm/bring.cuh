@@ -8,7 +8,8 @@ namespace qmoe::cuda {
 // Warp 0: brings codes.
 template <class Tile>
 __device__ __forceinline__ void bring_codes(const GemmProjection& p, const GemmWork<Tile>& work,
-                                            const GemmProducts& products, uint32_t first_expert, GemmRing& ring) {
+                                            const GemmProducts<Tile::kExperts>& products, uint32_t first_expert,
+                                            GemmRing& ring) {
     GemmPiece piece;
     for (typename GemmWork<Tile>::Pieces pieces(work); pieces.next(piece);) {
         const uint32_t first = min(piece.panel * Tile::kTiles, p.count.by);
@@ -33,7 +34,7 @@ class GemmActivations {
     __device__ __forceinline__ GemmActivations(const Gemm& call, const GemmRing& ring) : call_(call), ring_(ring) {}
 
     __device__ __forceinline__ void bring(const GemmProjection& p, const GemmWork<Tile>& work,
-                                          const GemmProducts& products) {
+                                          const GemmProducts<Tile::kExperts>& products) {
         if (p.has_boxes)
             bring_boxes(p, work, products);
         else
@@ -47,7 +48,7 @@ class GemmActivations {
 
     // The copy engine does it, asked by one of the warps; for all of a cluster, each block of threads asking for a part.
     __device__ __forceinline__ void bring_boxes(const GemmProjection& p, const GemmWork<Tile>& work,
-                                                const GemmProducts& products) {
+                                                const GemmProducts<Tile::kExperts>& products) {
         const uint32_t box_rows = p.x_boxes.box_rows;
         const uint32_t own = threadIdx.x % kLanes * Tile::kCluster + GemmWork<Tile>::own_rank();
         const bool is_first = threadIdx.x < 2 * kLanes;
@@ -72,7 +73,7 @@ class GemmActivations {
     }
 
     __device__ __forceinline__ void bring_rows(const GemmProjection& p, const GemmWork<Tile>& work,
-                                               const GemmProducts& products) {
+                                               const GemmProducts<Tile::kExperts>& products) {
         const bool aligned = p.cols % kPieceColumns == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
         const uint32_t row = (threadIdx.x - kLanes) / kRowLanes, piece_of_row = threadIdx.x % kRowLanes;
         static_assert(kRowsAtOnce % 8 == 4);  // every other row of a thread's is swizzled alike

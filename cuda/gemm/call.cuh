@@ -29,24 +29,28 @@ struct GemmShape {
 struct GemmShares {
     uint32_t turns, teams;
     bool cut;
+    uint32_t cycles;  // that this takes, about
 
-    // `usual`: tokens of a product. Host and device, which know how many units there are of a layer of experts.
-    QMOE_INLINE static GemmShares of(uint32_t units, uint32_t blocks, uint32_t all, uint32_t usual,
+    // `many`: tokens that a product is multiplied as. Host and device, which knows how many units there are of a layer of
+    // experts.
+    QMOE_INLINE static GemmShares of(uint32_t units, uint32_t blocks, uint32_t all, uint32_t many,
                                      uint32_t groups) noexcept {
         const auto parts_of = [](uint32_t a, uint32_t b) { return (a + b - 1) / b; };
-        // Cycles, about: of a block, to put a unit's parts together, and of each part more.
-        const uint32_t tensor = usual * groups * 4, of_block = tensor > 1100 ? tensor : 1100, to_cut = 2500,
-                       of_part = 600 + usual * 8;
+        // Cycles, about: of a block (of the tensor cores, or to make operands), to put a unit's parts together, and of
+        // each part more.
+        const uint32_t tensor = many * groups * 4, making = 110 + 480 * groups;
+        const uint32_t of_block = tensor > making ? tensor : making, to_cut = 2500, of_part = 600 + many * 8;
         const uint32_t whole_turns = units / all;
-        GemmShares shares{parts_of(units, all), units < all ? units : all, false};
+        GemmShares shares{parts_of(units, all), units < all ? units : all, false, 0};
+        uint32_t& least = shares.cycles;
+        least = shares.turns * blocks * of_block;
         if (units == whole_turns * all) return shares;
-        uint32_t least = shares.turns * blocks * of_block;
         const uint32_t turns = whole_turns > 0 ? whole_turns - 1 : 0, rest = units - turns * all;
         for (uint32_t parts = 2; parts <= GemmShape::kMostParts; ++parts) {
             const uint32_t some = rest * parts < all ? rest * parts : all;
             const uint32_t time =
                 (turns * blocks + parts_of(rest * blocks, some)) * of_block + to_cut + parts_of(some, rest) * of_part;
-            if (time < least) shares = {turns, some, true}, least = time;
+            if (time < least) shares = {turns, some, true, time};
             if (some == all) break;
         }
         return shares;
@@ -70,8 +74,7 @@ struct Gemm {
     bool wide;                    // panels
     bool has_boxes;               // activations can be brought in boxes
     uint32_t tokens;              // of x
-    uint32_t most;                // tokens that a product can have
-    uint32_t usual;               // about as many as it has
+    uint32_t most;                // tokens that a product can have, and that it is multiplied as
     uint32_t codes_bytes, codes_stages, x_stages;
     uint32_t neighbours;  // products that are neighbours for a panel: their activations stay in the second-level cache
     float* partials;      // by team, block of threads and group
@@ -100,15 +103,18 @@ struct GemmWide : GemmShape {
     static constexpr uint32_t kGroups = 2, kCluster = 2, kMostTokens = 256;
     static constexpr int kGiven = 56, kTaken = 224;  // 56 + 2 x 224 = 3 x 168
 };
-template <class Shape>
+// kMany: tokens that products are multiplied as. There is a kernel for each: where one has several loops, all are slower.
+template <class Shape, bool kIsOfExperts, uint32_t kMany>
 struct GemmTile : Shape {
+    static constexpr bool kExperts = kIsOfExperts;
+    static constexpr uint32_t kMostTokens = kMany;
     static constexpr uint32_t kTiles = Shape::kGroups * Shape::kGroupTiles, kRows = kTiles * kTileRows;
     static constexpr uint32_t kMultipliers = Shape::kGroups * Shape::kGroupThreads;
     static constexpr uint32_t kThreads = Shape::kCopiers + kMultipliers;
     static constexpr uint32_t kWarps = kMultipliers / kLanes;   // that multiply
     static constexpr uint32_t kLeaving = 256 / Shape::kGroups;  // tokens that leave at once
     static constexpr uint32_t kLeavingBytes = Shape::kGroups * kLeaving * Shape::kPitch;
-    static constexpr uint32_t kChoicesBytes = Shape::kGroups * Shape::kMostTokens * 8;  // choice and weight by token
+    static constexpr uint32_t kChoicesBytes = Shape::kGroups * kMany * 8;  // choice and weight by token
 };
 
 // What is where in shared memory.
@@ -122,8 +128,8 @@ struct GemmRoom {
         barriers = codes + call.codes_stages * call.codes_bytes;
         leaving = barriers + Tile::kBarriersBytes;
         choices = leaving + Tile::kLeavingBytes;
-        products = choices + (call.experts ? Tile::kChoicesBytes : 0);
-        bytes = products + (call.experts ? (call.most_products + 3) * 4 : 0);
+        products = choices + (Tile::kExperts ? Tile::kChoicesBytes : 0);
+        bytes = products + (Tile::kExperts ? (call.most_products + 3) * 4 : 0);
     }
 };
 
@@ -144,7 +150,7 @@ class GemmWork {
           all_(gridDim.x / Tile::kCluster),
           units_(products_ * panels_),
           neighbours_(call.neighbours),
-          shares_(call.experts ? GemmShares::of(units_, blocks, all_, call.usual, Tile::kGroups) : call.shares) {}
+          shares_(Tile::kExperts ? GemmShares::of(units_, blocks, all_, call.most, Tile::kGroups) : call.shares) {}
     // Which of the teams this block of threads is of; which one of it.
     __device__ __forceinline__ uint32_t own_team() const { return own_; }
     static __device__ __forceinline__ uint32_t own_rank() {
@@ -209,10 +215,11 @@ struct GemmProduct {
     uint32_t expert, row, rows;
 };
 
+template <bool kExperts>
 class GemmProducts {
   public:
     __device__ __forceinline__ GemmProducts(const Gemm& call, const uint32_t* table)
-        : table_(table), tokens_(call.tokens), most_(call.most), experts_(call.experts) {}
+        : table_(table), tokens_(call.tokens), most_(call.most) {}
     // All threads call: the schedule's products, to shared memory, behind the first one that is made and the one behind the
     // last one.
     static __device__ __forceinline__ void load(const Gemm& call, uint32_t* table) {
@@ -226,10 +233,10 @@ class GemmProducts {
         }
     }
     __device__ __forceinline__ uint32_t count() const {
-        return experts_ ? table_[1] - table_[0] : (tokens_ + most_ - 1) / most_;
+        return kExperts ? table_[1] - table_[0] : (tokens_ + most_ - 1) / most_;
     }
     __device__ __forceinline__ GemmProduct at(uint32_t i) const {
-        if (!experts_) return {0, i * most_, min(most_, tokens_ - i * most_)};
+        if (!kExperts) return {0, i * most_, min(most_, tokens_ - i * most_)};
         const uint32_t* const own = table_ + table_[0] + i + 2;
         const uint32_t row = own[0] & 0xffff;
         return {own[0] >> 16, row, (own[1] & 0xffff) - row};
@@ -238,21 +245,21 @@ class GemmProducts {
   private:
     const uint32_t* const table_;
     const uint32_t tokens_, most_;
-    const bool experts_;
 };
 
 // Stages of shared memory that some fill and others empty, in turns.
 struct GemmRing {
     uint8_t* bytes;
     Barrier *full, *empty;
-    uint32_t stages, stage_bytes, index = 0, parity = 0;
+    uint32_t stages, stage_bytes, index = 0, at = 0, parity = 0;  // at: bytes before the present stage
 
+    // Whole warps call.
     __device__ __forceinline__ GemmRing(uint8_t* bytes, uint8_t* barriers, uint32_t stages, uint32_t stage_bytes)
         : bytes(bytes),
           full(reinterpret_cast<Barrier*>(barriers)),
           empty(full + GemmShape::kMostStages),
-          stages(stages),
-          stage_bytes(stage_bytes) {}
+          stages(kept(stages)),
+          stage_bytes(kept(stage_bytes)) {}
     template <class Room>
     static __device__ __forceinline__ GemmRing of_x(const Gemm& call, uint8_t* shared, const Room& room) {
         return {shared + room.x, shared + room.barriers, call.x_stages, call.most * GemmShape::kStageColumns * 2};
@@ -262,14 +269,18 @@ struct GemmRing {
         return {shared + room.codes, shared + room.barriers + GemmShape::kBarriersBytes / 2, call.codes_stages,
                 call.codes_bytes};
     }
+    // A warp calls, and publishes what this does.
     __device__ __forceinline__ void init(uint32_t fillers, uint32_t emptiers) const {
-        for (uint32_t i = 0; i < stages; ++i) full[i].init(fillers), empty[i].init(emptiers);
+        static_assert(GemmShape::kMostStages <= kLanes);
+        const uint32_t i = threadIdx.x % kLanes;
+        if (i < stages) full[i].init(fillers), empty[i].init(emptiers);
     }
-    __device__ __forceinline__ uint8_t* stage() const { return bytes + index * stage_bytes; }
+    __device__ __forceinline__ uint8_t* stage() const { return bytes + at; }
     __device__ __forceinline__ void wait_full() const { full[index].wait(parity); }
     __device__ __forceinline__ void wait_empty() const { empty[index].wait(parity ^ 1); }
     __device__ __forceinline__ void advance() {
-        if (++index == stages) index = 0, parity ^= 1;
+        at += stage_bytes;
+        if (++index == stages) index = 0, at = 0, parity ^= 1;
     }
 };
 

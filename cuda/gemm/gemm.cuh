@@ -39,7 +39,7 @@ namespace qmoe::cuda {
 // What all threads do behind a projection of experts.
 template <typename T>
 __device__ __forceinline__ void finish_projection(const Gemm& call, uint32_t projection) {
-    if (!call.experts || (projection == 0 && call.end == 1)) return;
+    if (projection == 0 && call.end == 1) return;
     if (projection == 1 && call.last_expert < call.choices.experts) return;  // more launches follow
     cooperative_groups::this_grid().sync();
     if (projection == 0) return;
@@ -52,7 +52,7 @@ __device__ __forceinline__ void finish_projection(const Gemm& call, uint32_t pro
 template <typename T, class Codes, class Tile>
 __device__ __forceinline__ void gemm_of_block(const Gemm& call, uint8_t* shared) {
     const GemmRoom<Tile> room(call);
-    if (threadIdx.x == 0) {
+    if (threadIdx.x < kLanes) {
         GemmRing::of_x(call, shared, room).init(GemmActivations<T, Tile>::kArrivals, Tile::kWarps * Tile::kCluster);
         GemmRing::of_codes(call, shared, room).init(kCopyArrivals, Tile::kWarps);
         publish_barriers();
@@ -62,19 +62,25 @@ __device__ __forceinline__ void gemm_of_block(const Gemm& call, uint8_t* shared)
         sync_cluster();
     else
         __syncthreads();
-    // Codes of a linear layer have been there for long.
-    if (call.experts || call.codes_are_new || threadIdx.x >= kLanes) wait_for_previous();
+    // Codes of a linear layer have been there for long; those who multiply wait before they write.
+    const bool brings_x = threadIdx.x >= kLanes && threadIdx.x < Tile::kCopiers;
+    if (Tile::kExperts || call.codes_are_new || brings_x) wait_for_previous();
     uint32_t* const table = reinterpret_cast<uint32_t*>(shared + room.products);
-    if (call.experts) {
-        GemmProducts::load(call, table);
+    if constexpr (Tile::kExperts) {
+        GemmProducts<true>::load(call, table);
         __syncthreads();
     }
-    const GemmProducts products(call, table);
+    const GemmProducts<Tile::kExperts> products(call, table);
     const auto of_projections = [&](auto&& work_on) {
-        for (uint32_t i = call.begin; i < call.end; ++i) {
-            const GemmProjection& p = call.projections[i];
+        if constexpr (Tile::kExperts) {
+            for (uint32_t i = call.begin; i < call.end; ++i) {
+                const GemmProjection& p = call.projections[i];
+                work_on(p, GemmWork<Tile>(call, p, products.count()));
+                finish_projection<T>(call, i);
+            }
+        } else {
+            const GemmProjection& p = call.projections[call.begin];
             work_on(p, GemmWork<Tile>(call, p, products.count()));
-            finish_projection<T>(call, i);
         }
     };
     if (threadIdx.x >= Tile::kCopiers) {
@@ -109,28 +115,47 @@ static __global__ __launch_bounds__(kHasWarpgroups ? kWithWarpgroups : kWithoutW
 
 // A launch that is being prepared: tiles of tokens, and what the workspace holds.
 struct GemmPlan {
-    uint32_t most = 0, usual = 0;
+    uint32_t most = 0;
     bool wide = false, has_boxes = false;
 
-    // For products that have `tokens` at most, and usually `about`.
-    Status make(uint64_t tokens, uint64_t about) noexcept {
-        uint32_t threads = 0;
-        QMOE_TRY(most_threads(which_code, threads));
-        has_boxes = TensorMap::are_there(threads == kWithWarpgroups);
-        wide = has_boxes && about > GemmTall::kMostTokens;
-        most = wide ? GemmWide::kMostTokens : GemmTall::kMostTokens;
-        while (most > (wide ? 64 : 16) && tokens <= most / 2) most /= 2;
-        usual = static_cast<uint32_t>(std::clamp<uint64_t>(about, 1, most));
+    // For a matrix: as few products as there are, all of them alike.
+    Status make(uint64_t rows, uint64_t cols, uint64_t tokens, const Device& device) noexcept {
+        QMOE_TRY(ask_device());
+        const auto smallest = [&](std::initializer_list<uint32_t> sizes) {
+            const uint64_t products = ceil_div(tokens, uint64_t{*(sizes.end() - 1)}), each = ceil_div(tokens, products);
+            for (const uint32_t size : sizes)
+                if (each <= size) return size;
+            return *(sizes.end() - 1);
+        };
+        const auto cycles = [&](uint32_t groups, uint32_t cluster) {
+            const uint64_t units =
+                ceil_div(rows, uint64_t{groups * cluster * GemmShape::kGroupRows}) * ceil_div(tokens, uint64_t{most});
+            return GemmShares::of(static_cast<uint32_t>(units),
+                                  static_cast<uint32_t>(ceil_div(cols, uint64_t{kTileColumns})),
+                                  device.multiprocessors / cluster, most, groups)
+                .cycles;
+        };
+        constexpr uint32_t kClusterCycles = 1500;  // to begin and to end
+        most = smallest({16, 32, 64});
+        if (!has_boxes) return {};
+        wide = tokens > GemmTall::kMostTokens || cycles(GemmWide::kGroups, GemmWide::kCluster) + kClusterCycles <
+                                                     cycles(GemmTall::kGroups, GemmTall::kCluster);
+        if (wide) most = tokens > 64 ? smallest({128, 192, 256}) : smallest({32, 64});
         return {};
     }
-    Status make_for_experts(uint64_t tokens, uint64_t choices, uint64_t experts) noexcept {
-        return make(tokens, choices / std::max<uint64_t>(std::min(choices, experts), 1));
+    // For the products of a layer's experts, most of which shall not be more than one.
+    Status make_for_experts(uint64_t choices, uint64_t experts) noexcept {
+        QMOE_TRY(ask_device());
+        const uint64_t about = choices / std::max<uint64_t>(std::min(choices, experts), 1);
+        wide = has_boxes && about > 40;
+        most = wide ? about > 100 ? 256 : 128 : about > 16 ? 64 : 32;
+        return {};
     }
     uint64_t flags_bytes(const Device& device) const noexcept {
         return device.multiprocessors * GemmTall::kGroups * sizeof(uint64_t);
     }
     uint64_t sums_bytes(const Device& device) const noexcept {
-        const uint64_t rows = wide ? GemmTile<GemmWide>::kRows : GemmTile<GemmTall>::kRows;
+        const uint64_t rows = (wide ? GemmWide::kGroups : GemmTall::kGroups) * GemmShape::kGroupRows;
         return flags_bytes(device) + uint64_t{device.multiprocessors} * most * rows * sizeof(float);
     }
     uint64_t gathered_bytes_of(uint64_t choices, uint64_t cols) const noexcept {
@@ -139,7 +164,6 @@ struct GemmPlan {
     // `room`: sums_bytes() of the workspace, 16-byte aligned.
     void put(Gemm& call, void* room, const Device& device) const noexcept {
         call.most = most;
-        call.usual = usual;
         call.wide = wide;
         call.has_boxes = has_boxes;
         call.flags = static_cast<uint64_t*>(room);
@@ -147,6 +171,14 @@ struct GemmPlan {
         static std::atomic<uint64_t> launches{
             static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count())};
         call.nonce = (launches.fetch_add(1) * 2 + 1) * 0x9e3779b97f4a7c15;  // odd: never what flags are set back to
+    }
+
+  private:
+    Status ask_device() noexcept {
+        uint32_t threads = 0;
+        QMOE_TRY(most_threads(which_code, threads));
+        has_boxes = TensorMap::are_there(threads == kWithWarpgroups);
+        return {};
     }
 };
 
@@ -156,8 +188,7 @@ Status divide(Gemm& call, const Device& device) noexcept {
     call.codes_bytes = 0;
     for (uint32_t i = call.begin; i < call.end; ++i)
         call.codes_bytes = std::max(call.codes_bytes, Tile::kTiles * call.projections[i].block_bytes);
-    for (call.x_stages = call.most > 64 ? 6 : Tile::kMostStages; call.x_stages >= Tile::kFewestXStages;
-         --call.x_stages) {
+    for (call.x_stages = call.most > 64 ? 6 : 8; call.x_stages >= Tile::kFewestXStages; --call.x_stages) {
         call.codes_stages = 0;
         const uint32_t fixed = GemmRoom<Tile>(call).bytes;
         const uint32_t left = fixed < device.shared ? device.shared - fixed : 0;
@@ -175,17 +206,17 @@ Status launch_tiles(Gemm& call, const Device& device, cudaStream_t stream) noexc
     for (uint32_t i = call.begin; i < call.end; ++i)
         call.projections[i].panels = ceil_div(call.projections[i].count.by, Tile::kTiles * Tile::kCluster);
     call.neighbours = 1;
-    if (!call.experts) {
+    if constexpr (!Tile::kExperts) {
         const GemmProjection& p = call.projections[call.begin];
         const uint32_t products = ceil_div(call.tokens, call.most);
         call.neighbours = std::clamp(kCachedBytes / (call.most * p.cols * 2), 1u, products);
-        call.shares = GemmShares::of(products * p.panels, p.blocks.by, teams, call.usual, Tile::kGroups);
+        call.shares = GemmShares::of(products * p.panels, p.blocks.by, teams, call.most, Tile::kGroups);
     }
     const auto kernel = gemm<T, Codes, Tile>;
     QMOE_TRY(runtime_status(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared))));
     return launch_clusters(kernel, teams * Tile::kCluster, Tile::kThreads, GemmRoom<Tile>(call).bytes, Tile::kCluster,
-                           call.experts, device, stream, call);
+                           Tile::kExperts, device, stream, call);
 }
 
 // What comes before a launch for experts: the schedule, and with wide panels activations in its order at `gathered`.
@@ -209,8 +240,27 @@ Status launch_gemm_as(Gemm call, const Device& device, cudaStream_t stream) noex
         const uint32_t box_rows = call.experts ? 16 : call.wide ? call.most / GemmWide::kCluster : call.most;
         QMOE_TRY(p.x_boxes.make(p.x, rows, p.cols, box_rows));
     }
-    return call.wide ? launch_tiles<T, Codes, GemmTile<GemmWide>>(call, device, stream)
-                     : launch_tiles<T, Codes, GemmTile<GemmTall>>(call, device, stream);
+    const auto launch = [&]<class Shape, bool kExperts, uint32_t kMany>() {
+        return launch_tiles<T, Codes, GemmTile<Shape, kExperts, kMany>>(call, device, stream);
+    };
+    if (call.experts && call.wide)
+        return call.most == 128 ? launch.template operator()<GemmWide, true, 128>()
+                                : launch.template operator()<GemmWide, true, 256>();
+    if (call.experts)
+        return call.most == 32 ? launch.template operator()<GemmTall, true, 32>()
+                               : launch.template operator()<GemmTall, true, 64>();
+    if (call.wide) switch (call.most) {
+            case 32: return launch.template operator()<GemmWide, false, 32>();
+            case 64: return launch.template operator()<GemmWide, false, 64>();
+            case 128: return launch.template operator()<GemmWide, false, 128>();
+            case 192: return launch.template operator()<GemmWide, false, 192>();
+            default: return launch.template operator()<GemmWide, false, 256>();
+        }
+    switch (call.most) {
+        case 16: return launch.template operator()<GemmTall, false, 16>();
+        case 32: return launch.template operator()<GemmTall, false, 32>();
+        default: return launch.template operator()<GemmTall, false, 64>();
+    }
 }
 
 }  // namespace qmoe::cuda

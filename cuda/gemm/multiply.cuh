@@ -50,38 +50,25 @@ class GemmMultiplier {
           to_rows_(reinterpret_cast<uint2*>(shared + room.choices) + group_ * Tile::kMostTokens) {}
 
     __device__ __forceinline__ void run(const GemmProjection& p, const GemmWork<Tile>& work,
-                                        const GemmProducts& products) {
+                                        const GemmProducts<Tile::kExperts>& products) {
         GemmPiece piece;
         for (typename GemmWork<Tile>::Pieces pieces(work); pieces.next(piece);) {
             const GemmProduct product = products.at(piece.product);
-            if constexpr (Tile::kGroups == GemmWide::kGroups) {
-                if (product.rows <= 64)
-                    multiply_piece<64>(p, work, piece, product);
-                else if (product.rows <= 128)
-                    multiply_piece<128>(p, work, piece, product);
-                else
-                    multiply_piece<256>(p, work, piece, product);
-            } else {
-                if (product.rows <= 16)
-                    multiply_piece<16>(p, work, piece, product);
-                else if (product.rows <= 32)
-                    multiply_piece<32>(p, work, piece, product);
-                else
-                    multiply_piece<64>(p, work, piece, product);
-            }
+            multiply_piece(p, work, piece, product);
         }
     }
 
   private:
+    static constexpr uint32_t kN = Tile::kMostTokens, kNone = ~0u;
+
     // Where the tile of 16 rows that this warp has is in the panel.
     __device__ __forceinline__ uint32_t own_tile() const { return group_ * Tile::kGroupTiles + thread_ / kLanes; }
     __device__ __forceinline__ void sync_group() const { sync_threads<Tile::kGroupThreads>(1 + group_); }
 
-    template <int kN>
     __device__ __forceinline__ void multiply_piece(const GemmProjection& p, const GemmWork<Tile>& work,
                                                    const GemmPiece& piece, const GemmProduct& product) {
         constexpr uint32_t kOwn = (kN + Tile::kGroupThreads - 1) / Tile::kGroupThreads;
-        const bool is_last = call_.experts && !p.is_first;
+        const bool is_last = Tile::kExperts && !p.is_first;
         uint2 to_rows[kOwn] = {};
         if (is_last && piece.begin == 0)
 #pragma unroll
@@ -94,13 +81,13 @@ class GemmMultiplier {
         const bool has_boxes = p.has_boxes;
         const typename Codes::Shape shape(p);
         const uint32_t tile = min(piece.panel * Tile::kTiles + own_tile(), p.count.by - 1);
-        const uint32_t codes_at = own_tile() * p.block_bytes;  // in a stage
+        const uint32_t codes_at = kept(own_tile() * p.block_bytes);  // in a stage
         Codes codes;
         codes.begin(shape, p,
                     p.tiles + uint64_t{product.expert - call_.first_expert} * p.expert_bytes + tile * p.tile_bytes,
                     lane_ / 4);
         float sums[kN / 8][4] = {};
-        Barrier* to_release = nullptr;  // of the stage before
+        uint32_t to_release = kNone;  // the stage before
         codes_.wait_full();
         load_codes<true, true>(shape, codes, codes_at);
 #pragma unroll 1
@@ -121,7 +108,7 @@ class GemmMultiplier {
                 }
                 begin_products();
 #pragma unroll
-                for (uint32_t i = 0; i < 2; ++i) multiply_16<kN>(sums, own[i], stage, 2 * (kD % 2) + i);
+                for (uint32_t i = 0; i < 2; ++i) multiply_16(sums, own[i], stage, 2 * (kD % 2) + i);
                 commit_products();
                 // Codes of the next block take the place of those that are operands by now.
                 if (kD == 1 && Codes::kHasHalves && more) {
@@ -138,7 +125,7 @@ class GemmMultiplier {
                     __syncwarp();
                 if constexpr (kD % 2 == 0) {
                     release_x(to_release);
-                    to_release = x_.empty + x_.index;
+                    to_release = x_.index;
                     x_.advance();
                 }
             };
@@ -150,24 +137,25 @@ class GemmMultiplier {
         wait_for_products<0>();
         __syncwarp();
         release_x(to_release);
-        if (piece.begin != 0) return leave_partial<kN>(work, sums);
-        if (piece.end != work.blocks) add_partials<kN>(work, piece, sums);
+        if constexpr (!Tile::kExperts) wait_for_previous();
+        if (piece.begin != 0) return leave_partial(work, sums);
+        if (piece.end != work.blocks) add_partials(work, piece, sums);
         sync_group();  // what left before is read
         if (is_last)
 #pragma unroll
             for (uint32_t i = 0; i < kOwn; ++i)
                 if (thread_ + i * Tile::kGroupThreads < kN) to_rows_[thread_ + i * Tile::kGroupThreads] = to_rows[i];
         if (is_last) sync_group();
-        write<kN>(p, piece, product, codes, sums);
+        write(p, piece, product, codes, sums);
     }
 
     // Of a stage of activations that the products are done with. All blocks of threads of a cluster fill it.
-    __device__ __forceinline__ void release_x(Barrier* empty) const {
-        if (empty == nullptr) return;
+    __device__ __forceinline__ void release_x(uint32_t stage) const {
+        if (stage == kNone) return;
         if constexpr (Tile::kCluster == 1) {
-            if (lane_ == 0) empty->arrive();
+            if (lane_ == 0) x_.empty[stage].arrive();
         } else {
-            if (lane_ < Tile::kCluster) empty->arrive_at(lane_);
+            if (lane_ < Tile::kCluster) x_.empty[stage].arrive_at(lane_);
         }
     }
 
@@ -184,7 +172,6 @@ class GemmMultiplier {
     }
 
     // Columns 16 at .. 16 at + 15 of a stage.
-    template <int kN>
     __device__ __forceinline__ void multiply_16(float (&sums)[kN / 8][4], const uint32_t (&operand)[4],
                                                 const uint8_t* stage, uint32_t at) const {
         if constexpr (kHasWarpgroups) {
@@ -208,7 +195,6 @@ class GemmMultiplier {
         return reinterpret_cast<float4*>(call_.partials) + uint64_t{partial} * call_.most * (Tile::kGroupRows / 4) +
                thread_;
     }
-    template <int kN>
     __device__ __forceinline__ void leave_partial(const GemmWork<Tile>& work, const float (&sums)[kN / 8][4]) const {
         const uint32_t own = partial_of(work, work.own_team());
         float4* const to = partials(own);
@@ -218,7 +204,6 @@ class GemmMultiplier {
         sync_group();
         if (thread_ == 0) raise_flag(call_.flags + own, call_.nonce);
     }
-    template <int kN>
     __device__ __forceinline__ void add_partials(const GemmWork<Tile>& work, const GemmPiece& piece,
                                                  float (&sums)[kN / 8][4]) const {
         const uint32_t first = work.own_team() + 1;
@@ -245,7 +230,7 @@ class GemmMultiplier {
 
     // values = sums[2 * at], sums[2 * at + 1]: registers have no index, so there is code for each, but for this alone, as
     // the caches of instructions are small.
-    template <int kN, uint32_t kFrom, uint32_t kTo>
+    template <uint32_t kFrom, uint32_t kTo>
     static __device__ __forceinline__ void take_sums(const float (&sums)[kN / 8][4], uint32_t at,
                                                      float (&values)[2][4]) {
         if constexpr (kTo - kFrom == 1) {
@@ -254,17 +239,16 @@ class GemmMultiplier {
         } else {
             constexpr uint32_t kMiddle = (kFrom + kTo) / 2;
             if (at < kMiddle)
-                take_sums<kN, kFrom, kMiddle>(sums, at, values);
+                take_sums<kFrom, kMiddle>(sums, at, values);
             else
-                take_sums<kN, kMiddle, kTo>(sums, at, values);
+                take_sums<kMiddle, kTo>(sums, at, values);
         }
     }
 
     // Brings sums to where they belong, by way of shared memory, so that rows of y are written in long parts.
-    template <int kN>
     __device__ __forceinline__ void write(const GemmProjection& p, const GemmPiece& piece, const GemmProduct& product,
                                           const Codes& codes, const float (&sums)[kN / 8][4]) const {
-        const bool gates = call_.experts && p.order != RowOrder::kPlain, is_last = call_.experts && !p.is_first;
+        const bool gates = Tile::kExperts && p.order != RowOrder::kPlain, is_last = Tile::kExperts && !p.is_first;
         const uint32_t tile = piece.panel * Tile::kTiles + own_tile(), g = lane_ / 4, t = lane_ % 4;
         float bias[2] = {};
         if (p.bias != nullptr) {
@@ -278,7 +262,7 @@ class GemmMultiplier {
                 bias[r] = there ? to_float(biases[row]) : 0.0f;
             }
         }
-        const bool is_plain = !call_.experts;
+        const bool is_plain = !Tile::kExperts;
         // A warp's columns of y: 16, or 8 behind a gate.
         uint8_t* const own = leaving_ + thread_ / kLanes * (gates ? 16 : 32);
 #pragma unroll 1
@@ -288,7 +272,7 @@ class GemmMultiplier {
 #pragma unroll 1
             for (uint32_t at = first; at < end; at += Tile::kAtOnce) {
                 float values[2][4];
-                take_sums<kN, 0, kN / 16>(sums, at / Tile::kAtOnce, values);
+                take_sums<0, kN / 16>(sums, at / Tile::kAtOnce, values);
 #pragma unroll
                 for (uint32_t n = 0; n < 2; ++n)
 #pragma unroll
@@ -355,7 +339,7 @@ class GemmMultiplier {
     __device__ __forceinline__ void leave(const GemmProjection& p, const GemmPiece& piece, const GemmProduct& product,
                                           uint32_t first, uint32_t count) const {
         constexpr uint32_t kOut = 8;  // columns at once
-        const bool gates = call_.experts && p.order != RowOrder::kPlain, is_last = call_.experts && !p.is_first;
+        const bool gates = Tile::kExperts && p.order != RowOrder::kPlain, is_last = Tile::kExperts && !p.is_first;
         const uint32_t width = gates ? p.rows / 2 : p.rows;                              // of y
         const uint32_t each = (gates ? Tile::kGroupRows / 2 : Tile::kGroupRows) / kOut;  // parts of a token
         const uint32_t first_col = (piece.panel * Tile::kGroups + group_) * each * kOut;

@@ -8,9 +8,18 @@ namespace qmoe::cuda {
 
 template <typename T, int kBits>
 Status launch_int_gemm(const Gemm& call, const Device& device, cudaStream_t stream) noexcept {
-    return call.projections[call.begin].groups == 1
-               ? launch_gemm_as<T, IntWeights<T, kBits, true>>(call, device, stream)
-               : launch_gemm_as<T, IntWeights<T, kBits, false>>(call, device, stream);
+    IntForm form = IntForm::kPlain;
+    for (uint32_t i = call.begin; i < call.end; ++i) {
+        const TiledMatrix& p = call.projections[i];
+        if (p.groups != 1) form = IntForm::kAny;
+        if (form == IntForm::kPlain && (p.has_zeros || p.zero != static_cast<float>(1 << (kBits - 1))))
+            form = IntForm::kWhole;
+    }
+    switch (form) {
+        case IntForm::kPlain: return launch_gemm_as<T, IntWeights<T, kBits, IntForm::kPlain>>(call, device, stream);
+        case IntForm::kWhole: return launch_gemm_as<T, IntWeights<T, kBits, IntForm::kWhole>>(call, device, stream);
+        default: return launch_gemm_as<T, IntWeights<T, kBits, IntForm::kAny>>(call, device, stream);
+    }
 }
 
 // What gemm_<bits>_<type>.cu compile.

@@ -72,18 +72,6 @@ Status launch_many(const Gemm& call, uint32_t bits, OutputType type, const Devic
                       [&]<typename T, int kBits>() { return launch_int_gemm<T, kBits>(call, device, stream); });
 }
 
-// Where one kernel becomes faster than the other, measured on an H100. Layers of experts have the one for few until the
-// other has been tested more.
-constexpr uint64_t kFewTokensOfLinear = 16;
-
-bool is_for_many(const IntLinear& linear) noexcept {
-    return linear.kernel == Kernel::kManyTokens ||
-           (linear.kernel == Kernel::kAuto && linear.tokens > kFewTokensOfLinear);
-}
-bool is_for_many(const IntExperts& e) noexcept {
-    return e.kernel == Kernel::kManyTokens;
-}
-
 // The workspace of the kernel for few tokens: the outputs of both projections, one per choice.
 struct FewWorkspace {
     uint64_t second_at, bytes;
@@ -103,7 +91,7 @@ struct ManyWorkspace {
 
     Status make(const IntExperts& e, const Device& device) noexcept {
         const uint64_t choices = e.tokens * e.top_k;
-        QMOE_TRY(plan.make_for_experts(e.tokens, choices, e.first.experts));
+        QMOE_TRY(plan.make_for_experts(choices, e.first.experts));
         products = GemmSchedule::most_products(choices, e.first.experts, plan.most);
         gathered_at = GemmSchedule::bytes(choices, products);
         first_at = gathered_at + plan.gathered_bytes_of(choices, e.first.cols);
@@ -135,7 +123,7 @@ Status linear_many(const IntLinear& linear, const Device& device, cudaStream_t s
     GemmPlan plan;
     uint32_t bits = 0;
     QMOE_TRY(tiles_of(linear.weight, p, bits));
-    QMOE_TRY(plan.make(linear.tokens, linear.tokens));
+    QMOE_TRY(plan.make(linear.weight.rows, linear.weight.cols, linear.tokens, device));
     QMOE_TRY(check_workspace(plan.sums_bytes(device), linear.workspace_bytes));
     call.end = 1;
     p.bias = linear.bias;
@@ -212,7 +200,7 @@ Status linear_workspace_int(const IntLinear& linear, uint64_t* bytes) noexcept {
     Device device{};
     QMOE_TRY(Device::current(device));
     GemmPlan plan;
-    QMOE_TRY(plan.make(linear.tokens, linear.tokens));
+    QMOE_TRY(plan.make(linear.weight.rows, linear.weight.cols, linear.tokens, device));
     *bytes = plan.sums_bytes(device);
     return {};
 }

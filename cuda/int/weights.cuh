@@ -1,8 +1,11 @@
 // Operands of the tensor cores from codes in tiles.h's layout, scales included: (code - zero) * scale, rounded to T.
 //
-// A code at the lowest bits of a half beside the bits of 2^m, m the number of T's digits, is 2^m + code; taking off 2^m and
-// the integer next to zero is exact. bfloat16 has too few digits for codes of 8 bits, which go by way of float32. Scales
-// are rounded to T once. A whole row's scale stays out of it: sums are multiplied by it.
+// Codes are masked where they are in a half of a word, kUp bits above its lowest one; that factor goes into what they are
+// multiplied by. In float16 the bits of 1024 beside a code make it 1024 + code 2^kUp; taking off 1024 and the integer next
+// to zero is exact. In bfloat16 a code is the number that it is as bits, code 2^(kUp - 133): see operands.cuh. Where zero is
+// a power of two, zero * scale is exact, and so one instruction makes an operand. These are 2^-53 of what is asked for, so
+// that scales up to 2^47 do not overflow on the way, and sums are multiplied by 2^53; of scales below 2^-73 digits are lost.
+// Scales are rounded to T once. A whole row's scale stays out of it: sums are multiplied by it.
 #pragma once
 
 #include "common.cuh"
@@ -10,19 +13,6 @@
 #include "int/operands.cuh"
 
 namespace qmoe::cuda {
-
-template <typename T>
-struct PairOf {
-    using Type = __nv_bfloat162;
-    static constexpr uint32_t kMagic = 0x43004300;  // 128, 128
-    static constexpr float kMagicValue = 128.0f, kMostZero = 127.0f;
-};
-template <>
-struct PairOf<__half> {
-    using Type = __half2;
-    static constexpr uint32_t kMagic = 0x64006400;  // 1024, 1024
-    static constexpr float kMagicValue = 1024.0f, kMostZero = 255.0f;
-};
 
 // (bits & kMask) | more: one instruction where `more` is in a register, which this sees to.
 template <uint32_t kMask>
@@ -36,72 +26,92 @@ __device__ __forceinline__ uint32_t masked_or(uint32_t bits, uint32_t more) {
 #endif
 }
 
-// What a row's codes of a group mean.
-template <typename T, int kBits>
+// Which codes and groups there is code for: all; those of which a block is one group, or a row is; those of them without
+// stored zeros or half steps, where zero is 2^(kBits - 1).
+enum class IntForm { kAny, kWhole, kPlain };
+
+// What the codes of a row g + 8 kRow mean, in a group.
+template <typename T, int kBits, bool kPlain, int kRow>
 class IntGrid {
   public:
+    // Sums are multiplied by it.
+    static constexpr float kBehind = std::is_same_v<T, __half> ? 1.0f : 9007199254740992.0f;  // 2^53
+
     __device__ __forceinline__ void set_zero(float zero) {
-        if constexpr (kByFloats) {
-            fraction_ = -zero;
-        } else {
-            const float whole = fminf(fmaxf(rintf(zero), 0.0f), PairOf<T>::kMostZero);
-            minus_ = pair_of(-(PairOf<T>::kMagicValue + whole));
-            fraction_ = whole - zero;
-        }
+        const float whole = kPlain ? zero : fminf(fmaxf(rintf(zero), 0.0f), 255.0f);
+        fraction_ = whole - zero;
+        whole_ = whole;
+        if constexpr (!kOneStep)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                minus_[i] = kIsHalf ? pair_of(-(1024.0f * part_of(up_of(i)) + whole))
+                                    : pair_of(-whole * kSubnormal / part_of(up_of(i)));
     }
     __device__ __forceinline__ void set_scale(float scale) {
-        if constexpr (kByFloats)
-            scale_ = scale, rest_ = fraction_ * scale;
-        else
-            scale_ = pair_of(scale), rest_ = pair_of(fraction_ * scale);
+        const float rounded = to_float(from_float<T>(scale));
+        rest_ = kIsHalf ? pair_of(fraction_ * scale)
+                        : pair_of((kOneStep ? -whole_ : fraction_) * rounded * kTaken * kSubnormal);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) scales_[i] = pair_of(kIsHalf ? scale : rounded * kTaken * part_of(up_of(i)));
     }
     // Of codes at bits kAt and kAt + 16 of a word.
     template <int kAt>
     __device__ __forceinline__ uint32_t at(uint32_t word) const {
         if constexpr (kBits == 8) {
-            constexpr uint32_t kFirst = kAt / 8, kSecond = kFirst + 2;
-            if constexpr (kByFloats) {
-                constexpr uint32_t kFloat = 0x4b000000;  // 2^23
-                const float first = __uint_as_float(permuted(word, kFloat, 0x7540 | kFirst)),
-                            second = __uint_as_float(permuted(word, kFloat, 0x7540 | kSecond));
-                const __nv_bfloat162 both = __floats2bfloat162_rn(fmaf(first - 8388608.0f, scale_, rest_),
-                                                                  fmaf(second - 8388608.0f, scale_, rest_));
-                return *reinterpret_cast<const uint32_t*>(&both);
-            } else {
-                return value(permuted(word, PairOf<T>::kMagic, 0x5050 | kSecond << 8 | kFirst));
-            }
+            return value<0>(permuted(word, kMagic, 0x5050 | (kAt / 8 + 2) << 8 | kAt / 8));
         } else {
-            return value(masked_or<((1u << kBits) - 1) * 0x00010001u>(word >> kAt, PairOf<T>::kMagic));
+            constexpr int kUp = kBits == 3 ? kAt % 6 : kAt % 8;
+            constexpr uint32_t kMask = (((1u << kBits) - 1) << kUp) * 0x00010001u;
+            if constexpr (kIsHalf) return value<kUp>(masked_or<kMask>(word >> (kAt - kUp), kMagic));
+            return value<kUp>(word >> (kAt - kUp) & kMask);
         }
     }
     // Of codes at the lowest bits of both halves.
-    __device__ __forceinline__ uint32_t of_codes(uint32_t codes) const { return value(codes | PairOf<T>::kMagic); }
+    __device__ __forceinline__ uint32_t of_codes(uint32_t codes) const {
+        return value<0>(codes | kMagic);
+    }
 
   private:
-    using Pair = typename PairOf<T>::Type;
-    static constexpr bool kByFloats = kBits == 8 && std::is_same_v<T, __nv_bfloat16>;
-    using Number = std::conditional_t<kByFloats, float, Pair>;
+    static constexpr bool kIsHalf = std::is_same_v<T, __half>;
+    using Pair = std::conditional_t<kIsHalf, __half2, __nv_bfloat162>;
+    static constexpr uint32_t kMagic = kIsHalf ? 0x64006400 : 0;  // 1024, 1024
+    static constexpr bool kOneStep = kPlain && !kIsHalf;
+    static constexpr float kTaken = 1208925819614629174706176.0f;             // 2^80
+    static constexpr float kSubnormal = 1.0f / kTaken / 9007199254740992.0f;  // 2^-133
+    // Where codes can be.
+    static constexpr __host__ __device__ int up_of(int i) {
+        return i == 0 ? (kBits == 8 ? 0 : kBits * kRow) : kBits == 2 ? 2 * kRow + 4 : 0;
+    }
+    static constexpr __host__ __device__ float part_of(int up) {
+        return 1.0f / static_cast<float>(1 << up);
+    }
 
     static __device__ __forceinline__ Pair pair_of(float value) {
         const T one = from_float<T>(value);
         return {one, one};
     }
+    template <int kUp>
     __device__ __forceinline__ uint32_t value(uint32_t bits) const {
-        if constexpr (kByFloats) {
-            return 0;
-        } else {
-            const Pair made = __hfma2(__hadd2(*reinterpret_cast<const Pair*>(&bits), minus_), scale_, rest_);
-            return *reinterpret_cast<const uint32_t*>(&made);
-        }
+        constexpr int kIndex = kUp == up_of(0) ? 0 : 1;
+        static_assert(kUp == up_of(kIndex));
+        Pair pair = *reinterpret_cast<const Pair*>(&bits);
+        if constexpr (kIsHalf)
+            pair = kUp == 0 ? __hadd2(pair, minus_[kIndex]) : __hfma2(pair, pair_of(part_of(kUp)), minus_[kIndex]);
+        else if constexpr (!kOneStep)
+            pair = __hadd2(pair, minus_[kIndex]);
+        pair = __hfma2(pair, scales_[kIndex], rest_);
+        return *reinterpret_cast<const uint32_t*>(&pair);
     }
 
-    Number minus_, scale_, rest_;
-    float fraction_;
+    Pair minus_[2], scales_[2], rest_;  // by up_of()
+    float whole_, fraction_;
 };
 
-// A lane's codes of a tile's block. kWhole: a block is one group, or a row is.
-template <typename T, int kBits, bool kWhole>
+// A lane's codes of a tile's block.
+template <typename T, int kBits, IntForm kForm>
 class IntWeights {
+    static constexpr bool kWhole = kForm != IntForm::kAny;
+
   public:
     // What is the same for all tiles, in registers.
     struct Shape {
@@ -111,10 +121,10 @@ class IntWeights {
 
         __device__ __forceinline__ explicit Shape(const TiledMatrix& p)
             : row_groups(p.row_groups),
-              has_zeros(p.has_zeros),
+              has_zeros(kForm != IntForm::kPlain && p.has_zeros),
               bf16_scales(p.bf16_scales),
               groups(kWhole ? 1 : p.groups),
-              zero(p.zero) {}
+              zero(kForm == IntForm::kPlain ? static_cast<float>(1 << (kBits - 1)) : p.zero) {}
     };
 
     // `tile`: in memory; `g`: lane / 4.
@@ -125,8 +135,8 @@ class IntWeights {
             row_scale_ = floats_of(*reinterpret_cast<const uint32_t*>(behind), shape.bf16_scales);
             if (shape.has_zeros) zero = floats_of(*reinterpret_cast<const uint32_t*>(behind + 32), false);
         }
-        grids_[0].set_zero(zero.x), grids_[1].set_zero(zero.y);
-        grids_[0].set_scale(1.0f), grids_[1].set_scale(1.0f);
+        lower_.set_zero(zero.x), upper_.set_zero(zero.y);
+        lower_.set_scale(1.0f), upper_.set_scale(1.0f);
     }
     // Half kHalf of a block, which is in shared memory. With kHasHalves it leaves the other half's operands as they were.
     static constexpr bool kHasHalves = kBits != 3;
@@ -155,20 +165,21 @@ class IntWeights {
             constexpr int kGroup = kQ / kGroupProducts;
             if (shape.has_zeros) {
                 const float2 zero = floats_of(zeros_[kGroup], false);
-                grids_[0].set_zero(zero.x), grids_[1].set_zero(zero.y);
+                lower_.set_zero(zero.x), upper_.set_zero(zero.y);
             }
             const float2 scale = floats_of(scales_[kGroup], shape.bf16_scales);
-            grids_[0].set_scale(scale.x), grids_[1].set_scale(scale.y);
+            lower_.set_scale(scale.x), upper_.set_scale(scale.y);
         }
         pairs<kQ, 0>(a), pairs<kQ, 1>(a);
     }
     // Of row g + 8 r: what sums are to be multiplied by.
     __device__ __forceinline__ float scale(uint32_t r) const {
-        return r == 0 ? row_scale_.x : row_scale_.y;
+        return (r == 0 ? row_scale_.x : row_scale_.y) * Lower::kBehind;
     }
 
   private:
     static constexpr uint32_t kGroups = kWhole ? 1 : 4;
+    using Lower = IntGrid<T, kBits, kForm == IntForm::kPlain, 0>;
 
     template <int kQ, int kH>
     __device__ __forceinline__ void pairs(uint32_t (&a)[4]) const {
@@ -176,29 +187,30 @@ class IntWeights {
         if constexpr (kBits == 2) {
             constexpr int kAt = 8 * (kQ / 2 % 2) + 4 * (kQ % 2);
             const uint32_t word = words_[kQ / 4 * 2 + kH];
-            lower = grids_[0].template at<kAt>(word), upper = grids_[1].template at<kAt + 2>(word);
+            lower = lower_.template at<kAt>(word), upper = upper_.template at<kAt + 2>(word);
         } else if constexpr (kBits == 3 && kQ < 6) {
             const uint32_t word = words_[kQ / 2 * 2 + kH];
-            lower = grids_[0].template at<6 * (kQ % 2)>(word), upper = grids_[1].template at<6 * (kQ % 2) + 3>(word);
+            lower = lower_.template at<6 * (kQ % 2)>(word), upper = upper_.template at<6 * (kQ % 2) + 3>(word);
         } else if constexpr (kBits == 3 && kQ == 6) {
-            lower = grids_[0].template at<12>(words_[kH]), upper = grids_[1].template at<12>(words_[2 + kH]);
+            lower = lower_.template at<12>(words_[kH]), upper = upper_.template at<12>(words_[2 + kH]);
         } else if constexpr (kBits == 3) {
-            lower = grids_[0].template at<12>(words_[4 + kH]);
-            upper = grids_[1].of_codes(masked<15, 1>(words_[kH]) | masked<14, 2>(words_[2 + kH]) |
-                                       masked<13, 4>(words_[4 + kH]));
+            lower = lower_.template at<12>(words_[4 + kH]);
+            upper = upper_.of_codes(masked<15, 1>(words_[kH]) | masked<14, 2>(words_[2 + kH]) |
+                                    masked<13, 4>(words_[4 + kH]));
         } else if constexpr (kBits == 4) {
             const uint32_t word = words_[kQ / 2 * 2 + kH];
-            lower = grids_[0].template at<8 * (kQ % 2)>(word), upper = grids_[1].template at<8 * (kQ % 2) + 4>(word);
+            lower = lower_.template at<8 * (kQ % 2)>(word), upper = upper_.template at<8 * (kQ % 2) + 4>(word);
         } else {
             const uint32_t word = words_[2 * kQ + kH];
-            lower = grids_[0].template at<0>(word), upper = grids_[1].template at<8>(word);
+            lower = lower_.template at<0>(word), upper = upper_.template at<8>(word);
         }
     }
 
     alignas(16) uint32_t words_[2 * kBits];
     uint32_t scales_[kGroups], zeros_[kGroups];
     float2 row_scale_{1.0f, 1.0f};
-    IntGrid<T, kBits> grids_[2];
+    Lower lower_;
+    IntGrid<T, kBits, kForm == IntForm::kPlain, 1> upper_;
 };
 
 }  // namespace qmoe::cuda

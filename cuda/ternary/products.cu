@@ -50,12 +50,6 @@ struct Workspace {
     static uint64_t aligned(uint64_t bytes) noexcept { return ceil_div(bytes, uint64_t{16}) * 16; }
 };
 
-// kAuto is the kernel for few tokens until the other one has been tested more.
-template <typename Call>
-bool is_for_many(const Call& call) noexcept {
-    return call.kernel == Kernel::kManyTokens;
-}
-
 // Of many tokens: the tiles that streams become.
 struct ManyOfLinear {
     GemmPlan plan;
@@ -63,7 +57,7 @@ struct ManyOfLinear {
     uint64_t sums_at = 0, bytes = 0;
 
     Status make(const TernaryLinear& linear, const Device& device) noexcept {
-        QMOE_TRY(plan.make(linear.tokens, linear.tokens));
+        QMOE_TRY(plan.make(linear.weight.shape.rows, linear.weight.shape.cols, linear.tokens, device));
         QMOE_TRY(view_of(linear.weight, expansion.stacks[0]));
         expansion.count = 1, expansion.last = 1;
         expansion.matrices[0] = ternary_tiles(expansion.stacks[0]);
@@ -83,7 +77,7 @@ struct ManyOfExperts {
 
     Status make(const TernaryExperts& e, const Device& device) noexcept {
         const uint64_t choices = e.tokens * e.top_k;
-        QMOE_TRY(plan.make_for_experts(e.tokens, choices, e.first.experts));
+        QMOE_TRY(plan.make_for_experts(choices, e.first.experts));
         QMOE_TRY(view_of(e.first, expansion.stacks[0]));
         QMOE_TRY(view_of(e.second, expansion.stacks[1]));
         TiledMatrix &first = expansion.matrices[0], &second = expansion.matrices[1];

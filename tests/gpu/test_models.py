@@ -71,19 +71,21 @@ def test_weights_are_on_the_device_once(compressed: Path) -> None:
     assert torch.equal(again, on_gpu)
 
 
-def test_few_and_many_tokens_agree(compressed: Path, monkeypatch: Any) -> None:
+def test_experts_at_once_and_in_turn_agree(compressed: Path, monkeypatch: Any) -> None:
     model = load_model(compressed, torch.bfloat16, device="cuda")
     experts = next(module for module in model.modules() if isinstance(module, PackedExperts))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(30, experts.shapes["down_proj"].rows, generator=generator).bfloat16().cuda()
-    ids = torch.randint(-1, experts.num_experts + 1, (30, 2), generator=generator).cuda()
-    weights = torch.rand(30, 2, generator=generator).bfloat16().cuda()
-    with torch.no_grad():
-        few = experts(x, ids, weights)
-        assert torch.equal(few, experts(x, ids, weights))
-        monkeypatch.setattr(cuda, "FEW_TOKENS", 0)
-        many = experts(x, ids, weights)
-    assert (few.float() - many.float()).square().mean().sqrt() < 0.01 * many.float().std()
+    for count in (30, 700):
+        x = torch.randn(count, experts.shapes["down_proj"].rows, generator=generator).bfloat16().cuda()
+        ids = torch.randint(-1, experts.num_experts + 1, (count, 2), generator=generator).cuda()
+        weights = torch.rand(count, 2, generator=generator).bfloat16().cuda()
+        with torch.no_grad():
+            at_once = experts(x, ids, weights)
+            assert torch.equal(at_once, experts(x, ids, weights))
+            with monkeypatch.context() as patch:
+                patch.setattr(cuda, "MOST_CHOICES", 0)
+                in_turn = experts(x, ids, weights)
+        assert (at_once.float() - in_turn.float()).square().mean().sqrt() < 0.01 * in_turn.float().std()
 
 
 def test_generation_with_a_static_cache_in_a_graph(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ A device holds a record's run-time layout and not the record: int matrices as th
 as streams, others as stored. The record itself may stay in CPU memory (`PackedModule` sees to that), so that weights
 are on the device once.
 
-Few tokens are multiplied by the packed weights. Many tokens, float32 activations, layers whose projections differ in
-kind, and matrices without a kernel of their own (int with groups of 16 columns or float32 scales, records of several
-kinds) decode one matrix at a time and leave the product to torch; which experts those are has to be known on the host,
-so that such a call cannot be captured in a CUDA graph.
+Up to a thousand tokens of a linear layer and any number of experts' are multiplied by the packed weights. More tokens,
+float32 activations, layers whose projections differ in kind, and matrices without a kernel of their own (int with
+groups of 16 columns or float32 scales, records of several kinds) decode one matrix at a time and leave the product to
+torch; which experts those are has to be known on the host, so that such a call cannot be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from ..errors import QmoeError
 from .gating import Gating
 from .layouts import DTYPES, cached
 
-# Up to here packed weights are multiplied; beyond, decoding them once is faster.
-LINEAR_TOKENS = {_C.CudaInt: 1024, _C.CudaTernary: 32}
-FEW_TOKENS, FEW_CHOICES = 64, 1024  # of experts
+LINEAR_TOKENS = 1024  # up to here packed weights are multiplied; beyond, decoding them once is as fast
+MOST_CHOICES = 65535  # of experts, in one call of the kernels (kMostChoicesOfMany of qmoe/cuda.h)
 
 
 class Stack:
@@ -133,7 +132,7 @@ def linear(x: torch.Tensor, packed: torch.Tensor, out_features: int, compute: st
     if stack.experts != 1:
         raise QmoeError("E_SHAPE", "a linear layer is a record of one matrix", expected=1, actual=stack.experts)
     matrix = stack.matrix
-    if matrix is None or stack.weights is None or x.dtype == torch.float32 or len(rows) > LINEAR_TOKENS[type(matrix)]:
+    if matrix is None or stack.weights is None or x.dtype == torch.float32 or len(rows) > LINEAR_TOKENS:
         return torch.nn.functional.linear(x, stack.dense(0, x.dtype))
     out = x.new_empty(len(rows), out_features)
     with torch.cuda.device(x.device):
@@ -149,7 +148,7 @@ def experts(
     first_bias: torch.Tensor | None, second_bias: torch.Tensor | None, order: str, activation: str, clamped: bool,
     alpha: float, limit: float, compute: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    """`ops.experts`: one launch where tokens are few, else expert by expert.
+    """`ops.experts`: a few launches for all experts, or expert by expert where there are no kernels for that.
 
     Raises:
         QmoeError: E_VALUE for ids, weights or biases on another device than x, where their addresses mean nothing;
@@ -170,9 +169,9 @@ def experts(
                             actual=tuple(bias.shape))  # fmt: skip
     gating = Gating(order, activation, clamped, alpha, limit)
     biases = [None if bias is None else bias.to(x.dtype).contiguous() for bias in (first_bias, second_bias)]
-    few = len(x) <= FEW_TOKENS and ids.numel() <= FEW_CHOICES and x.dtype != torch.float32
+    at_once = ids.numel() <= MOST_CHOICES and x.dtype != torch.float32
     alike = stacks[0].matrix is not None and type(stacks[0].matrix) is type(stacks[1].matrix)
-    if few and alike:
+    if at_once and alike:
         return _experts_at_once(x.contiguous(), ids.contiguous(), weights, stacks, gating, biases)
     return _experts_in_turn(x, ids, weights, stacks, gating, biases)
 
