@@ -1,18 +1,20 @@
-"""Whole layers of int experts on a GPU, beside bfloat16 grouped products and the memory's limit.
+"""Whole layers of int experts on a GPU, beside bfloat16 grouped products, Humming where it is installed, and the
+memory's limit.
 
     python bench/gpu/int_experts.py [--models NAME ...] [--bits 4 2] [--tokens 1 4 16 64 256 1024]
         [--kernels auto] [--output FILE]
 
 Routing is skewed (popularity falls with the square root of the rank) and changes from call to call. Ours takes ids and
-weights and gives the combined output; the time of
-bfloat16 is of grouped gate and up, gate, and grouped down alone, with inputs already sorted by expert. Medians of CUDA
-graph replays.
+weights and gives the combined output; the times of
+bfloat16 and of Humming are of grouped gate and up, gate, and grouped down alone, with inputs already sorted by expert.
+Medians of CUDA graph replays.
 """
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -112,6 +114,41 @@ class Grouped:
         return microseconds(run, len(ends))
 
 
+class Humming:
+    """The same by the grouped kernels of humming-kernels."""
+
+    def __init__(self, bits: int, experts: int, top_k: int, hidden: int, width: int) -> None:
+        self.experts, self.hidden = experts, hidden
+        self.first = self.projection(bits, 2 * width, hidden)
+        self.second = self.projection(bits, hidden, width)
+
+    def projection(self, bits: int, rows: int, cols: int) -> torch.nn.Module:
+        from humming.layer import HummingLayer
+
+        layer: torch.nn.Module = HummingLayer(
+            shape_n=rows, shape_k=cols, weight_config={"dtype": f"int{bits}", "group_size": GROUP},
+            num_experts=self.experts, torch_dtype=torch.bfloat16,
+        ).cuda()  # fmt: skip
+        layer.load_from_unquantized(
+            torch.randn(self.experts, rows, cols, dtype=torch.bfloat16, device="cuda").mul_(0.02)
+        )
+        layer.transform()
+        return layer
+
+    def measure(self, routing: list[torch.Tensor]) -> dict[str, float]:
+        x = torch.randn(routing[0].numel(), self.hidden, device="cuda").bfloat16()
+        counts = [torch.bincount(r.flatten(), minlength=self.experts).cumsum(0) for r in routing]
+        begins = [torch.nn.functional.pad(c, (1, 0)).long().cuda() for c in counts]
+        how = {"compute_config": {"gemm_type": "grouped_contiguous"}}
+
+        def run() -> None:
+            for begin in begins:
+                gate, up = self.first(x, expert_layout=begin, **how).chunk(2, -1)
+                self.second(torch.nn.functional.silu(gate) * up, expert_layout=begin, **how)
+
+        return microseconds(run, len(begins))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
@@ -131,6 +168,12 @@ def main() -> None:
         del grouped
         torch.cuda.empty_cache()
         for bits in arguments.bits:
+            rival: dict[int, dict[str, float]] = {}
+            if find_spec("humming"):
+                humming = Humming(bits, experts, top_k, hidden, width)
+                rival = {tokens: humming.measure(routing[tokens]) for tokens in arguments.tokens}
+                del humming
+                torch.cuda.empty_cache()
             ours = Ours(bits, experts, top_k, hidden, width)
             for tokens in arguments.tokens:
                 touched = mean(len(r.unique()) for r in routing[tokens])
@@ -140,9 +183,12 @@ def main() -> None:
                 row["bf16_grouped_us"] = baseline[tokens]["median_us"]
                 row["speedup"] = row["bf16_grouped_us"] / row["median_us"]
                 row["memory_limit_us"] = touched * ours.bytes_of_expert / bandwidth * 1e6
+                if rival:
+                    row["humming_us"] = rival[tokens]["median_us"]
                 table.append(row)
                 print(f"{name} int{bits} {tokens:3} tokens: {times(row)} us,", end=" ")
                 print(f"bf16 {row['bf16_grouped_us']:7.1f} ({row['speedup']:4.2f}x),", end=" ")
+                print(f"Humming {row['humming_us']:7.1f}," if rival else "", end=" ")
                 print(f"memory alone {row['memory_limit_us']:6.1f}", flush=True)
             del ours
             torch.cuda.empty_cache()
