@@ -56,22 +56,28 @@ Status check_linear(const Linear<Stack>& linear) noexcept {
     return Status::error(Code::kValue, "cuda: a linear layer has one matrix, without a gate");
 }
 
-// What the kernel for many tokens counts in: rows of x in 16 bits, its numbers in 32.
-// Where the kernel for many tokens becomes faster than the one for few, measured on an H100: tokens of a matrix, and of an
-// expert on average.
+// Where the kernel for many tokens becomes faster than the one for few, measured on an H100: tokens of an expert on
+// average. Small experts are over before the former has begun, and ternary ones become tiles first.
+inline uint64_t few_tokens_of(const IntStack& stack) noexcept {
+    return stack.rows * stack.cols < 1 << 24 ? 7 : 3;
+}
+inline uint64_t few_tokens_of(const TernaryStack&) noexcept {
+    return 11;
+}
+// And of a linear layer. The former takes at most 8 at once where activations of more have no room in shared memory.
 template <typename Stack>
 bool is_for_many(const Linear<Stack>& linear) noexcept {
-    constexpr uint64_t kFewTokens = 16;
-    return linear.kernel == Kernel::kManyTokens || (linear.kernel == Kernel::kAuto && linear.tokens > kFewTokens);
+    const uint64_t few_tokens = std::is_same_v<Stack, IntStack> && cols_of(linear.weight) > 4096 ? 8 : 16;
+    return linear.kernel == Kernel::kManyTokens || (linear.kernel == Kernel::kAuto && linear.tokens > few_tokens);
 }
 template <typename Stack>
 bool is_for_many(const Experts<Stack>& e) noexcept {
-    constexpr uint64_t kFewTokens = 11;
-    const uint64_t choices = e.tokens * e.top_k;
+    const uint64_t choices = e.tokens * e.top_k, few_tokens = few_tokens_of(e.first);
     return e.kernel == Kernel::kManyTokens ||
-           (e.kernel == Kernel::kAuto && (choices > kMostChoices || choices > kFewTokens * e.first.experts));
+           (e.kernel == Kernel::kAuto && (choices > kMostChoices || choices > few_tokens * e.first.experts));
 }
 
+// What the kernel for many tokens counts in: rows of x in 16 bits, its numbers in 32.
 template <typename Stack>
 Status check_many(const Experts<Stack>& e) noexcept {
     QMOE_TRY(check_choices(e, kMostChoicesOfMany));

@@ -116,6 +116,6 @@ def test_what_cannot_be() -> None:
         _C.CudaIntExperts(first.matrix, second.matrix, "silu").workspace(1, 1)
     with pytest.raises(QmoeError, match="E_VALUE"):
         _C.CudaIntExperts(first.matrix, second.matrix, "tanh")
-    layer = layer_of(3, 64, 32, HALVES)
-    with pytest.raises(QmoeError, match="E_NO_KERNEL"):
-        layer.call.workspace(5000, 1)
+    for kernel, tokens in (("few", 5000), ("many", 70000), ("auto", 70000)):
+        with pytest.raises(QmoeError, match="E_NO_KERNEL"):
+            layer_of(3, 64, 32, HALVES, kernel=kernel).call.workspace(tokens, 1)

@@ -58,8 +58,8 @@ struct TernaryStack {
 // that can, kernels begin to read them before that one has ended.
 
 // Which kernel of several: for few tokens, that reads weights again for every few of them, or for many, that makes them
-// operands of tensor cores once for up to 256. kAuto: the one for few up to 16 tokens of a linear layer, or up to 11 of an
-// expert on average and kMostChoices of all; else the one for many.
+// operands of tensor cores once for up to 256. kAuto: the one for few up to 8 or 16 tokens of a linear layer, or up to 3 to 11
+// of an expert on average, as its matrices are, and kMostChoices of all; else the one for many.
 enum class Kernel : uint8_t { kAuto, kFewTokens, kManyTokens };
 
 // y (tokens, rows) = x (tokens, cols) times the transpose of a stack's one matrix, plus bias (rows) where it is not null;
