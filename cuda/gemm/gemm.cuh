@@ -8,7 +8,9 @@
 //
 // Panels are *tall*, four groups, for products of up to 64 tokens, or *wide*, two groups, of up to 256. What limits wide
 // ones is what the second-level cache gives: pairs of blocks of threads, a cluster, have neighbouring panels and the same
-// tokens, and each brings half of the activations for both. Such pairs, or single blocks of threads, are *teams*.
+// tokens, and each brings half of the activations for both. Such pairs, or single blocks of threads, are *teams*. A matrix
+// and few tokens have the panels that are predicted to take less time. There is a kernel for each number of tokens that
+// products are multiplied as.
 //
 // Teams take whole units in turns as long as there are enough, and share the blocks of columns of the last ones evenly,
 // wherever a unit begins, unless whole units leave as few idle. Of a unit that is cut, the team that has its beginning adds
