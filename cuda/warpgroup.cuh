@@ -104,7 +104,6 @@ __device__ __forceinline__ void take_registers() {
 template <typename T, int kN>
 __device__ __forceinline__ void multiply(float (&d)[kN / 8][4], const uint32_t (&a)[4], uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    QMOE_WARPGROUP_PRODUCTS(16, 2, 8, 9, 10, 11, 12)
     QMOE_WARPGROUP_PRODUCTS(32, 4, 16, 17, 18, 19, 20)
     QMOE_WARPGROUP_PRODUCTS(64, 8, 32, 33, 34, 35, 36)
     QMOE_WARPGROUP_PRODUCTS(128, 16, 64, 65, 66, 67, 68)

@@ -464,10 +464,10 @@ void bind_cuda(py::module_& m) {
              "Bytes of workspace that linear() wants, on the current device.");
     bind_experts<CudaInt>(m, "CudaIntExperts");
     bind_experts<CudaTernary>(m, "CudaTernaryExperts");
-    py::class_<CudaTernaryEncoder>(
-        m, "CudaTernaryEncoder",
-        "Encodes ternary matrices whose trits (E, N, K) lie on the device, some of them at a "
-        "time; see TernaryEncode in qmoe/cuda.h. Pointers are raw.")
+    py::class_<CudaTernaryEncoder>(m, "CudaTernaryEncoder",
+                                   "Encodes ternary matrices whose trits (E, N, K) lie on the device, some of them at "
+                                   "a time; see TernaryEncode in "
+                                   "qmoe/cuda.h. Pointers are raw.")
         .def(py::init<const Numbers<float>&, uint64_t, const Numbers<uint64_t>&>(), py::arg("levels"), py::arg("cols"),
              py::arg("counts"), "levels: (E, N, 1 or 2), counts: (29,) as cuda_ternary_census counted all trits.")
         .def_property_readonly("tables", &CudaTernaryEncoder::tables, "What code() wants in device memory.")
