@@ -100,7 +100,7 @@ struct GemmTall : GemmShape {
 };
 // (128, up to 256)
 struct GemmWide : GemmShape {
-    static constexpr uint32_t kGroups = 2, kCluster = 2, kMostTokens = 256;
+    static constexpr uint32_t kGroups = 2, kCluster = 2;
     static constexpr int kGiven = 56, kTaken = 224;  // 56 + 2 x 224 = 3 x 168
 };
 // kMany: tokens that products are multiplied as. There is a kernel for each: where one has several loops, all are slower.

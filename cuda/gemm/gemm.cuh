@@ -142,7 +142,7 @@ struct GemmPlan {
         if (!has_boxes) return {};
         wide = tokens > GemmTall::kMostTokens || cycles(GemmWide::kGroups, GemmWide::kCluster) + kClusterCycles <
                                                      cycles(GemmTall::kGroups, GemmTall::kCluster);
-        if (wide && tokens > 64) most = smallest({128, 192, 256});
+        if (wide && tokens > GemmTall::kMostTokens) most = smallest({128, 192, 256});
         return {};
     }
     // For a layer's experts, most of which shall be one product. Measured on an H100.
@@ -190,7 +190,8 @@ Status divide(Gemm& call, const Device& device) noexcept {
     call.codes_bytes = 0;
     for (uint32_t i = call.begin; i < call.end; ++i)
         call.codes_bytes = std::max(call.codes_bytes, Tile::kTiles * call.projections[i].block_bytes);
-    for (call.x_stages = call.most > 64 ? 6 : 8; call.x_stages >= Tile::kFewestXStages; --call.x_stages) {
+    for (call.x_stages = call.most > GemmTall::kMostTokens ? 6 : Tile::kMostStages;
+         call.x_stages >= Tile::kFewestXStages; --call.x_stages) {
         call.codes_stages = 0;
         const uint32_t fixed = GemmRoom<Tile>(call).bytes;
         const uint32_t left = fixed < device.shared ? device.shared - fixed : 0;
@@ -251,15 +252,16 @@ Status launch_gemm_as(Gemm call, const Device& device, cudaStream_t stream) noex
     if (call.experts)
         return call.most == 32 ? launch.template operator()<GemmTall, true, 32>()
                                : launch.template operator()<GemmTall, true, 64>();
-    if (call.wide) switch (call.most) {
-            case 32: return launch.template operator()<GemmWide, false, 32>();
-            case 64: return launch.template operator()<GemmWide, false, 64>();
-            case 128: return launch.template operator()<GemmWide, false, 128>();
-            case 192: return launch.template operator()<GemmWide, false, 192>();
-            default: return launch.template operator()<GemmWide, false, 256>();
-        }
-    return call.most == 32 ? launch.template operator()<GemmTall, false, 32>()
-                           : launch.template operator()<GemmTall, false, 64>();
+    if (!call.wide)
+        return call.most == 32 ? launch.template operator()<GemmTall, false, 32>()
+                               : launch.template operator()<GemmTall, false, 64>();
+    switch (call.most) {
+        case 32: return launch.template operator()<GemmWide, false, 32>();
+        case 64: return launch.template operator()<GemmWide, false, 64>();
+        case 128: return launch.template operator()<GemmWide, false, 128>();
+        case 192: return launch.template operator()<GemmWide, false, 192>();
+        default: return launch.template operator()<GemmWide, false, 256>();
+    }
 }
 
 }  // namespace qmoe::cuda

@@ -262,7 +262,6 @@ class GemmMultiplier {
                 bias[r] = there ? to_float(biases[row]) : 0.0f;
             }
         }
-        const bool is_plain = !Tile::kExperts;
         // A warp's columns of y: 16, or 8 behind a gate.
         uint8_t* const own = leaving_ + thread_ / kLanes * (gates ? 16 : 32);
 #pragma unroll 1
@@ -278,20 +277,20 @@ class GemmMultiplier {
 #pragma unroll
                     for (uint32_t i = 0; i < 4; ++i) values[n][i] = fmaf(values[n][i], codes.scale(i / 2), bias[i / 2]);
                 uint8_t* const to = own + (at - first) * Tile::kPitch;
-                if (!is_plain && gates) {
+                if (gates) {
                     gate(values);
                     const uint32_t words[2] = {pair_from_floats<T>(values[0][0], values[0][1]),
                                                pair_from_floats<T>(values[1][0], values[1][1])};
                     store_transposed<1>(to, Tile::kPitch, words, lane_);
                     continue;
                 }
-                if (!is_plain && is_last) {
+                if (is_last) {
 #pragma unroll
                     for (uint32_t n = 0; n < 2; ++n)
 #pragma unroll
                         for (uint32_t i = 0; i < 4; ++i)
                             values[n][i] *= __uint_as_float(to_rows_[at + 8 * n + 2 * t + i % 2].y);
-                } else if (!is_plain) {
+                } else if (Tile::kExperts) {
                     activate(values);
                 }
                 const uint32_t words[4] = {

@@ -66,7 +66,8 @@ enum class Kernel : uint8_t { kAuto, kFewTokens, kManyTokens };
 // all row-major, of `type` (float16 or bfloat16), 2-byte aligned at least, on the device. Sums are float32 in a fixed
 // order. Few tokens are taken 16 at a time, of ternary matrices at most 4; many need a `workspace` of
 // int_linear_workspace() or ternary_linear_workspace() bytes, 16-byte aligned. Of many tokens int weights are rounded to
-// `type`, and so are their scales, except those of whole rows.
+// `type`, and so are their scales, except those of whole rows; scales from 2^47 on overflow in bfloat16 then, and those below
+// 2^-73 lose digits.
 template <typename Stack>
 struct Linear {
     Stack weight;  // kPlain

@@ -20,7 +20,7 @@ from ..quantize.base import dequantize
 from ..quantize.packing import pack
 from ..source import CheckedReader
 
-KEPT_THERE = 1 / 32
+KEPT_THERE = 1 / 32  # of a GPU's memory, that the trits of a stack may take
 
 Made = list[tuple[Any, TensorReport]]  # by matrix: what a treatment has made of it, which can be pickled, and a report
 

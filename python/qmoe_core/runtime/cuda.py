@@ -4,7 +4,7 @@ A device holds a record's run-time layout and not the record: int matrices as th
 as streams, others as stored. The record itself may stay in CPU memory (`PackedModule` sees to that), so that weights
 are on the device once.
 
-Up to a thousand tokens of a linear layer and any number of experts' are multiplied by the packed weights. More tokens,
+Up to `LINEAR_TOKENS` of a linear layer and `MOST_CHOICES` of experts are multiplied by the packed weights. More tokens,
 float32 activations, layers whose projections differ in kind, and matrices without a kernel of their own (int with
 groups of 16 columns or float32 scales, records of several kinds) decode one matrix at a time and leave the product to
 torch; which experts those are has to be known on the host, so that such a call cannot be captured in a CUDA graph.
