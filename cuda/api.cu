@@ -70,8 +70,9 @@ Status ternary_sums_on(const TernarySums& sums, void* stream) noexcept {
     return ternary_sums(sums, static_cast<cudaStream_t>(stream));
 }
 
-Status ternary_unpack(const TernaryStack& stack, uint64_t expert, void* out, OutputType type, void* stream) noexcept {
-    return unpack_ternary(stack, expert, out, type, static_cast<cudaStream_t>(stream));
+Status ternary_unpack(const TernaryStack& stack, uint64_t first, uint64_t count, void* out, OutputType type,
+                      void* stream) noexcept {
+    return unpack_ternary(stack, first, count, out, type, static_cast<cudaStream_t>(stream));
 }
 
 Status ternary_linear(const TernaryLinear& linear, void* stream) noexcept {

@@ -88,7 +88,7 @@ Status linear_workspace_int(const IntLinear& linear, uint64_t* bytes) noexcept;
 Status linear_int(const IntLinear& linear, cudaStream_t stream) noexcept;
 Status workspace_int(const IntExperts& experts, uint64_t* bytes) noexcept;
 Status experts_int(const IntExperts& experts, cudaStream_t stream) noexcept;
-Status unpack_ternary(const TernaryStack& stack, uint64_t expert, void* out, OutputType type,
+Status unpack_ternary(const TernaryStack& stack, uint64_t first, uint64_t count, void* out, OutputType type,
                       cudaStream_t stream) noexcept;
 Status linear_workspace_ternary(const TernaryLinear& linear, uint64_t* bytes) noexcept;
 Status linear_ternary(const TernaryLinear& linear, cudaStream_t stream) noexcept;

@@ -84,7 +84,7 @@ Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_
 
 // Launches `kernel` behind all that is before it in the stream.
 template <typename... Arguments>
-Status launch_in_order(void (*kernel)(Arguments...), uint32_t grid, uint32_t threads, uint32_t shared,
+Status launch_in_order(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared,
                        cudaStream_t stream, std::type_identity_t<Arguments>... arguments) noexcept {
     kernel<<<grid, threads, shared, stream>>>(arguments...);
     return launch_status();

@@ -111,8 +111,7 @@ def decompress(packed: PackedTensor) -> dict[str, float]:
     def unpack() -> None:
         for i, source in enumerate(streams):
             out = outputs[i % len(outputs)]
-            for e in range(packed.experts):
-                matrix.unpack(source.data_ptr(), e, out[e].data_ptr(), "bfloat16", stream())
+            matrix.unpack(source.data_ptr(), 0, out.data_ptr(), "bfloat16", stream(), packed.experts)
 
     def dequantize() -> None:
         for i, source in enumerate(stored):

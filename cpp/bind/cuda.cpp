@@ -211,9 +211,10 @@ class CudaTernary {
         return stack;
     }
 
-    void unpack(uintptr_t streams, uint64_t expert, uintptr_t out, const std::string& dtype, uintptr_t stream) const {
-        check(required_library().ternary_unpack(at(streams), expert, reinterpret_cast<void*>(out), type_of(dtype),
-                                                reinterpret_cast<void*>(stream)));
+    void unpack(uintptr_t streams, uint64_t expert, uintptr_t out, const std::string& dtype, uintptr_t stream,
+                uint64_t count) const {
+        check(required_library().ternary_unpack(at(streams), expert, count, reinterpret_cast<void*>(out),
+                                                type_of(dtype), reinterpret_cast<void*>(stream)));
     }
 
     static constexpr auto kLinear = &cuda::Api::ternary_linear;
@@ -455,7 +456,8 @@ void bind_cuda(py::module_& m) {
         .def_property_readonly("shape", &CudaTernary::shape, "Bits of a gap, and lanes of a row.")
         .def("take", &CudaTernary::take, "The layout, uint8 (bytes,), to be brought to the device; once.")
         .def("unpack", &CudaTernary::unpack, py::arg("streams"), py::arg("expert"), py::arg("out"), py::arg("dtype"),
-             py::arg("stream"), "Decode one expert into out (N, K), from its streams.")
+             py::arg("stream"), py::arg("count") = 1,
+             "Decode experts `expert` to `expert + count - 1` into out (count, N, K), from their streams.")
         .def("linear", &linear<CudaTernary>, py::arg("streams"), py::arg("x"), py::arg("bias"), py::arg("y"),
              py::arg("tokens"), py::arg("dtype"), py::arg("stream"), py::arg("workspace") = 0,
              py::arg("workspace_bytes") = 0, py::arg("kernel") = "auto",

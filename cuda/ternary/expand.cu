@@ -1,50 +1,10 @@
-// From streams to tiles of two bits a weight: a warp decodes a group of rows into shared memory, a lane a segment of one,
-// and then brings rows to their tiles.
+// From streams to tiles of two bits a weight: a warp decodes a group of rows and brings them to their tiles.
+#include "ternary/decode.cuh"
 #include "ternary/gemm.cuh"
 #include "ternary/weights.cuh"
 
 namespace qmoe::cuda {
 namespace {
-
-constexpr uint32_t kMostWarps = 8, kCodesOfWord = 16;
-constexpr uint32_t kSharedAtOnce = 48 << 10;  // a block's, where a warp does not need more
-
-// Words of a row's codes.
-QMOE_INLINE uint32_t words_of(const TiledMatrix& matrix) noexcept {
-    return matrix.blocks.by * (kTileColumns / kCodesOfWord);
-}
-QMOE_INLINE uint32_t bytes_of_warp(const TernaryView& stack, const TiledMatrix& matrix) noexcept {
-    return stack.group_rows * words_of(matrix) * 4;
-}
-
-// Leaves the codes of a quad's symbols, from slot `next` on, at their columns; returns the slot behind the last one.
-template <int kGap>
-__device__ __forceinline__ uint32_t mark(const uint4& quad, uint32_t* row, uint32_t next, uint32_t slots) {
-    using Symbols = TernarySymbols<kGap>;
-    constexpr uint32_t kStep = 1u << kGap;
-    const Symbols symbols(quad);
-#pragma unroll
-    for (int i = 0; i < Symbols::kCount; ++i) {
-        const uint32_t symbol = symbols[i];
-        next += Symbols::gap(symbol) + (i > 0 ? 1 : 0);
-        const uint32_t col = next - (next >> kGap), code = TernaryTiles::kPlus + Symbols::minus(symbol);
-        if (next < slots && (next & (kStep - 1)) != kStep - 1)
-            atomicOr(row + col / kCodesOfWord, code << 2 * (col % kCodesOfWord));
-    }
-    return next + 1;
-}
-
-template <int kGap>
-__device__ __forceinline__ void mark_segment(const uint4* from, uint32_t step, uint32_t k, uint32_t k_end,
-                                             uint32_t next, uint32_t slots, uint32_t* row) {
-    uint4 now = k < k_end ? from[k * step] : uint4{}, ahead = k + 1 < k_end ? from[(k + 1) * step] : uint4{};
-#pragma unroll 1
-    for (; k < k_end; ++k) {
-        const uint4 fetched = k + 2 < k_end ? from[(k + 2) * step] : uint4{};
-        next = mark<kGap>(now, row, next, slots);
-        now = ahead, ahead = fetched;
-    }
-}
 
 // Where a row of the matrix is among the tiles' rows.
 __device__ __forceinline__ uint32_t row_of_tiles(const TiledMatrix& matrix, uint32_t row) {
@@ -56,7 +16,8 @@ __device__ __forceinline__ uint32_t row_of_tiles(const TiledMatrix& matrix, uint
 }
 
 // blockIdx: some groups of rows; product, or expert where there is no schedule; stack.
-__global__ __launch_bounds__(kMostWarps* kLanes) void expand_streams(const __grid_constant__ TernaryExpansion call) {
+__global__ __launch_bounds__(kMostDecodingWarps* kLanes) void expand_streams(
+    const __grid_constant__ TernaryExpansion call) {
     QMOE_SHARED_MEMORY(shared, 16);
     if (call.scheduled) wait_for_previous();
     let_next_begin();
@@ -72,28 +33,10 @@ __global__ __launch_bounds__(kMostWarps* kLanes) void expand_streams(const __gri
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const uint32_t group = blockIdx.x * (blockDim.x / kLanes) + warp;
     if (expert < call.first || expert >= call.last || group * stack.group_rows >= stack.rows) return;
-    const uint32_t words = words_of(to);
-    uint32_t* const codes = reinterpret_cast<uint32_t*>(shared + warp * bytes_of_warp(stack, to));
-    for (uint32_t i = lane; i < stack.group_rows * words / 4; i += kLanes) reinterpret_cast<uint4*>(codes)[i] = {};
-    __syncwarp();
-
+    const uint32_t words = TernaryCodes::words_of(stack.cols);
+    auto* const codes = reinterpret_cast<uint32_t*>(shared + warp * TernaryCodes::bytes_of_warp(stack));
     const uint8_t* const matrix = stack.matrix(expert);
-    const uint32_t own = lane >> stack.segment_bits, segment = lane & (stack.segments - 1);
-    const uint32_t at = group * stack.group_rows + own;
-    const uint32_t quads = reinterpret_cast<const uint32_t*>(matrix)[at] >> TernaryStreams::kRowBits;
-    const uint32_t next = reinterpret_cast<const uint16_t*>(matrix + stack.starts_at)[at * stack.segments + segment];
-    const uint4* const from = reinterpret_cast<const uint4*>(matrix + stack.quads_at) +
-                              reinterpret_cast<const uint32_t*>(matrix + stack.bases_at)[group] + own;
-    const uint32_t k = segment * quads >> stack.segment_bits, k_end = (segment + 1) * quads >> stack.segment_bits;
-    uint32_t* const row_codes = codes + own * words;
-    switch (stack.gap_bits) {
-        case 3: mark_segment<3>(from, stack.group_rows, k, k_end, next, stack.slots, row_codes); break;
-        case 4: mark_segment<4>(from, stack.group_rows, k, k_end, next, stack.slots, row_codes); break;
-        case 5: mark_segment<5>(from, stack.group_rows, k, k_end, next, stack.slots, row_codes); break;
-        case 6: mark_segment<6>(from, stack.group_rows, k, k_end, next, stack.slots, row_codes); break;
-        default: mark_segment<7>(from, stack.group_rows, k, k_end, next, stack.slots, row_codes);
-    }
-    __syncwarp();
+    decode_group(stack, matrix, group, codes);
 
     if (!call.scheduled) wait_for_previous();  // which may still read the tiles
     uint8_t* const tiles = const_cast<uint8_t*>(to.tiles) + (expert - call.first) * to.expert_bytes;
@@ -107,8 +50,8 @@ __global__ __launch_bounds__(kMostWarps* kLanes) void expand_streams(const __gri
         uint8_t* const tile = tiles + place / kTileRows * to.tile_bytes;
         const uint32_t of_tile = place % kTileRows;
         for (uint32_t i = lane; i < words / 4; i += kLanes)
-            *reinterpret_cast<uint4*>(tile + i * TernaryTiles::kHalfBytes + of_tile * 16) =
-                *reinterpret_cast<const uint4*>(codes + r * words + 4 * i);
+            *reinterpret_cast<uint4*>(tile + i / 2 * TernaryTiles::kBlockBytes + of_tile * TernaryTiles::kRowBytes +
+                                      i % 2 * 16) = *reinterpret_cast<const uint4*>(codes + r * words + 4 * i);
         if (lane == 0)
             reinterpret_cast<uint32_t*>(tile + to.tile_bytes - TernaryTiles::kLevelsBytes)[of_tile] =
                 reinterpret_cast<const uint32_t*>(matrix + stack.levels_at)[in_order];
@@ -133,13 +76,13 @@ Status launch_expansion(const TernaryExpansion& call, const Device& device, cuda
     uint32_t each = 0;
     uint64_t most_groups = 0;
     for (uint32_t i = 0; i < call.count; ++i) {
-        each = std::max(each, bytes_of_warp(call.stacks[i], call.matrices[i]));
+        each = std::max(each, TernaryCodes::bytes_of_warp(call.stacks[i]));
         most_groups =
             std::max(most_groups, ceil_div(uint64_t{call.stacks[i].rows}, uint64_t{call.stacks[i].group_rows}));
     }
     if (each > device.shared)
         return Status::mismatch(Code::kNoKernel, "cuda: shared memory for a group of rows", 0, device.shared, each);
-    const uint32_t fit = kSharedAtOnce / each, warps = fit > kMostWarps ? kMostWarps : fit > 0 ? fit : 1;
+    const uint32_t warps = decoding_warps(each);
     QMOE_TRY(runtime_status(cudaFuncSetAttribute(expand_streams, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                  static_cast<int>(device.shared))));
     const dim3 grid(static_cast<uint32_t>(ceil_div(most_groups, uint64_t{warps})),

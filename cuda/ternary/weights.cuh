@@ -1,7 +1,7 @@
 // Operands of the tensor cores from ternary codes in tiles, two bits each: 0, 1 for a plus, 2 for a minus.
 //
-// A tile is 16 rows, cut into blocks of 128 columns. Of a block the codes of columns 0 to 63 come first, 16 bytes a row, a
-// code of a lower column at lower bits, and then those of columns 64 to 127. Behind a tile's last block its rows' levels:
+// A tile is 16 rows, cut into blocks of 128 columns, of which a row has 32 bytes, a code of a lower column at lower bits: as
+// little as memory takes at once, since rows come one by one, in the order of their streams. Behind a tile's last block its rows' levels:
 // bfloat16 of a plus | of a minus << 16. A weight is two of the eight bytes [0 0 plus plus minus minus minus minus]; a byte
 // permutation makes two weights of a lane out of that.
 #pragma once
@@ -12,8 +12,8 @@
 namespace qmoe::cuda {
 
 struct TernaryTiles {
-    static constexpr uint32_t kHalfBytes = kTileRows * 16, kBlockBytes = 2 * kHalfBytes, kLevelsBytes = kTileRows * 4;
-    static constexpr uint32_t kPlus = 1, kMinus = 2;
+    static constexpr uint32_t kRowBytes = kTileColumns / 4, kBlockBytes = kTileRows * kRowBytes,
+                              kLevelsBytes = kTileRows * 4;
 };
 
 // The two levels of a row, as the eight bytes that a weight is chosen from, and what sums are to be multiplied by.
@@ -66,7 +66,7 @@ class TernaryWeights {
 #pragma unroll
         for (uint32_t r = 0; r < 2; ++r)
             *reinterpret_cast<uint4*>(words_[r] + 4 * kHalf) =
-                *reinterpret_cast<const uint4*>(block + kHalf * TernaryTiles::kHalfBytes + (lane / 4 + 8 * r) * 16);
+                *reinterpret_cast<const uint4*>(block + (lane / 4 + 8 * r) * TernaryTiles::kRowBytes + kHalf * 16);
     }
     template <int kQ>
     __device__ __forceinline__ void operand(const Shape&, uint32_t (&a)[4]) const {

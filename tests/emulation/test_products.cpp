@@ -108,7 +108,7 @@ void bring(const Record& record, cuda::IntStack& view, Room& room) {
 }
 
 Status unpack(const cuda::TernaryStack& stack, uint64_t expert, float* out) {
-    return cuda::unpack_ternary(stack, expert, out, cuda::OutputType::kFloat32, nullptr);
+    return cuda::unpack_ternary(stack, expert, 1, out, cuda::OutputType::kFloat32, nullptr);
 }
 Status unpack(const cuda::IntStack& stack, uint64_t expert, float* out) {
     cuda::IntStack one = stack;

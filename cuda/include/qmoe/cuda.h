@@ -16,7 +16,7 @@
 
 namespace qmoe::cuda {
 
-inline constexpr uint32_t kApiVersion = 8;
+inline constexpr uint32_t kApiVersion = 9;
 
 enum class OutputType : uint8_t { kFloat32, kFloat16, kBfloat16 };
 
@@ -158,8 +158,9 @@ struct Api {
     Status (*int_linear)(const IntLinear& linear, void* stream) noexcept;
     Status (*int_workspace)(const IntExperts& experts, uint64_t* bytes) noexcept;
     Status (*int_experts)(const IntExperts& experts, void* stream) noexcept;
-    // The same for ternary matrices. E_NO_KERNEL for more columns than a block's shared memory holds activations of.
-    Status (*ternary_unpack)(const TernaryStack& stack, uint64_t expert, void* out, OutputType type,
+    // The same for ternary matrices; what is unpacked are experts first .. first + count - 1, out (count, N, K). E_NO_KERNEL
+    // for more columns than a block's shared memory holds activations of.
+    Status (*ternary_unpack)(const TernaryStack& stack, uint64_t first, uint64_t count, void* out, OutputType type,
                              void* stream) noexcept;
     // Bytes for the kernel that the call gets; 0 where that needs none.
     Status (*ternary_linear_workspace)(const TernaryLinear& linear, uint64_t* bytes) noexcept;

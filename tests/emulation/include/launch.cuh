@@ -42,7 +42,7 @@ Status launch_clusters(void (*kernel)(Arguments...), dim3 grid, uint32_t threads
 }
 
 template <typename... Arguments>
-Status launch_in_order(void (*kernel)(Arguments...), uint32_t grid, uint32_t threads, uint32_t shared, cudaStream_t,
+Status launch_in_order(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, cudaStream_t,
                        std::type_identity_t<Arguments>... arguments) {
     emulation::Grid::run(grid, threads, shared, [=] { kernel(arguments...); });
     return {};
