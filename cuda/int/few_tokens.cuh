@@ -323,6 +323,7 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                 if (!was_filled) let_next_begin();
 
                 const Run run = run_of(p, warp, batch.end - batch.begin, first);
+                if (p.fit != 0 && run.begin == run.end) leave();  // nothing, to be added up like the rest
                 uint32_t tile = p.blocks.divide(run.begin);
 #pragma unroll 1
                 for (uint32_t at = run.begin; at < run.end; ++tile) {
@@ -423,19 +424,26 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                 __syncthreads();
             }
             if (owned != kNone) {
-                const uint32_t end = (owned + 1) * p.blocks.by;
+                // The warps behind this one that have some of the tile: of evenly divided blocks those that begin before
+                // it ends.
+                const uint32_t tiles = batch.end - batch.begin;
+                const uint32_t end = p.fit == 0 ? warp + team : min(kWarps, (kWarps * (owned + 1) + tiles - 1) / tiles);
+                constexpr uint32_t kAtOnce = 4;  // loads on their way
 #pragma unroll 1
-                for (uint32_t other = warp + 1; other < (p.fit == 0 ? warp + team : kWarps); ++other) {
-                    if (p.fit != 0) {
-                        const Run run = run_of(p, other, batch.end - batch.begin, 0);
-                        if (run.begin == run.end) continue;
-                        if (run.begin >= end) break;
-                    }
+                for (uint32_t other = warp + 1; other < end; other += kAtOnce) {
+                    float4 more[kAtOnce][kN];
 #pragma unroll
-                    for (int n = 0; n < kN; ++n) {
-                        const float4 more = cut[(other * kN + n) * kLanes + lane];
-                        sums[n][0] += more.x, sums[n][1] += more.y, sums[n][2] += more.z, sums[n][3] += more.w;
-                    }
+                    for (uint32_t j = 0; j < kAtOnce; ++j)
+#pragma unroll
+                        for (int n = 0; n < kN; ++n)
+                            more[j][n] = other + j < end ? cut[((other + j) * kN + n) * kLanes + lane] : float4{};
+#pragma unroll
+                    for (uint32_t j = 0; j < kAtOnce; ++j)
+#pragma unroll
+                        for (int n = 0; n < kN; ++n) {
+                            sums[n][0] += more[j][n].x, sums[n][1] += more[j][n].y;
+                            sums[n][2] += more[j][n].z, sums[n][3] += more[j][n].w;
+                        }
                 }
                 write_tile(batch.begin + owned);
             }
@@ -452,7 +460,9 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                 i % pieces * 4, cols);
 }
 
-inline constexpr uint32_t kMostSlots = 8;
+// Of a ring: 6 to 9 KiB. Twice as many took up to a seventh longer, although nothing else waits for the room.
+template <int kBits>
+inline constexpr uint32_t kMostSlots = kBits == 4 ? 4 : 3;
 
 // Divides shared memory between rings and activations, the rest being fixed. Of a layer of experts there is room for the
 // rows of three products, where it is there, since that is what a share is of. True where none of it has to come in slabs.
@@ -476,7 +486,7 @@ bool divide(FewTokens& call, bool experts, const Device& device, uint32_t slots)
         p.lines = Divisor(ceil_div(p.slab * 16, kLanes));
         call.x_bytes = std::max(call.x_bytes, (p.fit == 0 ? most : p.fit) * row_bytes(p.slab));
     }
-    while (call.slots < kMostSlots && Room<kBits, kN>(call, experts).bytes <= device.shared) ++call.slots;
+    while (call.slots < kMostSlots<kBits> && Room<kBits, kN>(call, experts).bytes <= device.shared) ++call.slots;
     if (Room<kBits, kN>(call, experts).bytes > device.shared) --call.slots;
     return whole;
 }
