@@ -7,11 +7,11 @@
 
 namespace qmoe::cuda {
 
-// y[token], four columns of it, from what the second projection made of its choices, weights included.
-template <typename T, typename Value>
+// y[token], four columns of it, from what the second projection made of its choices, weights included. kAtOnce: loads on
+// their way.
+template <uint32_t kAtOnce, typename T, typename Value>
 __device__ __forceinline__ void combine(const Choices& choices, const Value* values, T* y, uint32_t token, uint32_t col,
                                         uint32_t cols) {
-    constexpr uint32_t kAtOnce = 4;  // loads on their way
     const uint32_t count = min(cols - col, 4u);
     float sum[4] = {};
 #pragma unroll 1
@@ -41,6 +41,14 @@ __device__ __forceinline__ void combine(const Choices& choices, const Value* val
     for (uint32_t i = 0; i < count; ++i) y[uint64_t{token} * cols + col + i] = from_float<T>(sum[i]);
 }
 
+// All of y, by all threads of a launch: neighbouring columns by warps of different blocks of threads, since they may be few.
+template <uint32_t kAtOnce, typename T, typename Value>
+__device__ __forceinline__ void combine_all(const Choices& choices, const Value* values, T* y, uint32_t cols) {
+    const uint32_t pieces = (cols + 3) / 4, warp = threadIdx.x / kLanes * gridDim.x + blockIdx.x;
+    for (uint32_t i = warp * kLanes + threadIdx.x % kLanes; i < choices.tokens * pieces; i += gridDim.x * blockDim.x)
+        combine<kAtOnce>(choices, values, y, i / pieces, i % pieces * 4, cols);
+}
+
 inline constexpr uint32_t kCombineThreads = 256;
 
 // The same as a launch of its own, where the kernels of the projections are two.
@@ -50,7 +58,7 @@ __global__ __launch_bounds__(kCombineThreads) void combine_choices(const __grid_
     wait_for_previous();
     let_next_begin();
     const uint32_t col = (blockIdx.x * kCombineThreads + threadIdx.x) * 4;
-    if (col < cols) combine(choices, values, y, blockIdx.y, col, cols);
+    if (col < cols) combine<8>(choices, values, y, blockIdx.y, col, cols);
 }
 
 inline Status launch_combine(const Choices& choices, const void* values, void* y, OutputType type, uint32_t cols,

@@ -20,4 +20,11 @@ struct Divisor {
     }
 };
 
+// The same, where the compiler knows the number.
+template <uint32_t kBy>
+struct FixedDivisor {
+    static constexpr uint32_t by = kBy;
+    static __device__ __forceinline__ uint32_t divide(uint32_t n) { return n / kBy; }
+};
+
 }  // namespace qmoe::cuda

@@ -29,27 +29,33 @@ struct Choices {
 class Schedule {
   public:
     QMOE_INLINE static uint32_t bytes(uint32_t choices, uint32_t experts) noexcept {
-        return (experts + 1) * 4 + choices * 4 + 2 * (3 * choices + 2);
+        return (quads_of(experts) * 4 + 1) * 4 + choices * 4 + 2 * (3 * choices + 2);
     }
-    // At `room`, 4-byte aligned.
+    // At `room`, 16-byte aligned.
     __device__ __forceinline__ Schedule(uint8_t* room, uint32_t choices, uint32_t experts)
         : starts_(reinterpret_cast<uint32_t*>(room)),
-          ranks_(starts_ + experts + 1),
+          ranks_(starts_ + quads_of(experts) * 4 + 1),
           order_(reinterpret_cast<uint16_t*>(ranks_ + choices)),
           first_rows_(order_ + choices),
           experts_(first_rows_ + choices + 1),
-          all_(starts_ + experts) {}
+          all_(starts_ + quads_of(experts) * 4) {}
 
-    // All threads call. Ids outside [0, experts) are left out. Choices of an expert keep their order: all blocks of threads
-    // must cut them into the same products.
-    __device__ inline void make(const Choices& choices, uint32_t most) {
-        const uint32_t count = choices.tokens * choices.top_k.by, experts = choices.experts,
+    // All threads call. `most` is what one product takes. Ids outside [0, experts) are left out. Choices of an expert keep
+    // their order: all blocks of threads must cut them into the same products. Calls meanwhile() once, when the first ids
+    // are on their way.
+    template <typename Most, typename Meanwhile>
+    __device__ __forceinline__ void make(const Choices& choices, const Most& most, const Meanwhile& meanwhile) {
+        const uint32_t count = choices.tokens * choices.top_k.by, experts = choices.experts, quads = quads_of(experts),
                        lane = threadIdx.x % kLanes;
-        for (uint32_t e = threadIdx.x; e <= experts; e += blockDim.x) starts_[e] = 0;
-        for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
-            const int64_t id = choices.ids[i];
+        const auto id_of = [&](uint32_t i) { return i < count ? choices.ids[i] : -1; };
+        uint32_t i = threadIdx.x;
+        int64_t id = id_of(i);
+        auto* const starts = reinterpret_cast<uint4*>(starts_);
+        for (uint32_t e = threadIdx.x; e < quads; e += blockDim.x) starts[e] = {};
+        meanwhile();
+#pragma unroll 1
+        for (; i < count; i += blockDim.x, id = id_of(i))
             ranks_[i] = id >= 0 && id < experts ? static_cast<uint32_t>(id) << 16 : kNobody;
-        }
         __syncthreads();
         if (threadIdx.x < kLanes) {
             for (uint32_t first = 0; first < count; first += kLanes) {
@@ -61,19 +67,24 @@ class Schedule {
                 __syncwarp();
             }
             // What comes before each expert: products in the upper half, rows in the lower one.
+            const auto counted = [&](uint32_t rows) { return most.divide(rows + most.by - 1) << 16 | rows; };
             uint32_t before = 0;
-            for (uint32_t first = 0; first <= experts; first += kLanes) {
-                const uint32_t e = first + lane, rows = e < experts ? starts_[e] : 0;
-                const uint32_t own = (rows + most - 1) / most << 16 | rows;
+            for (uint32_t first = 0; first < quads; first += kLanes) {
+                const uint32_t q = first + lane;
+                const uint4 rows = q < quads ? starts[q] : uint4{};
+                const uint32_t x = counted(rows.x), y = x + counted(rows.y), z = y + counted(rows.z),
+                               own = z + counted(rows.w);
                 uint32_t sum = own;
 #pragma unroll
                 for (uint32_t d = 1; d < kLanes; d *= 2) {
                     const uint32_t below = __shfl_up_sync(~0u, sum, d);
                     if (lane >= d) sum += below;
                 }
-                if (e <= experts) starts_[e] = before + sum - own;
+                const uint32_t here = before + sum - own;
+                if (q < quads) starts[q] = {here, here + x, here + y, here + z};
                 before += __shfl_sync(~0u, sum, kLanes - 1);
             }
+            if (lane == 0) *all_ = before;
         }
         __syncthreads();
         for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
@@ -81,8 +92,9 @@ class Schedule {
             const uint32_t expert = ranks_[i] >> 16, rank = ranks_[i] & 0xffff, start = starts_[expert];
             const uint32_t row = (start & 0xffff) + rank;
             order_[row] = static_cast<uint16_t>(i);
-            if (rank % most != 0) continue;
-            const uint32_t product = (start >> 16) + rank / most;
+            const uint32_t part = most.divide(rank);
+            if (rank != part * most.by) continue;
+            const uint32_t product = (start >> 16) + part;
             first_rows_[product] = static_cast<uint16_t>(row);
             experts_[product] = static_cast<uint16_t>(expert);
         }
@@ -106,10 +118,13 @@ class Schedule {
 
   private:
     static constexpr uint32_t kNobody = ~0u;
+    QMOE_INLINE static uint32_t quads_of(uint32_t experts) noexcept {
+        return (experts + 3) / 4;
+    }
 
     uint32_t *const starts_, *const ranks_;
     uint16_t *const order_, *const first_rows_, *const experts_;
-    const uint32_t* const all_;
+    uint32_t* const all_;
 };
 
 }  // namespace qmoe::cuda

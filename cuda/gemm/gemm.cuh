@@ -46,9 +46,7 @@ __device__ __forceinline__ void finish_projection(const Gemm& call, uint32_t pro
     cooperative_groups::this_grid().sync();
     if (projection == 0) return;
     const GemmProjection& p = call.projections[1];
-    const uint32_t pieces = (p.rows + 3) / 4;
-    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < call.tokens * pieces; i += gridDim.x * blockDim.x)
-        combine(call.choices, static_cast<const T*>(p.y), static_cast<T*>(call.y), i / pieces, i % pieces * 4, p.rows);
+    combine_all<4>(call.choices, static_cast<const T*>(p.y), static_cast<T*>(call.y), p.rows);
 }
 
 template <typename T, class Codes, class Tile>

@@ -34,10 +34,12 @@ namespace qmoe::cuda {
 struct Projection : TiledMatrix {
     const void *x, *bias;
     void* y;
-    uint32_t fit;   // rows of x that there is room for; 0 where it comes in slabs
-    uint32_t slab;  // blocks of a slab, of all columns where there is room
-    Divisor lines;  // of 512 bytes of a slab's row of x, what a warp loads at once
+    uint32_t fit;        // rows of x that there is room for; 0 where it comes in slabs
+    uint32_t slab;       // blocks of a slab, of all columns where there is room
+    uint32_t row_bytes;  // of shared memory, for a slab of a row of x and its sums
+    Divisor lines;       // of 512 bytes of a slab's row of x, what a warp loads at once
     bool is_first;  // of experts: x has a row per token, and a gate follows; else one per choice, and sums over them
+    bool by_token;  // of a first one: all of x comes at once, before it is known who needs what
 };
 
 // A launch: a linear layer's product, or one or both of a layer of experts.
@@ -47,7 +49,7 @@ struct FewTokens {
     uint32_t slots;    // of a ring
     uint32_t x_bytes;  // of shared memory, for activations
     uint32_t tokens;   // of x; of experts all, of a matrix at most 8 kN
-    uint32_t most;     // tokens that one product can have, at most 8 kN
+    Divisor most;      // tokens that one product can have, at most 8 kN
     Divisor grid;
     // Of experts alone.
     Choices choices;
@@ -76,17 +78,20 @@ struct Room {
         const uint32_t choices = experts ? call.tokens * call.choices.top_k.by : 0;
         barriers = kWarps * call.slots * kChunk<kBits> * call.projections[0].block_bytes;
         cut = barriers + kWarps * call.slots * kBarrierBytes;
-        x = cut + kWarps * kN * kLanes * 16;  // cut: [warp][n][lane]
-        weights = x + call.x_bytes;           // x: [row][16-byte piece], with a gap of 16 bytes behind a row
-        schedule = weights + choices * 4;     // of the rows of x
+        x = cut + kWarps * kN * kLanes * 16;                // cut: [warp][n][lane]
+        weights = x + call.x_bytes;                         // x: [row][16-byte pieces, sums of groups]
+        schedule = (weights + choices * 4 + 15) / 16 * 16;  // weights: of the rows of x
         bytes = schedule + (experts ? Schedule::bytes(choices, call.choices.experts) : 0);
     }
 };
 
-// So that eight neighbouring rows are in different banks.
-inline constexpr uint32_t kRowGap = 16;
-QMOE_INLINE uint32_t row_bytes(uint32_t blocks) noexcept {
-    return blocks * kTileColumns * 2 + kRowGap;
+// Of a row of x: what a block takes, columns and their sums by group; and so that neighbouring rows are in different banks.
+constexpr uint32_t x_bytes_of_block(uint32_t groups) noexcept {
+    return kTileColumns * 2 + groups * 4;
+}
+inline constexpr uint32_t kRowGap = 16, kRowMultiple = 128;
+constexpr uint32_t x_bytes_of_row(uint32_t blocks, uint32_t groups) noexcept {
+    return static_cast<uint32_t>(ceil_div(blocks * x_bytes_of_block(groups), kRowMultiple)) * kRowMultiple + kRowGap;
 }
 
 // Eight neighbouring columns of one token as they are, zeros beyond the last column.
@@ -131,33 +136,57 @@ __device__ __forceinline__ void write(const FewTokens& call, const Projection& p
     }
 }
 
-// Brings rows of x, a slab of each, to shared memory: `row_of(i)` is where row i is in x.
-template <typename T, typename Row>
+// Loads on their way when activations are brought to shared memory.
+inline constexpr uint32_t kLoadsAtOnce = 4;
+
+// The sum of four neighbouring lanes' columns, eight of each, as a product with ones.
+template <typename T>
+__device__ __forceinline__ float sum_of_four_lanes(const uint4& columns) {
+    constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
+    const uint32_t a[4] = {columns.x, columns.y, columns.z, columns.w};
+    float rows[4] = {};
+    mma<T>(rows, a, kOnes, kOnes);
+    return rows[0] + rows[2];
+}
+
+// Brings rows of x, a slab of each, to shared memory: `row_of(i)` is where row i is in x. Behind a row's columns come their
+// sums by group, as products with codes of one have them. Calls meanwhile() once, when all loads have been asked for.
+template <typename T, typename Row, typename Meanwhile>
 __device__ __forceinline__ void load_activations(const Projection& p, uint8_t* x, uint32_t rows, uint32_t first_block,
-                                                 const Row& row_of) {
-    constexpr uint32_t kAtOnce = 4;  // loads on their way
+                                                 uint32_t groups, const Row& row_of, const Meanwhile& meanwhile) {
+    constexpr uint32_t kAtOnce = kLoadsAtOnce;
     const bool aligned = p.cols % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, pieces = p.slab * 16;
+    const uint32_t lanes_of_group = kTileColumns / 8 / groups;
+    uint32_t line = warp;
 #pragma unroll 1
-    for (uint32_t line = warp; line < rows * p.lines.by; line += kAtOnce * kWarps) {
-        uint4 raw[kAtOnce];
-        uint32_t to[kAtOnce];
+    do {
+        uint4 raw[kAtOnce] = {};
+        uint32_t to[kAtOnce], sum_to[kAtOnce];
 #pragma unroll
         for (uint32_t j = 0; j < kAtOnce; ++j) {
             const uint32_t at = line + j * kWarps, row = p.lines.divide(at);
             const uint32_t piece = (at - row * p.lines.by) * kLanes + lane;
             const bool there = row < rows && piece < pieces;
-            to[j] = there ? row * row_bytes(p.slab) + piece * 16 : ~0u;
+            to[j] = there ? row * p.row_bytes + piece * 16 : ~0u;
+            sum_to[j] = row * p.row_bytes + pieces * 16 + piece / lanes_of_group * 4;
             if (there)
                 raw[j] = load_columns(static_cast<const T*>(p.x) + uint64_t{row_of(row)} * p.cols,
                                       first_block * kTileColumns + 8 * piece, p.cols, aligned);
         }
+        if (line + kAtOnce * kWarps >= rows * p.lines.by) meanwhile();
 #pragma unroll
-        for (uint32_t j = 0; j < kAtOnce; ++j)
-            if (to[j] != ~0u)
-                *reinterpret_cast<uint4*>(x + to[j]) = {prepared<T>(raw[j].x), prepared<T>(raw[j].y),
-                                                        prepared<T>(raw[j].z), prepared<T>(raw[j].w)};
-    }
+        for (uint32_t j = 0; j < kAtOnce; ++j) {
+            if (line + j * kWarps >= rows * p.lines.by) break;
+            float sum = sum_of_four_lanes<T>(raw[j]);
+            for (uint32_t other = 4; other < lanes_of_group; other *= 2) sum += __shfl_xor_sync(~0u, sum, other);
+            if (to[j] == ~0u) continue;
+            *reinterpret_cast<uint4*>(x + to[j]) = {prepared<T>(raw[j].x), prepared<T>(raw[j].y), prepared<T>(raw[j].z),
+                                                    prepared<T>(raw[j].w)};
+            if (lane % lanes_of_group == 0) *reinterpret_cast<float*>(x + sum_to[j]) = sum * (1.0f / kBehind<T>);
+        }
+        line += kAtOnce * kWarps;
+    } while (line < rows * p.lines.by);
 }
 
 // Blocks begin .. end - 1 of a batch's tiles, one after the other.
@@ -181,7 +210,6 @@ __device__ __forceinline__ Run run_of(const Projection& p, uint32_t warp, uint32
 template <typename T, int kBits, int kN, bool kExperts, bool kWhole>
 __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_constant__ FewTokens call) {
     constexpr uint32_t kNone = ~0u;
-    constexpr uint32_t kAllOnes[4] = {kOne, kUpperOne<kBits>, kOne, kUpperOne<kBits>};
     QMOE_SHARED_MEMORY(shared, 128);
     const Room<kBits, kN> room(call, kExperts);
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
@@ -194,8 +222,13 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
     Schedule schedule(shared + room.schedule, kExperts ? call.tokens * call.choices.top_k.by : 0, call.choices.experts);
     if constexpr (kExperts) {
         // Ids are from before the kernel before this one where that was the first projection, which waited for them.
-        if (call.projections[0].is_first) wait_for_previous();
-        schedule.make(call.choices, call.most);
+        const Projection& p = call.projections[0];
+        if (p.is_first) wait_for_previous();
+        schedule.make(call.choices, call.most, [&] {
+            if (p.by_token)
+                load_activations<T>(
+                    p, shared + room.x, call.tokens, 0, kWhole ? 1 : p.groups, [](uint32_t row) { return row; }, [] {});
+        });
     }
 
     const auto share_of = [&](const Projection& p) {
@@ -254,15 +287,19 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
         next = tile_at(p, ++next_tile);
     };
     open_next();
-    // Of the ring one slot comes before the activations, which would else wait behind what all of it has asked for.
     uint32_t filled = 0;
     const auto fill_until = [&](uint32_t slots) {
 #pragma unroll 1
         for (; filled < slots && next_left != 0; ++filled)
             copy_next([&](const uint8_t* from, uint32_t bytes) { ring.fill(filled, from, bytes); });
     };
-    fill_until(1);
-    if (!kExperts || !call.projections[0].is_first) wait_for_previous();
+    // Activations would wait behind what all of the ring has asked for: before they can be asked for, it is one slot.
+    if (!kExperts || !call.projections[0].is_first) {
+        fill_until(1);
+        wait_for_previous();
+    } else if (call.projections[0].by_token) {
+        fill_until(call.slots);
+    }
 
 #pragma unroll 1
     for (uint32_t projection = 0; projection < call.count; ++projection) {
@@ -309,16 +346,21 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
             };
 #pragma unroll 1
             for (uint32_t first = 0; first < p.blocks.by; first += p.slab) {
-                load_activations<T>(p, shared + room.x, rows, first, [&](uint32_t row) {
-                    if constexpr (!kExperts) return row;
-                    const uint32_t choice = schedule.choice(first_row + row);
-                    return p.is_first ? call.choices.top_k.divide(choice) : choice;
-                });
-                if (kExperts && !p.is_first && first == 0)
-                    for (uint32_t i = threadIdx.x; i < rows; i += blockDim.x)
-                        weights[i] = load_weight(call.weights, schedule.choice(first_row + i), call.weights_type);
+                const bool weighs = kExperts && !p.is_first && first == 0 && threadIdx.x < rows;
+                const float weight =
+                    weighs ? load_weight(call.weights, schedule.choice(first_row + threadIdx.x), call.weights_type)
+                           : 0.0f;
                 const bool was_filled = filled == call.slots;
-                fill_until(call.slots);
+                if (!kExperts || !p.by_token)
+                    load_activations<T>(
+                        p, shared + room.x, rows, first, groups,
+                        [&](uint32_t row) {
+                            if constexpr (!kExperts) return row;
+                            const uint32_t choice = schedule.choice(first_row + row);
+                            return p.is_first ? call.choices.top_k.divide(choice) : choice;
+                        },
+                        [&] { fill_until(call.slots); });
+                if (weighs) weights[threadIdx.x] = weight;
                 __syncthreads();
                 if (!was_filled) let_next_begin();
 
@@ -336,19 +378,34 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                         tokens = schedule.first_row(product + 1) - row;
                         row -= first_row;
                     }
-                    const uint8_t* own[kN];  // tokens that are not there may be any: columns of products do not mix
+                    // Tokens that are not there may be any: columns of products do not mix.
+                    const auto row_at = [&](uint32_t token) {
+                        uint32_t of_x = row + min(token, tokens - 1);
+                        if (kExperts && p.by_token) of_x = call.choices.top_k.divide(schedule.choice(first_row + of_x));
+                        return shared + room.x + of_x * p.row_bytes;
+                    };
+                    const uint32_t block = at - tile_begin - first;
+                    const uint8_t* own[kN];
+                    const float* own_sums[kN][2];  // of tokens 2 t and the next one
 #pragma unroll
-                    for (int n = 0; n < kN; ++n)
-                        own[n] = shared + room.x + (row + min(8 * n + lane % 8, tokens - 1)) * row_bytes(p.slab) +
-                                 lane / 8 * 16 + (at - tile_begin - first) * (kTileColumns * 2);
+                    for (int n = 0; n < kN; ++n) {
+                        own[n] = row_at(8 * n + lane % 8) + lane / 8 * 16 + block * (kTileColumns * 2);
+#pragma unroll
+                        for (int i = 0; i < 2; ++i)
+                            own_sums[n][i] = reinterpret_cast<const float*>(row_at(8 * n + 2 * t + i) +
+                                                                            p.slab * (kTileColumns * 2)) +
+                                             block * groups;
+                    }
                     if (p.fit != 0)
 #pragma unroll
                         for (int n = 0; n < kN; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
-                    float2 zero{p.zero, p.zero};
+                    float2 zero{p.zero, p.zero / kUpper<kBits>};
+                    const auto set_zero = [&](const void* halves) {
+                        zero = floats_of(*static_cast<const uint32_t*>(halves), false);
+                        zero.y *= 1.0f / kUpper<kBits>;
+                    };
                     if (p.row_groups && p.has_zeros)
-                        zero = floats_of(*reinterpret_cast<const uint32_t*>(tile_at(p, batch.begin + tile) +
-                                                                            p.tile_bytes - 32 + g * 4),
-                                         false);
+                        set_zero(tile_at(p, batch.begin + tile) + p.tile_bytes - 32 + g * 4);
 #pragma unroll 1
                     while (at < piece_end) {
                         const uint32_t count = min(piece_end - at, kChunk<kBits>);
@@ -359,7 +416,7 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                             load_words<kBits>(codes, lane, words);
                             const auto* scales =
                                 reinterpret_cast<const uint32_t*>(codes + 2 * kBits * 4 * kLanes) + g * groups;
-                            float products[2][kN][4] = {}, ones[2][kN][4] = {};  // of even and odd products; of ones
+                            float products[2][kN][4] = {};  // of even and odd products
                             const auto step = [&]<int kStep>() {
                                 uint4 columns[kN];
 #pragma unroll
@@ -367,22 +424,16 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                                 uint32_t a[4];
                                 operands<kBits, 2 * kStep>(words, a);
 #pragma unroll
-                                for (int n = 0; n < kN; ++n) {
-                                    mma<T>(products[0][n], a, columns[n].x, columns[n].y);
-                                    mma<T>(ones[0][n], kAllOnes, columns[n].x, columns[n].y);
-                                }
+                                for (int n = 0; n < kN; ++n) mma<T>(products[0][n], a, columns[n].x, columns[n].y);
                                 operands<kBits, 2 * kStep + 1>(words, a);
 #pragma unroll
-                                for (int n = 0; n < kN; ++n) {
-                                    mma<T>(products[1][n], a, columns[n].z, columns[n].w);
-                                    mma<T>(ones[1][n], kAllOnes, columns[n].z, columns[n].w);
-                                }
+                                for (int n = 0; n < kN; ++n) mma<T>(products[1][n], a, columns[n].z, columns[n].w);
                                 if (kStep < kTileSteps - 1 && (kWhole || ((kStep + 1) & (group_steps - 1)) != 0))
                                     return;
                                 float2 scale{1.0f, 1.0f};
                                 if (!p.row_groups) {
                                     scale = floats_of(*scales, p.bf16_scales);
-                                    if (p.has_zeros) zero = floats_of(scales[groups * (kTileRows / 2)], false);
+                                    if (p.has_zeros) set_zero(scales + groups * (kTileRows / 2));
                                     ++scales;
                                 }
 #pragma unroll
@@ -390,11 +441,12 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
 #pragma unroll
                                     for (int i = 0; i < 4; ++i) {
                                         const float raw = fmaf(products[1][n][i], kSecond<kBits>, products[0][n][i]);
-                                        const float value =
-                                            fmaf(i < 2 ? -zero.x : -zero.y, ones[0][n][i] + ones[1][n][i], raw);
+                                        const float value = fmaf(i < 2 ? -zero.x : -zero.y, *own_sums[n][i % 2], raw);
                                         sums[n][i] = fmaf(i < 2 ? scale.x : scale.y, value, sums[n][i]);
-                                        products[0][n][i] = products[1][n][i] = ones[0][n][i] = ones[1][n][i] = 0.0f;
+                                        products[0][n][i] = products[1][n][i] = 0.0f;
                                     }
+#pragma unroll
+                                for (int n = 0; n < kN; ++n) ++own_sums[n][0], ++own_sums[n][1];
                             };
                             step.template operator()<0>();
                             step.template operator()<1>();
@@ -454,10 +506,8 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
     if (!kExperts || call.count == 1) return;
     // Sums over the choices of each token.
     cooperative_groups::this_grid().sync();
-    const uint32_t cols = call.projections[1].rows, pieces = (cols + 3) / 4;
-    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < call.tokens * pieces; i += gridDim.x * blockDim.x)
-        combine(call.choices, static_cast<const float*>(call.projections[1].y), static_cast<T*>(call.y), i / pieces,
-                i % pieces * 4, cols);
+    combine_all<8>(call.choices, static_cast<const float*>(call.projections[1].y), static_cast<T*>(call.y),
+                   call.projections[1].rows);
 }
 
 // Of a ring: 6 to 9 KiB. Twice as many took up to a seventh longer, although nothing else waits for the room.
@@ -472,19 +522,30 @@ bool divide(FewTokens& call, bool experts, const Device& device, uint32_t slots)
     call.slots = slots, call.x_bytes = 0;
     const uint32_t fixed = Room<kBits, kN>(call, experts).bytes,
                    room = device.shared > fixed ? device.shared - fixed : 0;
-    const uint32_t most = std::min(call.most, choices);
+    const uint32_t most = std::min(call.most.by, choices);
     bool whole = true;
     for (uint32_t i = 0; i < call.count; ++i) {
         Projection& p = call.projections[i];
         p.slab = p.blocks.by;
-        p.fit = std::min(std::min(choices, 3 * most), room / row_bytes(p.slab));
+        p.lines = Divisor(ceil_div(p.slab * 16, kLanes));
+        p.row_bytes = x_bytes_of_row(p.slab, p.groups);
+        const uint32_t all = call.tokens * p.row_bytes;
+        p.by_token = experts && p.is_first && call.tokens * p.lines.by <= kLoadsAtOnce * kWarps && all <= room;
+        if (p.by_token) {
+            p.fit = choices;
+            call.x_bytes = std::max(call.x_bytes, all);
+            continue;
+        }
+        p.fit = std::min(std::min(choices, 3 * most), room / p.row_bytes);
         if (p.fit < most) {
             whole = false, p.fit = 0;
-            const uint32_t blocks = room / most > kRowGap ? (room / most - kRowGap) / (kTileColumns * 2) : 0;
+            constexpr uint32_t kBeside = kRowGap + kRowMultiple;
+            const uint32_t blocks = room / most > kBeside ? (room / most - kBeside) / x_bytes_of_block(p.groups) : 0;
             p.slab = blocks == 0 ? 0 : ceil_div(p.blocks.by, ceil_div(p.blocks.by, blocks));
+            p.lines = Divisor(ceil_div(p.slab * 16, kLanes));
+            p.row_bytes = x_bytes_of_row(p.slab, p.groups);
         }
-        p.lines = Divisor(ceil_div(p.slab * 16, kLanes));
-        call.x_bytes = std::max(call.x_bytes, (p.fit == 0 ? most : p.fit) * row_bytes(p.slab));
+        call.x_bytes = std::max(call.x_bytes, (p.fit == 0 ? most : p.fit) * p.row_bytes);
     }
     while (call.slots < kMostSlots<kBits> && Room<kBits, kN>(call, experts).bytes <= device.shared) ++call.slots;
     if (Room<kBits, kN>(call, experts).bytes > device.shared) --call.slots;
@@ -512,11 +573,11 @@ template <typename T, int kBits, bool kExperts>
 Status launch_few_tokens(FewTokens call, const Device& device, cudaStream_t stream) noexcept {
     const uint32_t choices = kExperts ? call.tokens * call.choices.top_k.by : 0;
     if (call.tokens <= 8 || (kExperts && choices <= 4 * call.choices.experts)) {
-        call.most = std::min(call.tokens, 8u);
+        call.most = Divisor(std::min(call.tokens, 8u));
         if (divide<kBits, 1>(call, kExperts, device, 3) || divide<kBits, 1>(call, kExperts, device, 2))
             return launch_as<T, kBits, 1, kExperts>(call, device, stream);
     }
-    call.most = std::min(call.tokens, 16u);
+    call.most = Divisor(std::min(call.tokens, 16u));
     if (!divide<kBits, 2>(call, kExperts, device, 2)) divide<kBits, 2>(call, kExperts, device, 3);
     return launch_as<T, kBits, 2, kExperts>(call, device, stream);
 }

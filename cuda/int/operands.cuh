@@ -4,8 +4,8 @@
 // which are normal numbers of the same value) and c 2^-133 in bfloat16 (up to 255), which tensor cores take as exactly as
 // any other number. So masking is all that it takes, and it need not even bring a code to the lowest bits: operands of
 // rows 8-15 stay kBits above those of rows 0-7, and sums of these rows are divided by 2^kBits. Activations in bfloat16
-// are multiplied by 2^64 beforehand, so that products are normal float32 numbers. Zeros are taken off by what products
-// of a matrix of ones give, in the same scale.
+// are multiplied by 2^64 beforehand, so that products are normal float32 numbers. Zeros are taken off by sums of
+// activations, in the same scale.
 #pragma once
 
 #include "common.cuh"
@@ -27,10 +27,6 @@ template <int kBits>
 inline constexpr float kUpper = kBits == 8 ? 1.0f : 1.0f / (1 << kBits);
 template <int kBits>
 inline constexpr float kSecond = kBits == 2 ? 1.0f / 16 : 1.0f;
-// Ones of rows 0-7 and of rows 8-15 as first operands.
-inline constexpr uint32_t kOne = 0x00010001;
-template <int kBits>
-inline constexpr uint32_t kUpperOne = kBits == 8 ? kOne : kOne << kBits;
 
 // A lane's words of a block in shared memory.
 template <int kBits>

@@ -212,7 +212,7 @@ __global__ __launch_bounds__(kTernaryWarps<kM>* kLanes,
     if constexpr (!kExperts) open_first(call.projections[0]);
     wait_for_previous();
     let_next_begin();
-    if constexpr (kExperts) schedule.make(call.choices, kM);
+    if constexpr (kExperts) schedule.make(call.choices, FixedDivisor<kM>{}, [] {});
 
 #pragma unroll 1
     for (uint32_t projection = call.begin; projection < call.end; ++projection) {
@@ -290,10 +290,8 @@ __global__ __launch_bounds__(kTernaryWarps<kM>* kLanes,
     }
     if (!kExperts || call.end - call.begin == 1) return;
     cooperative_groups::this_grid().sync();
-    const uint32_t cols = call.projections[1].rows, pieces = (cols + 3) / 4;
-    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < call.tokens * pieces; i += gridDim.x * blockDim.x)
-        combine(call.choices, static_cast<const float*>(call.projections[1].y), static_cast<T*>(call.y), i / pieces,
-                i % pieces * 4, cols);
+    combine_all<8>(call.choices, static_cast<const float*>(call.projections[1].y), static_cast<T*>(call.y),
+                   call.projections[1].rows);
 }
 
 // Divides shared memory. Returns how much a block takes of it; 0 where there is no room for one product's activations.
