@@ -40,6 +40,9 @@ struct Projection : TiledMatrix {
     Divisor lines;       // of 512 bytes of a slab's row of x, what a warp loads at once
     bool is_first;  // of experts: x has a row per token, and a gate follows; else one per choice, and sums over them
     bool by_token;  // of a first one: all of x comes at once, before it is known who needs what
+    // Of a second one behind its first one: blocks of threads share tiles, and have them of all experts, so that each makes
+    // its rows' sums over a token's choices.
+    bool all_experts;
 };
 
 // A launch: a linear layer's product, or one or both of a layer of experts.
@@ -231,12 +234,30 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
         });
     }
 
-    const auto share_of = [&](const Projection& p) {
-        return Range::share((kExperts ? schedule.products() : 1) * p.count.by, call.grid);
+    // Shares are of tiles, product by product, or, where blocks of threads have all experts, tile by tile.
+    const auto share_of = [&](const Projection& p) -> Range {
+        if constexpr (!kExperts) return Range::share(p.count.by, call.grid);
+        const uint32_t products = schedule.products();
+        if (!p.all_experts) return Range::share(products * p.count.by, call.grid);
+        const Range tiles = Range::share(p.count.by, call.grid);
+        return {tiles.begin * products, tiles.end * products};
+    };
+    struct Place {
+        uint32_t product, tile;
+    };
+    const auto place_of = [&](const Projection& p, uint32_t at) -> Place {
+        if constexpr (!kExperts) return {0, at};
+        if (p.all_experts) {
+            const uint32_t products = schedule.products(), tile = at / products;
+            return {at - tile * products, tile};
+        }
+        const uint32_t product = p.count.divide(at);
+        return {product, at - product * p.count.by};
     };
     // As many tiles from `begin` on as one batch has.
     const auto batch_at = [&](const Projection& p, uint32_t begin, uint32_t end) -> Range {
         if constexpr (kExperts) {
+            if (p.all_experts) return {begin, begin + schedule.products()};
             const uint32_t product = p.count.divide(begin);
             uint32_t last = product;
             while (p.fit != 0 && (last + 1) * p.count.by < end &&
@@ -248,8 +269,8 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
     };
     const auto tile_at = [&](const Projection& p, uint32_t tile) {
         if constexpr (!kExperts) return p.tiles + tile * p.tile_bytes;
-        const uint32_t product = p.count.divide(tile);
-        return p.tiles + schedule.expert(product) * p.expert_bytes + (tile - product * p.count.by) * p.tile_bytes;
+        const Place place = place_of(p, tile);
+        return p.tiles + schedule.expert(place.product) * p.expert_bytes + place.tile * p.tile_bytes;
     };
 
     // What is copied next: blocks of a run, of the tile where it is.
@@ -306,12 +327,13 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
         const Projection& p = call.projections[projection];
         const uint32_t groups = kWhole ? 1 : p.groups, group_steps = kTileSteps / groups;
         if (projection != 0) cooperative_groups::this_grid().sync();
+        if (kExperts && p.all_experts && schedule.products() == 0) break;  // sums of nothing
         const Range share = share_of(p);
 #pragma unroll 1
         for (uint32_t begin = share.begin; begin < share.end;) {
             const Range batch = batch_at(p, begin, share.end);
-            const uint32_t first_product = kExperts ? p.count.divide(begin) : 0;
-            const uint32_t last_product = kExperts ? p.count.divide(batch.end - 1) : 0;
+            const uint32_t first_product = place_of(p, begin).product,
+                           last_product = place_of(p, batch.end - 1).product;
             const uint32_t first_row = kExperts ? schedule.first_row(first_product) : 0;
             const uint32_t rows = kExperts ? schedule.first_row(last_product + 1) - first_row : call.tokens;
             const uint32_t team = p.fit == 0 ? kWarps / (batch.end - batch.begin) : 1;  // warps of a tile, in slabs
@@ -322,16 +344,21 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                 for (int n = 0; n < kN; ++n)
                     cut[(warp * kN + n) * kLanes + lane] = {sums[n][0], sums[n][1], sums[n][2], sums[n][3]};
             };
-            const auto write_tile = [&](uint32_t tile) {
-                const uint32_t product = kExperts ? p.count.divide(tile) : 0, own = tile - product * p.count.by;
-                const uint32_t at = kExperts ? schedule.first_row(product) : 0;
-                const uint32_t tokens = kExperts ? schedule.first_row(product + 1) - at : call.tokens;
+            // What sums of rows g and g + 8 are to be multiplied by.
+            const auto scale_of = [&](uint32_t tile) {
                 float2 scale{kBehind<T>, kBehind<T> * kUpper<kBits>};
                 if (p.row_groups) {
                     const uint8_t* const behind = tile_at(p, tile) + p.tile_bytes - (p.has_zeros ? 64 : 32) + g * 4;
                     const float2 of_row = floats_of(*reinterpret_cast<const uint32_t*>(behind), p.bf16_scales);
                     scale.x *= of_row.x, scale.y *= of_row.y;
                 }
+                return scale;
+            };
+            const auto write_tile = [&](uint32_t tile) {
+                const auto [product, own] = place_of(p, tile);
+                const uint32_t at = kExperts ? schedule.first_row(product) : 0;
+                const uint32_t tokens = kExperts ? schedule.first_row(product + 1) - at : call.tokens;
+                const float2 scale = scale_of(tile);
 #pragma unroll
                 for (int n = 0; n < kN; ++n)
 #pragma unroll
@@ -344,6 +371,42 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                                            sums[n][2 + i] * scale.y);
                     }
             };
+            // Of a warp's own sums over choices, (tokens, rows of a tile).
+            float* const own_choices = reinterpret_cast<float*>(cut + warp * kN * kLanes);
+            const auto add_choices = [&](const Place& place, float2 scale, bool with_bias) {
+                const uint32_t at = schedule.first_row(place.product),
+                               count = schedule.first_row(place.product + 1) - at;
+                const uint32_t row = place.tile * kTileRows + g;
+                float2 bias{0.0f, 0.0f};
+                if (p.bias != nullptr && with_bias) {
+                    const T* const of_expert =
+                        static_cast<const T*>(p.bias) + uint64_t{schedule.expert(place.product)} * p.rows;
+                    bias.x = row < p.rows ? to_float(of_expert[row]) : 0.0f;
+                    bias.y = row + 8 < p.rows ? to_float(of_expert[row + 8]) : 0.0f;
+                }
+#pragma unroll
+                for (int n = 0; n < kN; ++n)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+#pragma unroll 1
+                        for (uint32_t other = 0; other < 4; ++other) {  // one by one: a token may have an expert twice
+                            const uint32_t column = 8 * n + 2 * other + i;
+                            if (column >= count) break;
+                            if (t == other) {
+                                const float weight = weights[at + column];
+                                float* const to = own_choices +
+                                                  call.choices.top_k.divide(schedule.choice(at + column)) * kTileRows +
+                                                  g;
+                                to[0] = fmaf(weight, fmaf(sums[n][i], scale.x, bias.x), to[0]);
+                                to[8] = fmaf(weight, fmaf(sums[n][2 + i], scale.y, bias.y), to[8]);
+                            }
+                            __syncwarp();
+                        }
+            };
+            if (kExperts && p.all_experts) {
+                for (uint32_t i = lane; i < call.tokens * kTileRows; i += kLanes) own_choices[i] = 0.0f;
+                __syncwarp();
+            }
 #pragma unroll 1
             for (uint32_t first = 0; first < p.blocks.by; first += p.slab) {
                 const bool weighs = kExperts && !p.is_first && first == 0 && threadIdx.x < rows;
@@ -351,7 +414,7 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                     weighs ? load_weight(call.weights, schedule.choice(first_row + threadIdx.x), call.weights_type)
                            : 0.0f;
                 const bool was_filled = filled == call.slots;
-                if (!kExperts || !p.by_token)
+                if (!kExperts || (!p.by_token && (!p.all_experts || begin == share.begin)))
                     load_activations<T>(
                         p, shared + room.x, rows, first, groups,
                         [&](uint32_t row) {
@@ -365,7 +428,8 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                 if (!was_filled) let_next_begin();
 
                 const Run run = run_of(p, warp, batch.end - batch.begin, first);
-                if (p.fit != 0 && run.begin == run.end) leave();  // nothing, to be added up like the rest
+                const bool leaves = p.fit != 0 && !(kExperts && p.all_experts);
+                if (leaves && run.begin == run.end) leave();  // nothing, to be added up like the rest
                 uint32_t tile = p.blocks.divide(run.begin);
 #pragma unroll 1
                 for (uint32_t at = run.begin; at < run.end; ++tile) {
@@ -373,7 +437,7 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                     const uint32_t piece_begin = at, piece_end = min(run.end, tile_end);
                     uint32_t row = 0, tokens = rows;
                     if constexpr (kExperts) {
-                        const uint32_t product = p.count.divide(batch.begin + tile);
+                        const uint32_t product = place_of(p, batch.begin + tile).product;
                         row = schedule.first_row(product);
                         tokens = schedule.first_row(product + 1) - row;
                         row -= first_row;
@@ -461,7 +525,10 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                             copy_next([&](const uint8_t* from, uint32_t bytes) { ring.refill(from, bytes); });
                         ring.advance();
                     }
-                    if (p.fit == 0) continue;
+                    if (kExperts && p.all_experts)
+                        add_choices(place_of(p, batch.begin + tile), scale_of(batch.begin + tile),
+                                    piece_begin == tile_begin);
+                    if (!leaves) continue;
                     if (piece_begin == tile_begin && piece_end == tile_end) {
                         write_tile(batch.begin + tile);
                         continue;
@@ -499,13 +566,27 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                 }
                 write_tile(batch.begin + owned);
             }
+            if (kExperts && p.all_experts) {
+                for (uint32_t i = threadIdx.x; i < call.tokens * kTileRows; i += blockDim.x) {
+                    float sum = 0.0f;
+#pragma unroll
+                    for (uint32_t other = 0; other < kWarps; ++other)
+                        sum += reinterpret_cast<const float*>(cut + other * kN * kLanes)[i];
+                    const uint32_t row = place_of(p, begin).tile * kTileRows + i % kTileRows;
+                    if (row < p.rows)
+                        static_cast<T*>(call.y)[uint64_t{i / kTileRows} * p.rows + row] = from_float<T>(sum);
+                }
+            }
             begin = batch.end;
             if (begin < share.end) __syncthreads();
         }
     }
     if (!kExperts || call.count == 1) return;
     // Sums over the choices of each token.
-    cooperative_groups::this_grid().sync();
+    if (!call.projections[1].all_experts)
+        cooperative_groups::this_grid().sync();
+    else if (schedule.products() != 0)
+        return;
     combine_all<8>(call.choices, static_cast<const float*>(call.projections[1].y), static_cast<T*>(call.y),
                    call.projections[1].rows);
 }
@@ -536,7 +617,12 @@ bool divide(FewTokens& call, bool experts, const Device& device, uint32_t slots)
             call.x_bytes = std::max(call.x_bytes, all);
             continue;
         }
-        p.fit = std::min(std::min(choices, 3 * most), room / p.row_bytes);
+        // Where multiprocessors have almost equally many tiles, and bringing all rows to each of them takes little.
+        const uint32_t count = p.count.by, rounds = static_cast<uint32_t>(ceil_div(count, device.multiprocessors));
+        p.all_experts = experts && i == 1 && call.tokens <= 8 * kN && choices * p.row_bytes <= room &&
+                        choices * p.lines.by <= 2 * kLoadsAtOnce * kWarps &&
+                        rounds * device.multiprocessors * 16 <= count * 17;
+        p.fit = p.all_experts ? choices : std::min(std::min(choices, 3 * most), room / p.row_bytes);
         if (p.fit < most) {
             whole = false, p.fit = 0;
             constexpr uint32_t kBeside = kRowGap + kRowMultiple;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "gemm/matrix.cuh"
+#include "launch.cuh"
 #include "ternary/stack.cuh"
 
 namespace qmoe::cuda {
@@ -24,11 +25,14 @@ struct TernaryCodes {
     }
 };
 
-// Warps of a block of threads, as many as share what a block may have without asking for more: at least one, at most 8.
+// Warps of a block of threads, of which each decodes one of `groups`: as many as share what a block may have without asking
+// for more, at least one and at most 8, but fewer where multiprocessors would have nothing to do.
 inline constexpr uint32_t kMostDecodingWarps = 8;
-inline uint32_t decoding_warps(uint32_t bytes_of_warp) noexcept {
+inline uint32_t decoding_warps(uint32_t bytes_of_warp, uint64_t groups, const Device& device) noexcept {
     const uint32_t fit = (48 << 10) / bytes_of_warp;
-    return fit > kMostDecodingWarps ? kMostDecodingWarps : fit > 0 ? fit : 1;
+    uint32_t warps = fit > kMostDecodingWarps ? kMostDecodingWarps : fit > 0 ? fit : 1;
+    while (warps > 1 && groups < uint64_t{2} * warps * device.multiprocessors) warps /= 2;
+    return warps;
 }
 
 // What a lane has of a row's codes.
@@ -71,14 +75,33 @@ struct TernaryMarker {
     }
 };
 
+// What is known of a group's rows, each by the lanes that decode it.
+struct TernaryRows {
+    uint32_t info, levels, segment_bits;
+
+    // Of row r of the group: whole warps call.
+    __device__ __forceinline__ uint32_t number(uint32_t r) const {
+        return of_row(info, r) & ((1u << TernaryStreams::kRowBits) - 1);
+    }
+    // bfloat16 of a plus | of a minus << 16.
+    __device__ __forceinline__ uint32_t levels_of(uint32_t r) const { return of_row(levels, r); }
+
+  private:
+    __device__ __forceinline__ uint32_t of_row(uint32_t value, uint32_t r) const {
+        return __shfl_sync(~0u, value, static_cast<int>(r << segment_bits));
+    }
+};
+
 // Leaves the codes of a group of an expert's rows at `codes` (group_rows, words_of(cols)), 16-byte aligned, which all lanes
 // can then read.
-__device__ __forceinline__ void decode_group(const TernaryView& stack, const uint8_t* matrix, uint32_t group,
-                                             uint32_t* codes) {
+__device__ __forceinline__ TernaryRows decode_group(const TernaryView& stack, const uint8_t* matrix, uint32_t group,
+                                                    uint32_t* codes) {
     const uint32_t lane = threadIdx.x % kLanes, words = TernaryCodes::words_of(stack.cols);
     const uint32_t own = lane >> stack.segment_bits, segment = lane & (stack.segments - 1);
     const uint32_t at = group * stack.group_rows + own;
-    const uint32_t quads = reinterpret_cast<const uint32_t*>(matrix)[at] >> TernaryStreams::kRowBits;
+    const TernaryRows rows{.info = reinterpret_cast<const uint32_t*>(matrix)[at],
+                           .levels = reinterpret_cast<const uint32_t*>(matrix + stack.levels_at)[at],
+                           .segment_bits = stack.segment_bits};
     const uint4* const from = reinterpret_cast<const uint4*>(matrix + stack.quads_at) +
                               reinterpret_cast<const uint32_t*>(matrix + stack.bases_at)[group] + own;
     TernaryMarker marker{
@@ -86,6 +109,7 @@ __device__ __forceinline__ void decode_group(const TernaryView& stack, const uin
         .next = reinterpret_cast<const uint16_t*>(matrix + stack.starts_at)[at * stack.segments + segment]};
     for (uint32_t i = lane; i < stack.group_rows * words / 4; i += kLanes) reinterpret_cast<uint4*>(codes)[i] = {};
     __syncwarp();
+    const uint32_t quads = rows.info >> TernaryStreams::kRowBits;
     const uint32_t k = segment * quads >> stack.segment_bits, k_end = (segment + 1) * quads >> stack.segment_bits;
     switch (stack.gap_bits) {
         case 3: marker.mark_all<3>(from, stack.group_rows, k, k_end, stack.slots); break;
@@ -97,6 +121,7 @@ __device__ __forceinline__ void decode_group(const TernaryView& stack, const uin
     __syncwarp();
     if (marker.codes != 0) atomicOr(marker.row + marker.word, marker.codes);
     __syncwarp();
+    return rows;
 }
 
 }  // namespace qmoe::cuda

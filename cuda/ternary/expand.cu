@@ -36,15 +36,13 @@ __global__ __launch_bounds__(kMostDecodingWarps* kLanes) void expand_streams(
     const uint32_t words = TernaryCodes::words_of(stack.cols);
     auto* const codes = reinterpret_cast<uint32_t*>(shared + warp * TernaryCodes::bytes_of_warp(stack));
     const uint8_t* const matrix = stack.matrix(expert);
-    decode_group(stack, matrix, group, codes);
+    const TernaryRows rows = decode_group(stack, matrix, group, codes);
 
     if (!call.scheduled) wait_for_previous();  // which may still read the tiles
     uint8_t* const tiles = const_cast<uint8_t*>(to.tiles) + (expert - call.first) * to.expert_bytes;
 #pragma unroll 1
     for (uint32_t r = 0; r < stack.group_rows; ++r) {
-        const uint32_t in_order = group * stack.group_rows + r;
-        const uint32_t row =
-            reinterpret_cast<const uint32_t*>(matrix)[in_order] & ((1u << TernaryStreams::kRowBits) - 1);
+        const uint32_t row = rows.number(r), levels = rows.levels_of(r);
         if (row >= stack.rows) continue;
         const uint32_t place = row_of_tiles(to, row);
         uint8_t* const tile = tiles + place / kTileRows * to.tile_bytes;
@@ -52,9 +50,7 @@ __global__ __launch_bounds__(kMostDecodingWarps* kLanes) void expand_streams(
         for (uint32_t i = lane; i < words / 4; i += kLanes)
             *reinterpret_cast<uint4*>(tile + i / 2 * TernaryTiles::kBlockBytes + of_tile * TernaryTiles::kRowBytes +
                                       i % 2 * 16) = *reinterpret_cast<const uint4*>(codes + r * words + 4 * i);
-        if (lane == 0)
-            reinterpret_cast<uint32_t*>(tile + to.tile_bytes - TernaryTiles::kLevelsBytes)[of_tile] =
-                reinterpret_cast<const uint32_t*>(matrix + stack.levels_at)[in_order];
+        if (lane == 0) reinterpret_cast<uint32_t*>(tile + to.tile_bytes - TernaryTiles::kLevelsBytes)[of_tile] = levels;
     }
 }
 
@@ -82,11 +78,11 @@ Status launch_expansion(const TernaryExpansion& call, const Device& device, cuda
     }
     if (each > device.shared)
         return Status::mismatch(Code::kNoKernel, "cuda: shared memory for a group of rows", 0, device.shared, each);
-    const uint32_t warps = decoding_warps(each);
+    const uint32_t experts = call.scheduled ? call.most_products : call.last - call.first;
+    const uint32_t warps = decoding_warps(each, most_groups * experts, device);
     QMOE_TRY(runtime_status(cudaFuncSetAttribute(expand_streams, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                  static_cast<int>(device.shared))));
-    const dim3 grid(static_cast<uint32_t>(ceil_div(most_groups, uint64_t{warps})),
-                    call.scheduled ? call.most_products : call.last - call.first, call.count);
+    const dim3 grid(static_cast<uint32_t>(ceil_div(most_groups, uint64_t{warps})), experts, call.count);
     return launch(expand_streams, grid, warps * kLanes, warps * each, false, device, stream, call);
 }
 

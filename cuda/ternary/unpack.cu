@@ -19,16 +19,14 @@ __global__ __launch_bounds__(kMostDecodingWarps* kLanes) void unpack_streams(con
     if (uint64_t{group} * stack.group_rows >= stack.rows) return;
     const uint8_t* const matrix = stack.matrix(first + blockIdx.y);
     auto* const codes = reinterpret_cast<uint32_t*>(shared + warp * TernaryCodes::bytes_of_warp(stack));
-    decode_group(stack, matrix, group, codes);
+    const TernaryRows rows = decode_group(stack, matrix, group, codes);
 
     const uint32_t cols = stack.cols, words = TernaryCodes::words_of(cols);
     const bool whole = cols % kAtOnce == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
 #pragma unroll 1
     for (uint32_t r = 0; r < stack.group_rows; ++r) {
-        const uint32_t at = group * stack.group_rows + r;
-        const uint32_t row = reinterpret_cast<const uint32_t*>(matrix)[at] & ((1u << TernaryStreams::kRowBits) - 1);
+        const uint32_t row = rows.number(r), levels = rows.levels_of(r);
         if (row >= stack.rows) continue;
-        const uint32_t levels = reinterpret_cast<const uint32_t*>(matrix + stack.levels_at)[at];
         const T high = from_float<T>(__uint_as_float(levels << 16)),
                 low = from_float<T>(__uint_as_float(levels & 0xffff0000u)), zero = from_float<T>(0.0f);
         T* const to = out + (uint64_t{blockIdx.y} * stack.rows + row) * cols;
@@ -61,7 +59,8 @@ Status unpack_ternary(const TernaryStack& stack, uint64_t first, uint64_t count,
         return Status::mismatch(Code::kValue, "cuda: experts of a stack", 0, stack.experts, first + count);
     Device device{};
     QMOE_TRY(Device::current(device));
-    const uint32_t each = TernaryCodes::bytes_of_warp(view), warps = decoding_warps(each);
+    const uint64_t groups = ceil_div(uint64_t{view.rows}, uint64_t{view.group_rows});
+    const uint32_t each = TernaryCodes::bytes_of_warp(view), warps = decoding_warps(each, groups * count, device);
     if (each > device.shared)
         return Status::mismatch(Code::kNoKernel, "cuda: shared memory for a group of rows", 0, device.shared, each);
     return with_output_type(type, [&](auto element) {
@@ -69,7 +68,6 @@ Status unpack_ternary(const TernaryStack& stack, uint64_t first, uint64_t count,
         const auto kernel = unpack_streams<T>;
         QMOE_TRY(runtime_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                      static_cast<int>(device.shared))));
-        const uint64_t groups = ceil_div(uint64_t{view.rows}, uint64_t{view.group_rows});
         const auto blocks = static_cast<uint32_t>(ceil_div(groups, uint64_t{warps}));
         return in_parts(count, kMostAtOnce, [&](uint64_t done, uint64_t experts) {
             return launch_in_order(kernel, dim3(blocks, static_cast<uint32_t>(experts)), warps * kLanes, warps * each,
