@@ -168,9 +168,10 @@ __device__ __forceinline__ void load_activations(const Projection& p, uint8_t* x
         uint32_t to[kAtOnce], sum_to[kAtOnce];
 #pragma unroll
         for (uint32_t j = 0; j < kAtOnce; ++j) {
+            if (line + j * kWarps >= rows * p.lines.by) break;
             const uint32_t at = line + j * kWarps, row = p.lines.divide(at);
             const uint32_t piece = (at - row * p.lines.by) * kLanes + lane;
-            const bool there = row < rows && piece < pieces;
+            const bool there = piece < pieces;
             to[j] = there ? row * p.row_bytes + piece * 16 : ~0u;
             sum_to[j] = row * p.row_bytes + pieces * 16 + piece / lanes_of_group * 4;
             if (there)
@@ -315,12 +316,9 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
             copy_next([&](const uint8_t* from, uint32_t bytes) { ring.fill(filled, from, bytes); });
     };
     // Activations would wait behind what all of the ring has asked for: before they can be asked for, it is one slot.
-    if (!kExperts || !call.projections[0].is_first) {
-        fill_until(1);
-        wait_for_previous();
-    } else if (call.projections[0].by_token) {
-        fill_until(call.slots);
-    }
+    const bool has_waited = kExperts && call.projections[0].is_first;
+    if (!has_waited || call.projections[0].by_token) fill_until(has_waited ? call.slots : 1);
+    if (!has_waited) wait_for_previous();
 
 #pragma unroll 1
     for (uint32_t projection = 0; projection < call.count; ++projection) {
