@@ -78,6 +78,18 @@ def test_all_tokens_for_one_expert_and_none_for_any(kernel: str) -> None:
     layer.check(1, 6, 4, torch.arange(6).view(1, 6))
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_blocks_of_threads_that_have_all_experts(biased: bool) -> None:
+    """As many tiles of the second projection as multiprocessors share almost evenly, and few tokens."""
+    tiles = torch.cuda.get_device_properties(0).multi_processor_count
+    for hidden, bits, group in [(16 * tiles, 4, 128), (16 * tiles - 5, 2, 0), (32 * tiles - 40, 3, 32)]:
+        layer = layer_of(5, hidden, 72, HALVES, (bits, bits), group, bits != 4, biased)
+        for tokens in (1, 4, 8):
+            layer.check(tokens, 3, tokens)
+        layer.check(2, 3, 5, torch.tensor([[1, 1, 4], [4, -1, 4]]))
+        layer.check(3, 2, 6, torch.full((3, 2), -1))
+
+
 def test_shapes_of_models() -> None:
     layer_of(16, 2048, 768, HALVES, (2, 2)).check(16, 8, 0)
     layer_of(3, 4096, 1792, HALVES).check(17, 2, 0)
