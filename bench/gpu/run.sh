@@ -27,8 +27,11 @@ for part in "${parts[@]}"; do
     printf '=== %s, after %d s\n' "$part" $SECONDS
     case $part in
     tests)
+        # References are made by the CPU: a process a core, of one thread each, where that can be.
+        workers=$(python3 -c 'import importlib.util as u; print("-n auto" if u.find_spec("xdist") else "")')
         # shellcheck disable=SC2086
-        python3 -m pytest ${TESTS:-tests/gpu} -p no:cacheprovider >"$out/tests.log" 2>&1 || failed=1
+        OMP_NUM_THREADS=1 python3 -m pytest ${TESTS:-tests/gpu} $workers -p no:cacheprovider >"$out/tests.log" 2>&1 ||
+            failed=1
         # A run that broke off has no such line, and must not end this script.
         grep -E '^(FAILED|ERROR|E  )|^[.FEsx]+ +\[100%\]|passed|failed' "$out/tests.log" | cut -c 1-200 | tail -n 30 ||
             tail -n 5 "$out/tests.log"
