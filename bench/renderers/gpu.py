@@ -122,11 +122,20 @@ def int_experts(result: dict[str, Any]) -> list[str]:
         of = [cells[model, kind, n] for n in tokens]
         shown = " | ".join(f"{times(row, 0)}, {row['memory_limit_us']:.0f}" for row in of)
         lines.append(f"| {model} | {kind} | {shown} |")
+        if "humming_us" in of[0]:
+            rivals = " | ".join(f"{row['humming_us']:.0f}" for row in of)
+            lines.append(f"| | {kind}, Humming | {rivals} |")
+    humming = (
+        "Humming's times are of its grouped products and a gate alone. "
+        if any("humming_us" in row for row in result["rows"])
+        else ""
+    )
     lines += [
         "",
         "Microseconds in a CUDA graph, from ids and routing weights to the sums over a token's experts; in brackets "
         "how many times as fast as bfloat16 grouped products and their gate, routing and sums left out; behind them "
         f"what the bytes of the experts chosen take at a copy's {result['copy_bytes_per_second'] / 1e12:.2f} TB/s. "
+        f"{humming}"
         f"Routing is skewed and changes from call to call. {kernels(result)}{origin(result)}",
     ]
     return lines
