@@ -3,7 +3,7 @@
 // Codes are 0, 1 for a plus, 2 for a minus, sixteen columns a word, a lower column at lower bits. A lane collects a word in a
 // register and writes it when a symbol comes that belongs to another one: nobody else has columns of the words between its
 // first and its last one. The first one may be the last one of the lane before, which is why lanes leave their last words
-// when all others are written, by an atomic operation. One for every symbol took nine times as long.
+// when all others are written, by an atomic operation. One for every symbol took longer.
 #pragma once
 
 #include "gemm/matrix.cuh"
