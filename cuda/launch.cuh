@@ -84,8 +84,8 @@ Status launch(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_
 
 // Launches `kernel` behind all that is before it in the stream.
 template <typename... Arguments>
-Status launch_in_order(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared,
-                       cudaStream_t stream, std::type_identity_t<Arguments>... arguments) noexcept {
+Status launch_in_order(void (*kernel)(Arguments...), dim3 grid, uint32_t threads, uint32_t shared, cudaStream_t stream,
+                       std::type_identity_t<Arguments>... arguments) noexcept {
     kernel<<<grid, threads, shared, stream>>>(arguments...);
     return launch_status();
 }
