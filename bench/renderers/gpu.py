@@ -218,9 +218,10 @@ def generation(result: dict[str, Any]) -> list[str]:
             f"| {row['model']} | {row['parameters'] / 1e9:.0f} G | {row['experts']} | {row['batch']} "
             f"| {row['tokens_per_second']:.1f} | {row['gib']:.1f} | {share} |"
         )
+    zeros = ", 88.5 % zeros" if any(row["experts"] == "ternary" for row in result["rows"]) else ""
     lines += [
         "",
-        "A step of decoding in a CUDA graph, the rest of the model in bfloat16; random weights, 88.5 % zeros. The last "
+        f"A step of decoding in a CUDA graph, the rest of the model in bfloat16; random weights{zeros}. The last "
         f"column: what a token reads, at a copy's bytes per second. {origin(result)}",
     ]
     return lines
