@@ -19,7 +19,8 @@ namespace qmoe {
 enum class RowOrder : uint8_t { kPlain, kHalves, kInterleaved };
 
 // What activations are multiplied as. kInt8: int8 with a scale per token and group of at most 128 columns (relative error
-// of a product typically 6e-3). kFloat: float32, exact up to rounding.
+// of a product typically 6e-3); what is between a layer's projections as the sum of two such terms, so that the layer's
+// error is that of its first projection (typically 9e-3). kFloat: float32, exact up to rounding.
 enum class Precision : uint8_t { kInt8, kFloat };
 
 // One prepacked stack of matrices. Borrows the bytes, which must be aligned to 64.

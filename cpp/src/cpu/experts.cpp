@@ -50,12 +50,17 @@ struct Schedule {
     }
 };
 
+// Products of two projections' outputs have a wider tail than a normal distribution: rounded once, they would leave
+// more of an error (1.3 % of the layer's outputs, in norm) than all else.
+constexpr uint64_t kHiddenTerms = 2;
+
 // The inputs of all rows of a stack, one Rows per active expert.
-void resize_inputs(std::vector<Rows>& inputs, const Prepacked& weights, const Schedule& schedule, Precision precision) {
+void resize_inputs(std::vector<Rows>& inputs, const Prepacked& weights, const Schedule& schedule, Precision precision,
+                   uint64_t terms) {
     if (inputs.size() < schedule.active.size()) inputs.resize(schedule.active.size());
     for (size_t i = 0; i < schedule.active.size(); ++i)
         inputs[i].resize(weights, weights.expert(schedule.active[i]), schedule.first[i + 1] - schedule.first[i],
-                         precision);
+                         precision, terms);
 }
 
 Status check(const Prepacked& first, const Prepacked& second, const ExpertsSpec& spec) noexcept {
@@ -144,8 +149,8 @@ Status experts(const Prepacked& first, const Prepacked& second, const ExpertsSpe
         };
         // A single token serves all of its experts as it is, unless it chose one of them twice.
         const bool gather = tokens > 1 || rows != active;
-        if (gather) resize_inputs(b.first, first, schedule, spec.precision);
-        resize_inputs(b.second, second, schedule, spec.precision);
+        if (gather) resize_inputs(b.first, first, schedule, spec.precision, 1);
+        resize_inputs(b.second, second, schedule, spec.precision, kHiddenTerms);
         if (b.hidden.size() < rows * width) b.hidden.resize(rows * width);
         if (b.results.size() < rows * cols) b.results.resize(rows * cols);
 

@@ -94,7 +94,8 @@ Status set_tuning(const Tuning& values) noexcept {
     return {};
 }
 
-void Rows::resize(const Prepacked& weights, const Prepacked::Expert& expert, uint64_t rows, Precision precision) {
+void Rows::resize(const Prepacked& weights, const Prepacked::Expert& expert, uint64_t rows, Precision precision,
+                  uint64_t terms) {
     cols_ = weights.cols();
     chunk_ = expert.chunk;
     chunks_ = ceil_div(cols_, chunk_);
@@ -103,13 +104,14 @@ void Rows::resize(const Prepacked& weights, const Prepacked::Expert& expert, uin
     if (stride_ % (2 * kLine) == 0) stride_ += kLine;
     offset_ = expert.offset;
     precision_ = precision;
+    terms_ = precision == Precision::kFloat ? 1 : terms;
     if (precision == Precision::kFloat) {
         if (floats_.size() < rows * stride_) floats_.resize(rows * stride_);
         return;
     }
-    const uint64_t values = (rows + kRowsBeyond) * stride_;
+    const uint64_t values = (rows * terms_ + kRowsBeyond) * stride_;
     if (values_.size() < values) values_.resize(values);
-    if (scales_.size() < rows * chunks_) scales_.resize(rows * chunks_);
+    if (scales_.size() < rows * terms_ * chunks_) scales_.resize(rows * terms_ * chunks_);
 }
 
 void Rows::set(const PanelKernels& kernels, uint64_t row, const float* values) noexcept {
@@ -119,7 +121,17 @@ void Rows::set(const PanelKernels& kernels, uint64_t row, const float* values) n
         std::fill(to + cols_, to + stride_, 0.0f);
         return;
     }
-    kernels.quantize(values, cols_, chunk_, offset_, values_.data() + row * stride_, scales_.data() + row * chunks_);
+    int8_t* const first = values_.data() + row * terms_ * stride_;
+    ActivationChunk* const scales = scales_.data() + row * terms_ * chunks_;
+    kernels.quantize(values, cols_, chunk_, offset_, first, scales);
+    if (terms_ == 1) return;
+    for (uint64_t chunk = 0; chunk < chunks_; ++chunk) {
+        float left[kMaxChunk];
+        const uint64_t begin = chunk * chunk_, count = std::min<uint64_t>(chunk_, cols_ - begin);
+        for (uint64_t k = 0; k < count; ++k)
+            left[k] = values[begin + k] - scales[chunk].scale * static_cast<float>(first[begin + k]);
+        kernels.quantize(left, count, chunk_, offset_, first + stride_ + begin, scales + chunks_ + chunk);
+    }
 }
 
 void Rows::copy(uint64_t row, const Rows& from, uint64_t from_row) noexcept {
@@ -127,9 +139,10 @@ void Rows::copy(uint64_t row, const Rows& from, uint64_t from_row) noexcept {
         std::memcpy(floats_.data() + row * stride_, from.floats_.data() + from_row * stride_, stride_ * sizeof(float));
         return;
     }
-    std::memcpy(values_.data() + row * stride_, from.values_.data() + from_row * stride_, stride_);
-    std::memcpy(scales_.data() + row * chunks_, from.scales_.data() + from_row * chunks_,
-                chunks_ * sizeof(ActivationChunk));
+    const uint64_t values = terms_ * stride_, scales = terms_ * chunks_;
+    std::memcpy(values_.data() + row * values, from.values_.data() + from_row * values, values);
+    std::memcpy(scales_.data() + row * scales, from.scales_.data() + from_row * scales,
+                scales * sizeof(ActivationChunk));
 }
 
 QuantizedView Rows::quantized(uint64_t first) const noexcept {
@@ -206,7 +219,7 @@ void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64
         }
         // What is done with the results waits for the last lines of this unit, and the next one for that: its first lines
         // arrive meanwhile. Worth 1 to 4 % where units are short.
-        if (tokens == 1) {
+        if (tokens <= 2) {
             constexpr uint64_t kSome = 16 * kLine;
             const uint8_t* const next = view.scales + UnitSizes(e, weights.cols()).bytes;
             for (uint64_t at = 0; at < kSome; at += kLine) __builtin_prefetch(next + at, 0, 3);
