@@ -25,18 +25,22 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_tuning_is_measured_kept_and_taken_over(monkeypatch):
     monkeypatch.setattr(tuning, "SHAPE", (256, 256))
+    monkeypatch.setattr(tuning, "COLD_BYTES", 1 << 20)
     assert not tuning.load()
     said: list[str] = []
     result = tuning.tune(1, 0.001, said.append)
     assert result.values == _C.tuning()
     assert said
     for width in ("narrow", "wide"):
-        far, near = (result.trials[f"{kind}_{width}"] for kind in ("prefetch", "near"))
+        far, near, both = (result.trials[f"{kind}_{width}"] for kind in ("prefetch", "near", "both"))
         assert set(far) == set(tuning.PREFETCH) and set(near) == set(tuning.NEAR)
-        taken = result.values[f"prefetch_{width}"], result.values[f"near_{width}"]
-        assert 0 in taken
-        best = min([*far.values(), *near.values()])
-        assert (near[taken[1]] if taken[1] else far[taken[0]]) == best
+        beside = min(tuning.PREFETCH[1:], key=far.__getitem__)
+        assert set(both) == {distance for distance in tuning.NEAR if distance < beside}
+        best = min([*far.values(), *near.values(), *both.values()])
+        of_values = result.values[f"prefetch_{width}"], result.values[f"near_{width}"]
+        assert best == (
+            both[of_values[1]] if all(of_values) else near[of_values[1]] if of_values[1] else far[of_values[0]]
+        )
     _C.set_tuning(64, 128, 3, 0, 64)
     assert tuning.load() and _C.tuning() == result.values
 
@@ -78,6 +82,7 @@ def test_results_do_not_depend_on_it():
 
 def test_the_command(monkeypatch):
     monkeypatch.setattr(tuning, "SHAPE", (128, 128))
+    monkeypatch.setattr(tuning, "COLD_BYTES", 1 << 20)
     result = CliRunner().invoke(app, ["tune", "--threads", "1", "--json"])
     assert result.exit_code == 0
     assert json.loads(result.stdout)["values"] == _C.tuning()

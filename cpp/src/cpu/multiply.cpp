@@ -34,11 +34,9 @@ Tuning initial_tuning() noexcept {
     // to keep the core's 24 misses in flight. Three lines ahead into the first-level cache fill them; six lines would be
     // too many, and all requests then wait for each other.
     if (__builtin_cpu_is("amd")) values = {0, 0, 1024, 192, 64};
-    // A core of the class of Sapphire Rapids gets more of the memory when 48 lines ahead are asked for into its
-    // first-level cache: with 4 bits 1 to 6 % more than 4 KiB ahead into the second, with 8 about as much. With 2 bits it
-    // gets no more.
-    if (__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512vnni"))
-        values.prefetch_wide = 0, values.near_wide = 3072;
+    // A core of the class of Sapphire Rapids gets most when 4 KiB ahead are asked for into its second-level cache and half
+    // of that into the first: 2 to 5 % more than with one of the two, in all widths.
+    if (__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512vnni")) values = {4096, 4096, 8, 2048, 2048};
 #endif
     return values;
 }

@@ -139,10 +139,11 @@ def tuning(result: TuneResult) -> Table:
     """What was tried, and what was taken."""
     rows = []
     for width, what in (("narrow", "2 and 3 bits"), ("wide", "4 and 8 bits")):
-        for kind, where in (("prefetch", "second"), ("near", "first")):
-            name = f"{kind}_{width}"
-            tried = ", ".join(f"{value}: {time * 1e6:.0f} us" for value, time in result.trials[name].items())
-            rows.append((f"into the {where}-level cache, {what}", f"{result.values[name]} bytes ahead ({tried})"))
+        far, near = (result.values[f"{kind}_{width}"] for kind in ("prefetch", "near"))
+        rows.append((what, f"{far} bytes ahead into the second-level cache, {near} into the first"))
+        for kind, where in (("prefetch", "second"), ("near", "first"), ("both", "first, beside the best of these")):
+            times = result.trials[f"{kind}_{width}"].items()
+            rows.append((f"    tried: {where}", ", ".join(f"{value}: {time * 1e6:.0f} us" for value, time in times)))
     direct = ", ".join(f"{value}: {ratio:.2f}" for value, ratio in result.trials["direct_tokens"].items())
     rows += [
         ("tokens that read packed lines", f"up to {result.values['direct_tokens']} (time over unpacked: {direct})"),

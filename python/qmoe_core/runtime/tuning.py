@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from .. import _C
 from ..errors import QmoeError
 from ..formats import IntFormat, IntMatrix, PackedTensor
 
-VERSION = 3
+VERSION = 4
 PREFETCH = (0, 1024, 2048, 4096, 8192, 16384)  # into the second-level cache
 NEAR = (64, 128, 192, 256, 384, 1024, 2048, 3072)  # into the first
 DIRECT_TOKENS = (4, 8, 16, 32, 128, 1024)
-SHAPE = (4096, 4096)  # 8 MiB in 4 bits: a few of them in turn are colder than any cache is large
+SHAPE = (4096, 4096)
+COLD_BYTES = 1 << 30  # of copies that take turns: last-level caches of hundreds of MiB are found on servers
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class TuneResult:
     Attributes:
         values: `{"prefetch_narrow": bytes ahead, "prefetch_wide": bytes ahead, "near_narrow": bytes ahead,
             "near_wide": bytes ahead, "direct_tokens": tokens}`, see qmoe/prepacked.h.
-        trials: `{"prefetch_narrow": {value: seconds of one token}, "prefetch_wide", "near_narrow", "near_wide": the
-            same, "direct_tokens": {tokens: time of reading packed lines over that of unpacked codes}}`, medians.
+        trials: `{"prefetch_narrow": {value: seconds of one token}, "prefetch_wide", "near_narrow", "near_wide",
+            "both_narrow", "both_wide": the same, "direct_tokens": {tokens: time of reading packed lines over that of
+            unpacked codes}}`, medians. Near distances were tried alone, and as "both" beside the best far one.
         path: where it is kept.
     """
 
@@ -105,12 +107,14 @@ def _copies(bits: int, generator: np.random.Generator, threads: int) -> list[NDA
     )
     record = PackedTensor.pack([matrix]).data
     nbytes = _C.prepack_size(record.ctypes.data, record.size, "plain")
-    copies = []
-    for _ in range(64 // bits):
+    copies: list[NDArray[np.uint8]] = []
+    for _ in range(max(2, COLD_BYTES // nbytes)):
         memory = np.empty(nbytes + 63, dtype=np.uint8)
-        layout = memory[-memory.ctypes.data % 64 :][:nbytes]
-        _C.prepack(record.ctypes.data, record.size, "plain", layout.ctypes.data, nbytes, threads)
-        copies.append(layout)
+        copies.append(memory[-memory.ctypes.data % 64 :][:nbytes])
+        if len(copies) == 1:
+            _C.prepack(record.ctypes.data, record.size, "plain", copies[0].ctypes.data, nbytes, threads)
+        else:
+            copies[-1][:] = copies[0]
     return copies
 
 
@@ -128,15 +132,15 @@ def tune(
     threads = threads or len(os.sched_getaffinity(0))
     rows, columns = SHAPE
     generator = np.random.default_rng(0)
-    layouts = {bits: itertools.cycle(_copies(bits, generator, threads)) for bits in (2, 4)}
+    layouts: Iterator[NDArray[np.uint8]] = iter(())
 
-    def measure(bits: int, tokens: int) -> float:
+    def measure(tokens: int) -> float:
         x = generator.standard_normal((tokens, columns), dtype=np.float32)
         y, offsets = np.empty((tokens, rows), dtype=np.float32), np.array([0, tokens])
         times: list[float] = []
         begin = time.perf_counter()
         while len(times) < 5 or time.perf_counter() - begin < seconds:
-            layout, started = next(layouts[bits]), time.perf_counter()
+            layout, started = next(layouts), time.perf_counter()
             _C.prepacked_linear(
                 layout.ctypes.data, layout.nbytes, offsets.ctypes.data, 2, x.ctypes.data, "float32", tokens, columns,
                 y.ctypes.data, rows, "int8", threads,
@@ -144,32 +148,37 @@ def tune(
             times.append(time.perf_counter() - started)
         return statistics.median(times)
 
+    def one_token(width: str, bits: int, far: int, near: int) -> float:
+        if progress:
+            progress(f"{bits} bits, {far} bytes ahead into the second-level cache, {near} into the first")
+        _C.set_tuning(**{**values, f"prefetch_{width}": far, f"near_{width}": near})
+        return measure(1)
+
     before = _C.tuning()
     values = dict(before)
-    trials: dict[str, dict[int, float]] = {name: {} for name in values}
+    trials: dict[str, dict[int, float]] = {"direct_tokens": {}}
     try:
-        # Far or near, not both: where the processor's own prefetchers do well, near requests help them and far ones do
-        # not, and the other way round.
+        # Far, near, or both: some processors' own prefetchers are helped by near requests and disturbed by far ones.
         for width, bits in (("narrow", 2), ("wide", 4)):
-            names = f"prefetch_{width}", f"near_{width}"
-            values |= dict.fromkeys(names, 0)
-            for name, distances in zip(names, (PREFETCH, NEAR), strict=True):
-                for distance in distances:
-                    if progress:
-                        progress(f"{bits} bits, {name} {distance} bytes ahead")
-                    _C.set_tuning(**{**values, name: distance})
-                    trials[name][distance] = measure(bits, 1)
-            _, name, distance = min((time, name, at) for name in names for at, time in trials[name].items())
-            values[name] = distance
+            layouts = itertools.cycle(_copies(bits, generator, threads))  # those of int4 remain
+            far_name, near_name, both_name = (f"{kind}_{width}" for kind in ("prefetch", "near", "both"))
+            trials[far_name] = {far: one_token(width, bits, far, 0) for far in PREFETCH}
+            trials[near_name] = {near: one_token(width, bits, 0, near) for near in NEAR}
+            best = min(PREFETCH[1:], key=trials[far_name].__getitem__)
+            trials[both_name] = {near: one_token(width, bits, best, near) for near in NEAR if near < best}
+            found = {(far, 0): time for far, time in trials[far_name].items()}
+            found |= {(0, near): time for near, time in trials[near_name].items()}
+            found |= {(best, near): time for near, time in trials[both_name].items()}
+            values[far_name], values[near_name] = min(found, key=found.__getitem__)
         # Up to how many tokens reading packed lines is the faster way: the last size at which it is.
         direct = DIRECT_TOKENS[0]
         for tokens in DIRECT_TOKENS:
             if progress:
                 progress(f"{tokens} tokens, packed and unpacked")
             _C.set_tuning(**{**values, "direct_tokens": tokens})
-            packed = measure(4, tokens)
+            packed = measure(tokens)
             _C.set_tuning(**{**values, "direct_tokens": tokens - 1})
-            unpacked = measure(4, tokens)
+            unpacked = measure(tokens)
             trials["direct_tokens"][tokens] = packed / unpacked
             if packed > unpacked:
                 break
