@@ -35,9 +35,8 @@ struct Projection : TiledMatrix {
     const void *x, *bias;
     void* y;
     uint32_t fit;        // rows of x that there is room for; 0 where it comes in slabs
-    uint32_t slab;       // blocks of a slab, of all columns where there is room
+    Divisor slab;        // blocks of a slab, of all columns where there is room
     uint32_t row_bytes;  // of shared memory, for a slab of a row of x and its sums
-    Divisor lines;       // of 512 bytes of a slab's row of x, what a warp loads at once
     bool is_first;  // of experts: x has a row per token, and a gate follows; else one per choice, and sums over them
     bool by_token;  // of a first one: all of x comes at once, before it is known who needs what
     // Of a second one behind its first one: blocks of threads share tiles, and have them of all experts, so that each makes
@@ -50,6 +49,8 @@ struct FewTokens {
     Projection projections[2];
     uint32_t count;    // of them
     uint32_t slots;    // of a ring
+    uint32_t chunk;    // blocks of a slot
+    uint32_t ahead;    // of them, filled before activations are asked for
     uint32_t x_bytes;  // of shared memory, for activations
     uint32_t tokens;   // of x; of experts all, of a matrix at most 8 kN
     Divisor most;      // tokens that one product can have, at most 8 kN
@@ -66,12 +67,6 @@ struct FewTokens {
 // shared memory each, were slower.
 inline constexpr uint32_t kWarps = 16;
 
-// Blocks of a slot: about 2 KiB.
-template <int kBits>
-inline constexpr uint32_t kChunk = kBits == 2   ? 4
-                                   : kBits == 8 ? 1
-                                                : 2;
-
 // What is where in shared memory.
 template <int kBits, int kN>
 struct Room {
@@ -79,7 +74,7 @@ struct Room {
 
     QMOE_INLINE Room(const FewTokens& call, bool experts) noexcept {
         const uint32_t choices = experts ? call.tokens * call.choices.top_k.by : 0;
-        barriers = kWarps * call.slots * kChunk<kBits> * call.projections[0].block_bytes;
+        barriers = kWarps * call.slots * call.chunk * call.projections[0].block_bytes;
         cut = barriers + kWarps * call.slots * kBarrierBytes;
         x = cut + kWarps * kN * kLanes * 16;                // cut: [warp][n][lane]
         weights = x + call.x_bytes;                         // x: [row][16-byte pieces, sums of groups]
@@ -90,23 +85,11 @@ struct Room {
 
 // Of a row of x: what a block takes, columns and their sums by group; and so that neighbouring rows are in different banks.
 constexpr uint32_t x_bytes_of_block(uint32_t groups) noexcept {
-    return kTileColumns * 2 + groups * 4;
+    return kTileColumns * 2 + groups * sizeof(float2);
 }
 inline constexpr uint32_t kRowGap = 16, kRowMultiple = 128;
 constexpr uint32_t x_bytes_of_row(uint32_t blocks, uint32_t groups) noexcept {
     return static_cast<uint32_t>(ceil_div(blocks * x_bytes_of_block(groups), kRowMultiple)) * kRowMultiple + kRowGap;
-}
-
-// Eight neighbouring columns of one token as they are, zeros beyond the last column.
-template <typename T>
-__device__ __forceinline__ uint4 load_columns(const T* row, uint32_t col, uint32_t cols, bool aligned) {
-    if (aligned) return col < cols ? *reinterpret_cast<const uint4*>(row + col) : uint4{};
-    uint32_t words[4] = {};
-#pragma unroll
-    for (uint32_t i = 0; i < 8; ++i)
-        if (col + i < cols)
-            words[i / 2] |= uint32_t{*reinterpret_cast<const uint16_t*>(row + col + i)} << (16 * (i % 2));
-    return {words[0], words[1], words[2], words[3]};
 }
 
 // Writes what a lane has of a tile, of rows g and g + 8. `row_of_y` is of the token, or of its choice.
@@ -139,58 +122,85 @@ __device__ __forceinline__ void write(const FewTokens& call, const Projection& p
     }
 }
 
-// Loads on their way when activations are brought to shared memory.
-inline constexpr uint32_t kLoadsAtOnce = 4;
-
-// The sum of four neighbouring lanes' columns, eight of each, as a product with ones.
+// The four parts of eight columns that a lane, t of four, has of a block of one token's columns, zeros beyond the last one:
+// columns 32 i + 8 t of which i is i ^ odd. `to` is where the block is to be in shared memory: where rows begin anywhere, columns
+// are brought there one by one first.
 template <typename T>
-__device__ __forceinline__ float sum_of_four_lanes(const uint4& columns) {
-    constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
-    const uint32_t a[4] = {columns.x, columns.y, columns.z, columns.w};
-    float rows[4] = {};
-    mma<T>(rows, a, kOnes, kOnes);
-    return rows[0] + rows[2];
+__device__ __forceinline__ void load_parts(const T* row, uint32_t col, uint32_t cols, bool aligned, uint32_t t, uint32_t odd,
+                                           uint8_t* to, uint4 (&parts)[4]) {
+    if (!aligned) {
+        T* const own = reinterpret_cast<T*>(to);
+#pragma unroll 1
+        for (uint32_t i = t * 8; i < kTileColumns; i += i % 8 == 7 ? 25 : 1)
+            own[i] = col + i < cols ? row[col + i] : from_float<T>(0.0f);
+        row = own, col = 0, cols = kTileColumns;
+    }
+    const uint32_t even_col = col + t * 8 + odd * 32, odd_col = col + t * 8 + (odd ^ 1) * 32;
+    // Two addresses in registers of their own: a load does not wait until the one before has read its.
+    const T *const even = row + even_col, *const other = row + odd_col;
+    if (even_col < cols) parts[0] = *reinterpret_cast<const uint4*>(even);
+    if (odd_col < cols) parts[1] = *reinterpret_cast<const uint4*>(other);
+    if (even_col + 64 < cols) parts[2] = *reinterpret_cast<const uint4*>(even + 64);
+    if (odd_col + 64 < cols) parts[3] = *reinterpret_cast<const uint4*>(other + 64);
 }
 
-// Brings rows of x, a slab of each, to shared memory: `row_of(i)` is where row i is in x. Behind a row's columns come their
-// sums by group, as products with codes of one have them. Calls meanwhile() once, when all loads have been asked for.
-template <typename T, typename Row, typename Meanwhile>
+// Brings rows of x, a slab of each, to shared memory, as products want them: `row_of(i)` is where row i is in x. Behind a row's
+// columns come their sums by group, as products of codes of one would be: times what is to be added for the zeros of rows g
+// and g + 8 where those are the same everywhere, else as they are. Calls meanwhile() once, when all loads have been asked for.
+//
+// Four lanes bring a block of columns, so that a product with ones makes its sums; a warp up to eight of them at once. All
+// warps bring some: those that did not would ask for codes before the others have asked for activations, and these wait.
+template <typename T, int kBits, typename Row, typename Meanwhile>
 __device__ __forceinline__ void load_activations(const Projection& p, uint8_t* x, uint32_t rows, uint32_t first_block,
                                                  uint32_t groups, const Row& row_of, const Meanwhile& meanwhile) {
-    constexpr uint32_t kAtOnce = kLoadsAtOnce;
+    constexpr uint32_t kAtOnce = 2, kOnes = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
     const bool aligned = p.cols % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
-    const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, pieces = p.slab * 16;
-    const uint32_t lanes_of_group = kTileColumns / 8 / groups;
-    uint32_t line = warp;
+    const uint32_t lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4, odd = g % 2;
+    const uint32_t slab = p.slab.by, cols = p.cols, row_bytes = p.row_bytes, of_group = 4 / groups;
+    const uint32_t all = rows * slab, each = min(8, (all + kWarps - 1) / kWarps);
+    const float lower = (p.has_zeros ? 1.0f : -p.zero) / kBehind<T>,
+                upper = p.has_zeros ? lower : lower / kUpper<kBits>;
+    uint32_t begin = threadIdx.x / kLanes * each;
 #pragma unroll 1
     do {
-        uint4 raw[kAtOnce] = {};
-        uint32_t to[kAtOnce], sum_to[kAtOnce];
+        uint4 parts[kAtOnce][4] = {};
+        uint32_t row[kAtOnce], block[kAtOnce];
 #pragma unroll
         for (uint32_t j = 0; j < kAtOnce; ++j) {
-            if (line + j * kWarps >= rows * p.lines.by) break;
-            const uint32_t at = line + j * kWarps, row = p.lines.divide(at);
-            const uint32_t piece = (at - row * p.lines.by) * kLanes + lane;
-            const bool there = piece < pieces;
-            to[j] = there ? row * p.row_bytes + piece * 16 : ~0u;
-            sum_to[j] = row * p.row_bytes + pieces * 16 + piece / lanes_of_group * 4;
-            if (there)
-                raw[j] = load_columns(static_cast<const T*>(p.x) + uint64_t{row_of(row)} * p.cols,
-                                      first_block * kTileColumns + 8 * piece, p.cols, aligned);
+            if (begin + j * kWarps * each >= all) break;
+            const uint32_t at = begin + j * kWarps * each + g;
+            row[j] = p.slab.divide(at);
+            block[j] = g < each && at < all ? at - row[j] * slab : slab;
+            if (block[j] < slab)
+                load_parts(static_cast<const T*>(p.x) + uint64_t{row_of(row[j])} * cols,
+                           (first_block + block[j]) * kTileColumns, cols, aligned, t, odd,
+                           x + row[j] * row_bytes + block[j] * (kTileColumns * 2), parts[j]);
         }
-        if (line + kAtOnce * kWarps >= rows * p.lines.by) meanwhile();
+        if (begin + kAtOnce * kWarps * each >= all) meanwhile();
 #pragma unroll
         for (uint32_t j = 0; j < kAtOnce; ++j) {
-            if (line + j * kWarps >= rows * p.lines.by) break;
-            float sum = sum_of_four_lanes<T>(raw[j]);
-            for (uint32_t other = 4; other < lanes_of_group; other *= 2) sum += __shfl_xor_sync(~0u, sum, other);
-            if (to[j] == ~0u) continue;
-            *reinterpret_cast<uint4*>(x + to[j]) = {prepared<T>(raw[j].x), prepared<T>(raw[j].y), prepared<T>(raw[j].z),
-                                                    prepared<T>(raw[j].w)};
-            if (lane % lanes_of_group == 0) *reinterpret_cast<float*>(x + sum_to[j]) = sum * (1.0f / kBehind<T>);
+            if (begin + j * kWarps * each >= all) break;
+            uint8_t* const own = x + row[j] * row_bytes;
+            float sums[4] = {};
+#pragma unroll
+            for (uint32_t i = 0; i < 4; ++i) {
+                const uint32_t which = i ^ odd;  // neighbouring lanes' in different banks
+                const uint4 part = parts[j][i];
+                const uint32_t a[4] = {part.x, part.y, part.z, part.w};
+                mma<T>(sums, a, kOnes, kOnes);
+                if (block[j] < slab)
+                    *reinterpret_cast<uint4*>(own + block[j] * (kTileColumns * 2) + which * 64 + t * 16) = {
+                        prepared<T>(part.x), prepared<T>(part.y), prepared<T>(part.z), prepared<T>(part.w)};
+                if ((i + 1) % of_group != 0) continue;
+                const float sum = sums[0] + sums[2];
+                if (block[j] < slab && t == 0)
+                    reinterpret_cast<float2*>(own + slab * (kTileColumns * 2))[block[j] * groups + which / of_group] = {
+                        sum * lower, sum * upper};
+                sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
+            }
         }
-        line += kAtOnce * kWarps;
-    } while (line < rows * p.lines.by);
+        begin += kAtOnce * kWarps * each;
+    } while (begin < all);
 }
 
 // Blocks begin .. end - 1 of a batch's tiles, one after the other.
@@ -206,7 +216,7 @@ __device__ __forceinline__ Run run_of(const Projection& p, uint32_t warp, uint32
     }
     const uint32_t team = kWarps / tiles, tile = warp / team, member = warp % team;
     if (tile >= tiles) return {0, 0};
-    const uint32_t slab = min(p.slab, p.blocks.by - first), begin = tile * p.blocks.by + first;
+    const uint32_t slab = min(p.slab.by, p.blocks.by - first), begin = tile * p.blocks.by + first;
     return {begin + member * slab / team, begin + (member + 1) * slab / team};
 }
 
@@ -220,9 +230,9 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
     const uint32_t block_bytes = call.projections[0].block_bytes;
     float4* const cut = reinterpret_cast<float4*>(shared + room.cut);
     float* const weights = reinterpret_cast<float*>(shared + room.weights);
-    Ring ring(shared + warp * call.slots * kChunk<kBits> * block_bytes,
-              reinterpret_cast<uint64_t*>(shared + room.barriers) + warp * call.slots, kChunk<kBits> * block_bytes,
-              call.slots);
+    const uint32_t slot_bytes = call.chunk * block_bytes;
+    Ring ring(shared + warp * call.slots * slot_bytes,
+              reinterpret_cast<uint64_t*>(shared + room.barriers) + warp * call.slots, slot_bytes, call.slots);
     Schedule schedule(shared + room.schedule, kExperts ? call.tokens * call.choices.top_k.by : 0, call.choices.experts);
     if constexpr (kExperts) {
         // Ids are from before the kernel before this one where that was the first projection, which waited for them.
@@ -230,7 +240,7 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
         if (p.is_first) wait_for_previous();
         schedule.make(call.choices, call.most, [&] {
             if (p.by_token)
-                load_activations<T>(
+                load_activations<T, kBits>(
                     p, shared + room.x, call.tokens, 0, kWhole ? 1 : p.groups, [](uint32_t row) { return row; }, [] {});
         });
     }
@@ -292,14 +302,14 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
             next_in_tile = p.blocks.by - block;
             next_tile = batch.begin + tile;
             next = tile_at(p, next_tile) + block * block_bytes;
-            next_first += p.slab;
+            next_first += p.slab.by;
             if (next_first >= p.blocks.by) next_first = 0, next_share.begin = batch.end;
             if (next_left != 0) return;
         }
     };
     // Calls copy(from, bytes) for the next blocks, as many as a slot has or there are of the tile.
     const auto copy_next = [&](const auto& copy) {
-        const uint32_t count = min(min(kChunk<kBits>, next_in_tile), next_left), bytes = count * block_bytes;
+        const uint32_t count = min(min(call.chunk, next_in_tile), next_left), bytes = count * block_bytes;
         copy(next, bytes);
         next += bytes, next_left -= count, next_in_tile -= count;
         if (next_left == 0) return open_next();
@@ -315,15 +325,16 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
         for (; filled < slots && next_left != 0; ++filled)
             copy_next([&](const uint8_t* from, uint32_t bytes) { ring.fill(filled, from, bytes); });
     };
-    // Activations would wait behind what all of the ring has asked for: before they can be asked for, it is one slot.
+    // Activations wait behind what the ring has asked for before.
     const bool has_waited = kExperts && call.projections[0].is_first;
-    if (!has_waited || call.projections[0].by_token) fill_until(has_waited ? call.slots : 1);
+    if (!has_waited || call.projections[0].by_token) fill_until(has_waited ? call.slots : call.ahead);
     if (!has_waited) wait_for_previous();
 
 #pragma unroll 1
     for (uint32_t projection = 0; projection < call.count; ++projection) {
         const Projection& p = call.projections[projection];
         const uint32_t groups = kWhole ? 1 : p.groups, group_steps = kTileSteps / groups;
+        const bool row_groups = kept(p.row_groups), has_zeros = kept(p.has_zeros), bf16_scales = kept(p.bf16_scales);
         if (projection != 0) cooperative_groups::this_grid().sync();
         if (kExperts && p.all_experts && schedule.products() == 0) break;  // sums of nothing
         const Range share = share_of(p);
@@ -406,24 +417,23 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                 __syncwarp();
             }
 #pragma unroll 1
-            for (uint32_t first = 0; first < p.blocks.by; first += p.slab) {
+            for (uint32_t first = 0; first < p.blocks.by; first += p.slab.by) {
                 const bool weighs = kExperts && !p.is_first && first == 0 && threadIdx.x < rows;
                 const float weight =
                     weighs ? load_weight(call.weights, schedule.choice(first_row + threadIdx.x), call.weights_type)
                            : 0.0f;
-                const bool was_filled = filled == call.slots;
-                if (!kExperts || (!p.by_token && (!p.all_experts || begin == share.begin)))
-                    load_activations<T>(
-                        p, shared + room.x, rows, first, groups,
-                        [&](uint32_t row) {
-                            if constexpr (!kExperts) return row;
-                            const uint32_t choice = schedule.choice(first_row + row);
-                            return p.is_first ? call.choices.top_k.divide(choice) : choice;
-                        },
-                        [&] { fill_until(call.slots); });
+                if (!kExperts || (!p.by_token && (!p.all_experts || begin == share.begin))) {
+                    const auto row_of = [&](uint32_t row) {
+                        if constexpr (!kExperts) return row;
+                        const uint32_t choice = schedule.choice(first_row + row);
+                        return p.is_first ? call.choices.top_k.divide(choice) : choice;
+                    };
+                    load_activations<T, kBits>(p, shared + room.x, rows, first, groups, row_of,
+                                               [&] { fill_until(call.slots); });
+                }
                 if (weighs) weights[threadIdx.x] = weight;
                 __syncthreads();
-                if (!was_filled) let_next_begin();
+                let_next_begin();
 
                 const Run run = run_of(p, warp, batch.end - batch.begin, first);
                 const bool leaves = p.fit != 0 && !(kExperts && p.all_experts);
@@ -448,29 +458,29 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                     };
                     const uint32_t block = at - tile_begin - first;
                     const uint8_t* own[kN];
-                    const float* own_sums[kN][2];  // of tokens 2 t and the next one
+                    const float2* own_sums[kN][2];  // of tokens 2 t and the next one
 #pragma unroll
                     for (int n = 0; n < kN; ++n) {
                         own[n] = row_at(8 * n + lane % 8) + lane / 8 * 16 + block * (kTileColumns * 2);
 #pragma unroll
                         for (int i = 0; i < 2; ++i)
-                            own_sums[n][i] = reinterpret_cast<const float*>(row_at(8 * n + 2 * t + i) +
-                                                                            p.slab * (kTileColumns * 2)) +
+                            own_sums[n][i] = reinterpret_cast<const float2*>(row_at(8 * n + 2 * t + i) +
+                                                                             p.slab.by * (kTileColumns * 2)) +
                                              block * groups;
                     }
                     if (p.fit != 0)
 #pragma unroll
                         for (int n = 0; n < kN; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
-                    float2 zero{p.zero, p.zero / kUpper<kBits>};
+                    float2 zero{};
                     const auto set_zero = [&](const void* halves) {
                         zero = floats_of(*static_cast<const uint32_t*>(halves), false);
                         zero.y *= 1.0f / kUpper<kBits>;
                     };
-                    if (p.row_groups && p.has_zeros)
+                    if (row_groups && has_zeros)
                         set_zero(tile_at(p, batch.begin + tile) + p.tile_bytes - 32 + g * 4);
 #pragma unroll 1
                     while (at < piece_end) {
-                        const uint32_t count = min(piece_end - at, kChunk<kBits>);
+                        const uint32_t count = min(piece_end - at, call.chunk);
                         const uint8_t* codes = ring.front();
 #pragma unroll 1
                         for (uint32_t i = 0; i < count; ++i, codes += block_bytes) {
@@ -478,8 +488,32 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                             load_words<kBits>(codes, lane, words);
                             const auto* scales =
                                 reinterpret_cast<const uint32_t*>(codes + 2 * kBits * 4 * kLanes) + g * groups;
-                            float products[2][kN][4] = {};  // of even and odd products
+                            // Of even and odd products, where their scales differ.
+                            constexpr int kChains = kSecond<kBits> == 1.0f ? 1 : 2;
+                            float products[kChains][kN][4];
+                            float2 scale{1.0f, 1.0f};
                             const auto step = [&]<int kStep>() {
+                                if (kStep == 0 || (!kWhole && (kStep & (group_steps - 1)) == 0)) {
+                                    if (!row_groups) {
+                                        scale = floats_of(*scales, bf16_scales);
+                                        if (has_zeros) set_zero(scales + groups * (kTileRows / 2));
+                                        ++scales;
+                                    }
+#pragma unroll
+                                    for (int n = 0; n < kN; ++n) {
+                                        const float2 first = *own_sums[n][0]++, second = *own_sums[n][1]++;
+                                        float(&begin)[4] = products[0][n];
+                                        begin[0] = first.x, begin[1] = second.x;
+                                        begin[2] = first.y, begin[3] = second.y;
+                                        if (has_zeros) {
+                                            begin[0] *= -zero.x, begin[1] *= -zero.x;
+                                            begin[2] *= -zero.y, begin[3] *= -zero.y;
+                                        }
+                                        if constexpr (kChains == 2)
+                                            products[1][n][0] = products[1][n][1] = products[1][n][2] =
+                                                products[1][n][3] = 0.0f;
+                                    }
+                                }
                                 uint4 columns[kN];
 #pragma unroll
                                 for (int n = 0; n < kN; ++n) columns[n] = load_matrices(own[n] + kStep * 64);
@@ -489,26 +523,18 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                                 for (int n = 0; n < kN; ++n) mma<T>(products[0][n], a, columns[n].x, columns[n].y);
                                 operands<kBits, 2 * kStep + 1>(words, a);
 #pragma unroll
-                                for (int n = 0; n < kN; ++n) mma<T>(products[1][n], a, columns[n].z, columns[n].w);
-                                if (kStep < kTileSteps - 1 && (kWhole || ((kStep + 1) & (group_steps - 1)) != 0))
-                                    return;
-                                float2 scale{1.0f, 1.0f};
-                                if (!p.row_groups) {
-                                    scale = floats_of(*scales, p.bf16_scales);
-                                    if (p.has_zeros) set_zero(scales + groups * (kTileRows / 2));
-                                    ++scales;
-                                }
-#pragma unroll
                                 for (int n = 0; n < kN; ++n)
+                                    mma<T>(products[kChains - 1][n], a, columns[n].z, columns[n].w);
+                                if (kStep == kTileSteps - 1 || (!kWhole && ((kStep + 1) & (group_steps - 1)) == 0))
 #pragma unroll
-                                    for (int i = 0; i < 4; ++i) {
-                                        const float raw = fmaf(products[1][n][i], kSecond<kBits>, products[0][n][i]);
-                                        const float value = fmaf(i < 2 ? -zero.x : -zero.y, *own_sums[n][i % 2], raw);
-                                        sums[n][i] = fmaf(i < 2 ? scale.x : scale.y, value, sums[n][i]);
-                                        products[0][n][i] = products[1][n][i] = 0.0f;
-                                    }
+                                    for (int n = 0; n < kN; ++n)
 #pragma unroll
-                                for (int n = 0; n < kN; ++n) ++own_sums[n][0], ++own_sums[n][1];
+                                        for (int i = 0; i < 4; ++i) {
+                                            float value = products[0][n][i];
+                                            if constexpr (kChains == 2)
+                                                value = fmaf(products[1][n][i], kSecond<kBits>, value);
+                                            sums[n][i] = fmaf(i < 2 ? scale.x : scale.y, value, sums[n][i]);
+                                        }
                             };
                             step.template operator()<0>();
                             step.template operator()<1>();
@@ -534,7 +560,7 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                     owned = piece_begin == tile_begin ? tile : kNone;
                     if (owned == kNone) leave();
                 }
-                if (p.fit == 0 && first + p.slab >= p.blocks.by && warp / team < batch.end - batch.begin) {
+                if (p.fit == 0 && first + p.slab.by >= p.blocks.by && warp / team < batch.end - batch.begin) {
                     owned = warp % team == 0 ? warp / team : kNone;
                     if (owned == kNone) leave();
                 }
@@ -589,27 +615,33 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                    call.projections[1].rows);
 }
 
-// Of a ring: 6 to 9 KiB. Twice as many took up to a seventh longer, although nothing else waits for the room.
-template <int kBits>
-inline constexpr uint32_t kMostSlots = kBits == 4 ? 4 : 3;
+// Blocks of activations that are brought to all blocks of threads, whether these need them or not: more would take longer
+// than it saves.
+inline constexpr uint32_t kMostAtOnce = 8 * kWarps;
+
+// Slots of a ring and their blocks: 6 to 9 KiB a ring. Twice as many bytes took up to a seventh longer, although nothing else
+// waits for the room. Few large slots cost fewer instructions, which layers of experts gain from, and matrices lose more by.
+template <int kBits, bool kExperts>
+inline constexpr uint32_t kMostSlots = kExperts ? 2 : kBits == 4 ? 4 : 3;
+template <int kBits, bool kExperts>
+inline constexpr uint32_t kChunk = (kBits == 2 ? 4 : kBits == 8 ? 1 : 2) * (kExperts ? 2 : 1);
 
 // Divides shared memory between rings and activations, the rest being fixed. Of a layer of experts there is room for the
 // rows of three products, where it is there, since that is what a share is of. True where none of it has to come in slabs.
-template <int kBits, int kN>
-bool divide(FewTokens& call, bool experts, const Device& device, uint32_t slots) noexcept {
-    const uint32_t choices = experts ? call.tokens * call.choices.top_k.by : call.tokens;
-    call.slots = slots, call.x_bytes = 0;
-    const uint32_t fixed = Room<kBits, kN>(call, experts).bytes,
+template <int kBits, int kN, bool kExperts>
+bool divide(FewTokens& call, const Device& device, uint32_t slots) noexcept {
+    const uint32_t choices = kExperts ? call.tokens * call.choices.top_k.by : call.tokens;
+    call.slots = slots, call.chunk = kChunk<kBits, kExperts>, call.x_bytes = 0;
+    const uint32_t fixed = Room<kBits, kN>(call, kExperts).bytes,
                    room = device.shared > fixed ? device.shared - fixed : 0;
     const uint32_t most = std::min(call.most.by, choices);
     bool whole = true;
     for (uint32_t i = 0; i < call.count; ++i) {
         Projection& p = call.projections[i];
-        p.slab = p.blocks.by;
-        p.lines = Divisor(ceil_div(p.slab * 16, kLanes));
-        p.row_bytes = x_bytes_of_row(p.slab, p.groups);
+        p.slab = p.blocks;
+        p.row_bytes = x_bytes_of_row(p.slab.by, p.groups);
         const uint32_t all = call.tokens * p.row_bytes;
-        p.by_token = experts && p.is_first && call.tokens * p.lines.by <= kLoadsAtOnce * kWarps && all <= room;
+        p.by_token = kExperts && p.is_first && call.tokens * p.blocks.by <= kMostAtOnce && all <= room;
         if (p.by_token) {
             p.fit = choices;
             call.x_bytes = std::max(call.x_bytes, all);
@@ -617,29 +649,28 @@ bool divide(FewTokens& call, bool experts, const Device& device, uint32_t slots)
         }
         // Where multiprocessors have almost equally many tiles, and bringing all rows to each of them takes little.
         const uint32_t count = p.count.by, rounds = static_cast<uint32_t>(ceil_div(count, device.multiprocessors));
-        p.all_experts = experts && i == 1 && call.tokens <= 8 * kN && choices * p.row_bytes <= room &&
-                        choices * p.lines.by <= 2 * kLoadsAtOnce * kWarps &&
+        p.all_experts = kExperts && i == 1 && call.tokens <= 8 * kN && choices * p.row_bytes <= room &&
+                        choices * p.blocks.by <= 2 * kMostAtOnce &&
                         rounds * device.multiprocessors * 16 <= count * 17;
         p.fit = p.all_experts ? choices : std::min(std::min(choices, 3 * most), room / p.row_bytes);
         if (p.fit < most) {
             whole = false, p.fit = 0;
             constexpr uint32_t kBeside = kRowGap + kRowMultiple;
             const uint32_t blocks = room / most > kBeside ? (room / most - kBeside) / x_bytes_of_block(p.groups) : 0;
-            p.slab = blocks == 0 ? 0 : ceil_div(p.blocks.by, ceil_div(p.blocks.by, blocks));
-            p.lines = Divisor(ceil_div(p.slab * 16, kLanes));
-            p.row_bytes = x_bytes_of_row(p.slab, p.groups);
+            p.slab = Divisor(blocks == 0 ? 0 : ceil_div(p.blocks.by, ceil_div(p.blocks.by, blocks)));
+            p.row_bytes = x_bytes_of_row(p.slab.by, p.groups);
         }
         call.x_bytes = std::max(call.x_bytes, (p.fit == 0 ? most : p.fit) * p.row_bytes);
     }
-    while (call.slots < kMostSlots<kBits> && Room<kBits, kN>(call, experts).bytes <= device.shared) ++call.slots;
-    if (Room<kBits, kN>(call, experts).bytes > device.shared) --call.slots;
+    while (call.slots < kMostSlots<kBits, kExperts> && Room<kBits, kN>(call, kExperts).bytes <= device.shared) ++call.slots;
+    if (Room<kBits, kN>(call, kExperts).bytes > device.shared) --call.slots;
     return whole;
 }
 
 template <typename T, int kBits, int kN, bool kExperts>
 Status launch_as(FewTokens& call, const Device& device, cudaStream_t stream) noexcept {
     for (uint32_t i = 0; i < call.count; ++i)
-        if (call.projections[i].slab == 0)
+        if (call.projections[i].slab.by == 0)
             return Status::error(Code::kNoKernel, "cuda: shared memory of a block is too small");
     const auto kernel = call.projections[0].groups == 1 ? few_tokens<T, kBits, kN, kExperts, true>
                                                         : few_tokens<T, kBits, kN, kExperts, false>;
@@ -648,6 +679,11 @@ Status launch_as(FewTokens& call, const Device& device, cudaStream_t stream) noe
     const uint32_t most = device.multiprocessors, count = call.projections[0].count.by;
     const uint32_t grid = !kExperts && count < most ? count : most;
     call.grid = Divisor(grid);
+    // One slot, or two where a warp has many and activations are few (measured on an H100).
+    const Projection& p = call.projections[0];
+    constexpr uint32_t kFewActivations = 64 << 10;
+    const uint64_t shared_slots = ceil_div(uint64_t{p.count.by}, uint64_t{grid}) * p.blocks.by / (kWarps * call.chunk);
+    call.ahead = !kExperts && shared_slots >= 4 && call.tokens * p.blocks.by * kTileColumns * 2 <= kFewActivations ? 2 : 1;
     return launch(kernel, grid, kWarps * kLanes, Room<kBits, kN>(call, kExperts).bytes, call.count == 2, device, stream,
                   call);
 }
@@ -656,14 +692,13 @@ Status launch_as(FewTokens& call, const Device& device, cudaStream_t stream) noe
 template <typename T, int kBits, bool kExperts>
 Status launch_few_tokens(FewTokens call, const Device& device, cudaStream_t stream) noexcept {
     const uint32_t choices = kExperts ? call.tokens * call.choices.top_k.by : 0;
-    if (call.tokens <= 8 || (kExperts && choices <= 4 * call.choices.experts)) {
-        call.most = Divisor(std::min(call.tokens, 8u));
-        if (divide<kBits, 1>(call, kExperts, device, 3) || divide<kBits, 1>(call, kExperts, device, 2))
-            return launch_as<T, kBits, 1, kExperts>(call, device, stream);
-    }
-    call.most = Divisor(std::min(call.tokens, 16u));
-    if (!divide<kBits, 2>(call, kExperts, device, 2)) divide<kBits, 2>(call, kExperts, device, 3);
-    return launch_as<T, kBits, 2, kExperts>(call, device, stream);
+    const auto launch = [&]<int kN>() {
+        call.most = Divisor(std::min(call.tokens, 8u * kN));
+        if (kExperts || !divide<kBits, kN, kExperts>(call, device, 3)) divide<kBits, kN, kExperts>(call, device, 2);
+        return launch_as<T, kBits, kN, kExperts>(call, device, stream);
+    };
+    return call.tokens <= 8 || (kExperts && choices <= 4 * call.choices.experts) ? launch.template operator()<1>()
+                                                                                : launch.template operator()<2>();
 }
 
 // What few_tokens_<bits>.cu compile.
