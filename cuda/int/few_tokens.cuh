@@ -20,6 +20,7 @@
 
 #include <algorithm>
 
+#include "barriers.cuh"
 #include "experts/combine.cuh"
 #include "experts/gates.cuh"
 #include "experts/schedule.cuh"

@@ -95,6 +95,10 @@ void tile(const UnitView& unit, const QuantizedView& x, uint64_t tokens, float* 
     const uint32_t chunk_cols = unit.steps * 4, depth = std::min(chunk_cols, 64u), products = chunk_cols / depth;
     configure(depth);
     alignas(64) TileSums sums[2];
+    const uint8_t* coming = unit.coming;
+    const uint8_t* const coming_end = coming + unit.coming_bytes;
+    const uint64_t lines_a_time = ceil_div(
+        unit.coming_bytes, uint64_t{unit.chunks} * products * 2 * ceil_div(tokens, kRows) * kLine);
     for (uint64_t first = 0; first < tokens; first += kBlocks * kRows) {
         const uint64_t count = std::min<uint64_t>(tokens - first, kBlocks * kRows);
         const bool both = count > kRows;
@@ -108,6 +112,8 @@ void tile(const UnitView& unit, const QuantizedView& x, uint64_t tokens, float* 
             uint64_t done = 0;
             const uint64_t share = ceil_div(count, products * (both ? 4 : 2));
             const auto go_on = [&] {
+                for (uint64_t i = 0; i < lines_a_time && coming < coming_end; ++i, coming += kLine)
+                    __builtin_prefetch(coming, 0, 2);
                 if (!before) return;
                 const uint64_t until = std::min(count, done + share);
                 (*before)(done, until);

@@ -230,7 +230,10 @@ void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64
     uint8_t* const codes = aligned(scratch.codes, part.view.codes_stride * at_once);
     const uint64_t cols = part.sizes.padded_cols(e);
     if (floats && scratch.weights.size() < cols * kPanelRows) scratch.weights.resize(cols * kPanelRows);
+    const uint64_t unit_bytes = UnitSizes(e, weights.cols()).bytes;
+    part.view.coming_bytes = unit_bytes * at_once / kUnitPanels;
     for (uint32_t panel = 0; panel < kUnitPanels; panel += at_once) {
+        part.view.coming = view.scales + unit_bytes + panel / at_once * part.view.coming_bytes;  // of the next unit
         part.unpack(kernels, view, panel, at_once, codes);
         float* const to = y + panel * kPanelRows;
         if (!floats) {

@@ -68,6 +68,9 @@ struct UnitView {
     uint32_t repeat;                     // chunks of a group
     uint32_t gap;                        // bytes between the codes of two groups
     uint32_t far, near;                  // bytes ahead of the line being read: asked for into L2, into L1
+    // What is unpacked after this: tiles ask for it into L2 while they multiply, when memory has nothing else to do.
+    const uint8_t* coming = nullptr;
+    uint64_t coming_bytes = 0;
 };
 
 // What a chunk's values of a token share. Stored zeros are subtracted from the sums of products as integers, before
