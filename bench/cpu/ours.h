@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "cpu/pool.h"
 #include "harness.h"
 #include "qmoe/prepacked.h"
 #include "qmoe/quantize.h"
@@ -122,16 +123,20 @@ class Weights {
     void experts_up(const float* x, const Routing& routing, float* y, int threads) const {
         const uint64_t n = weights_.rows();
         sort_and_multiply(x, routing, threads, false);
-        for (uint64_t i = 0; i < order_.size(); ++i) std::copy_n(y_.data() + i * n, n, y + order_[i] * n);
+        parallel_for(order_.size(), threads, [&](uint64_t i) { std::copy_n(y_.data() + i * n, n, y + order_[i] * n); });
     }
 
     // Down: y (T, N), the choices' products with their own rows of x (T * top_k, K) summed by routing weight.
     void experts_down(const float* x, const Routing& routing, float* y, int threads) const {
         const uint64_t n = weights_.rows();
         sort_and_multiply(x, routing, threads, true);
-        std::fill_n(y, routing.tokens * n, 0.0f);
-        for (uint64_t i = 0; i < order_.size(); ++i)
-            for (uint64_t j = 0; j < n; ++j) y[order_[i] / kTopK * n + j] += routing.weights[order_[i]] * y_[i * n + j];
+        place_.resize(order_.size());
+        for (uint64_t i = 0; i < order_.size(); ++i) place_[order_[i]] = i;
+        parallel_for(routing.tokens, threads, [&](uint64_t t) {
+            std::fill_n(y + t * n, n, 0.0f);
+            for (uint64_t i = t * kTopK; i < (t + 1) * kTopK; ++i)
+                for (uint64_t j = 0; j < n; ++j) y[t * n + j] += routing.weights[i] * y_[place_[i] * n + j];
+        });
     }
 
   private:
@@ -147,8 +152,9 @@ class Weights {
         std::partial_sum(offsets_.begin(), offsets_.end(), offsets_.begin());
         x_.resize(choices * k);
         y_.resize(choices * weights_.rows());
-        for (uint64_t i = 0; i < choices; ++i)
+        parallel_for(choices, threads, [&](uint64_t i) {
             std::copy_n(x + (per_choice ? order_[i] : order_[i] / kTopK) * k, k, x_.data() + i * k);
+        });
         must(grouped_linear(weights_, x_.data(), ActivationType::kFloat32, choices, offsets_, y_.data(),
                             Precision::kInt8, threads),
              "grouped_linear");
@@ -157,9 +163,10 @@ class Weights {
     uint64_t bytes_ = 0;
     Memory memory_;
     Prepacked weights_;
-    mutable std::vector<uint64_t> order_;
-    mutable std::vector<int64_t> offsets_;
-    mutable std::vector<float> x_, y_;
+    // What is around grouped_linear is not what is measured: the memory for it is the same for all copies of the weights.
+    inline static std::vector<uint64_t> order_, place_;
+    inline static std::vector<int64_t> offsets_;
+    inline static std::vector<float> x_, y_;
 };
 
 }  // namespace qmoe::bench

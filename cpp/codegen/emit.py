@@ -318,14 +318,15 @@ def emit_tile(out: Source, isa: Isa, trits: bool, scales: str, zeros: str, tile:
     # An unpacked code may have all of its eight bits.
     dot = "dot" if trits or isa.largest_code >= 255 else "dot_wide"
     for tokens in tile_sizes(tile.tokens):
-        out(f"inline void {name}_{tokens}(const UnitView& unit, const QuantizedView& x, float* y, uint64_t y_stride)"
-            " noexcept {")  # fmt: skip
+        out(f"inline void {name}_{tokens}(const UnitView& unit, const QuantizedView& x, float* y, uint64_t y_stride,"
+            " Coming& coming) noexcept {")  # fmt: skip
         out("constexpr uint32_t panel = 0;")
         emit_pointers(out, tile.panels, zeros)
         out("const int8_t* quads = x.x;")
         emit_totals(out, isa, tile.panels, tokens, in_memory=True)
         out("uint32_t within = 0;")
         out("for (uint32_t chunk = 0; chunk < unit.chunks; ++chunk) {")
+        out("coming.ask();")
         for p, t, r in cells(isa, tile.panels, tokens):
             for level in range(levels):
                 out(f"Sums a{p}_{t}_{r}_{level} = zero_sums();")
@@ -363,10 +364,11 @@ def emit_tile(out: Source, isa: Isa, trits: bool, scales: str, zeros: str, tile:
     out("QuantizedView rest = x;")
     out("float* to = y;")
     out("uint64_t left = tokens;")
+    out(f"Coming coming(unit, unit.chunks * ceil_div(tokens, {tile.tokens}));")
     for tokens in tile_sizes(tile.tokens):
         loop = "while" if tokens == tile.tokens or tokens == 1 else "if"
         out(f"{loop} (left >= {tokens}) {{")
-        out(f"{name}_{tokens}(unit, rest, to, y_stride);")
+        out(f"{name}_{tokens}(unit, rest, to, y_stride, coming);")
         out(f"advance(rest, to, left, {tokens}, y_stride);")
         out("}")
     out("}")

@@ -127,8 +127,8 @@ __device__ __forceinline__ void write(const FewTokens& call, const Projection& p
 // columns 32 i + 8 t of which i is i ^ odd. `to` is where the block is to be in shared memory: where rows begin anywhere, columns
 // are brought there one by one first.
 template <typename T>
-__device__ __forceinline__ void load_parts(const T* row, uint32_t col, uint32_t cols, bool aligned, uint32_t t, uint32_t odd,
-                                           uint8_t* to, uint4 (&parts)[4]) {
+__device__ __forceinline__ void load_parts(const T* row, uint32_t col, uint32_t cols, bool aligned, uint32_t t,
+                                           uint32_t odd, uint8_t* to, uint4 (&parts)[4]) {
     if (!aligned) {
         T* const own = reinterpret_cast<T*>(to);
 #pragma unroll 1
@@ -477,8 +477,7 @@ __global__ __launch_bounds__(kWarps* kLanes, 1) void few_tokens(const __grid_con
                         zero = floats_of(*static_cast<const uint32_t*>(halves), false);
                         zero.y *= 1.0f / kUpper<kBits>;
                     };
-                    if (row_groups && has_zeros)
-                        set_zero(tile_at(p, batch.begin + tile) + p.tile_bytes - 32 + g * 4);
+                    if (row_groups && has_zeros) set_zero(tile_at(p, batch.begin + tile) + p.tile_bytes - 32 + g * 4);
 #pragma unroll 1
                     while (at < piece_end) {
                         const uint32_t count = min(piece_end - at, call.chunk);
@@ -623,9 +622,14 @@ inline constexpr uint32_t kMostAtOnce = 8 * kWarps;
 // Slots of a ring and their blocks: 6 to 9 KiB a ring. Twice as many bytes took up to a seventh longer, although nothing else
 // waits for the room. Few large slots cost fewer instructions, which layers of experts gain from, and matrices lose more by.
 template <int kBits, bool kExperts>
-inline constexpr uint32_t kMostSlots = kExperts ? 2 : kBits == 4 ? 4 : 3;
+inline constexpr uint32_t kMostSlots = kExperts     ? 2
+                                       : kBits == 4 ? 4
+                                                    : 3;
 template <int kBits, bool kExperts>
-inline constexpr uint32_t kChunk = (kBits == 2 ? 4 : kBits == 8 ? 1 : 2) * (kExperts ? 2 : 1);
+inline constexpr uint32_t kChunk = (kBits == 2   ? 4
+                                    : kBits == 8 ? 1
+                                                 : 2) *
+                                   (kExperts ? 2 : 1);
 
 // Divides shared memory between rings and activations, the rest being fixed. Of a layer of experts there is room for the
 // rows of three products, where it is there, since that is what a share is of. True where none of it has to come in slabs.
@@ -651,8 +655,7 @@ bool divide(FewTokens& call, const Device& device, uint32_t slots) noexcept {
         // Where multiprocessors have almost equally many tiles, and bringing all rows to each of them takes little.
         const uint32_t count = p.count.by, rounds = static_cast<uint32_t>(ceil_div(count, device.multiprocessors));
         p.all_experts = kExperts && i == 1 && call.tokens <= 8 * kN && choices * p.row_bytes <= room &&
-                        choices * p.blocks.by <= 2 * kMostAtOnce &&
-                        rounds * device.multiprocessors * 16 <= count * 17;
+                        choices * p.blocks.by <= 2 * kMostAtOnce && rounds * device.multiprocessors * 16 <= count * 17;
         p.fit = p.all_experts ? choices : std::min(std::min(choices, 3 * most), room / p.row_bytes);
         if (p.fit < most) {
             whole = false, p.fit = 0;
@@ -663,7 +666,8 @@ bool divide(FewTokens& call, const Device& device, uint32_t slots) noexcept {
         }
         call.x_bytes = std::max(call.x_bytes, (p.fit == 0 ? most : p.fit) * p.row_bytes);
     }
-    while (call.slots < kMostSlots<kBits, kExperts> && Room<kBits, kN>(call, kExperts).bytes <= device.shared) ++call.slots;
+    while (call.slots < kMostSlots<kBits, kExperts> && Room<kBits, kN>(call, kExperts).bytes <= device.shared)
+        ++call.slots;
     if (Room<kBits, kN>(call, kExperts).bytes > device.shared) --call.slots;
     return whole;
 }
@@ -684,7 +688,8 @@ Status launch_as(FewTokens& call, const Device& device, cudaStream_t stream) noe
     const Projection& p = call.projections[0];
     constexpr uint32_t kFewActivations = 64 << 10;
     const uint64_t shared_slots = ceil_div(uint64_t{p.count.by}, uint64_t{grid}) * p.blocks.by / (kWarps * call.chunk);
-    call.ahead = !kExperts && shared_slots >= 4 && call.tokens * p.blocks.by * kTileColumns * 2 <= kFewActivations ? 2 : 1;
+    call.ahead =
+        !kExperts && shared_slots >= 4 && call.tokens * p.blocks.by * kTileColumns * 2 <= kFewActivations ? 2 : 1;
     return launch(kernel, grid, kWarps * kLanes, Room<kBits, kN>(call, kExperts).bytes, call.count == 2, device, stream,
                   call);
 }
@@ -699,7 +704,7 @@ Status launch_few_tokens(FewTokens call, const Device& device, cudaStream_t stre
         return launch_as<T, kBits, kN, kExperts>(call, device, stream);
     };
     return call.tokens <= 8 || (kExperts && choices <= 4 * call.choices.experts) ? launch.template operator()<1>()
-                                                                                : launch.template operator()<2>();
+                                                                                 : launch.template operator()<2>();
 }
 
 // What few_tokens_<bits>.cu compile.

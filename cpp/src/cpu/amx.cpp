@@ -90,73 +90,145 @@ struct Flush {
     }
 };
 
+// Blocks of up to 32 tokens times two panels, chunk by chunk. The sums of a block and chunk are scaled while the tiles
+// multiply the next one: a share of the tokens after each product.
+template <Scales kScales, Zeros kZeros>
+class Multiplier {
+  public:
+    // `sums` are apart from all else, which can then be in registers.
+    Multiplier(TileSums (&sums)[2], const UnitView& unit, const QuantizedView& x, uint32_t chunk_cols, uint64_t tokens,
+               float* y, uint64_t y_stride) noexcept
+        : sums_(sums),
+          unit_(unit),
+          x_(x),
+          chunk_cols_(chunk_cols),
+          depth_(std::min(chunk_cols, 64u)),
+          y_(y),
+          y_stride_(y_stride),
+          coming_(unit, uint64_t{unit.chunks} * ceil_div(tokens, kBlocks * kRows)) {
+        configure(depth_);
+    }
+    ~Multiplier() { asm volatile("tilerelease"); }
+    Multiplier(const Multiplier&) = delete;
+    Multiplier& operator=(const Multiplier&) = delete;
+
+    // Tokens first .. first + count - 1; the panels' codes of the chunk are at b0 and b1.
+    [[gnu::always_inline]] void multiply(uint64_t first, uint64_t count, uint32_t chunk, const uint8_t* b0,
+                                         const uint8_t* b1, const uint8_t* scales, const uint8_t* zeros) noexcept {
+        const int8_t* const a = x_.x + first * x_.x_stride + uint64_t{chunk} * chunk_cols_;
+        const auto stride = static_cast<long>(x_.x_stride);
+        const bool both = count > kRows;
+        const uint32_t products = chunk_cols_ / depth_;
+        const uint64_t share = ceil_div(before_count_, products * (both ? 4 : 2));
+        uint64_t done = 0;
+        const auto go_on = [&] {
+            if (!before_) return;
+            const uint64_t until = std::min(before_count_, done + share);
+            (*before_)(done, until);
+            done = until;
+        };
+        coming_.ask();
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (uint32_t p = 0; p < products; ++p) {
+            const uint64_t line = uint64_t{p} * depth_ * kPanelRows;
+            _tile_loadd(4, a + p * depth_, stride);
+            _tile_loadd(6, b0 + line, 64);
+            _tile_dpbsud(0, 4, 6);
+            go_on();
+            _tile_loadd(7, b1 + line, 64);
+            _tile_dpbsud(1, 4, 7);
+            go_on();
+            if (both) {
+                _tile_loadd(5, a + kRows * x_.x_stride + p * depth_, stride);
+                _tile_dpbsud(2, 5, 6);
+                go_on();
+                _tile_dpbsud(3, 5, 7);
+                go_on();
+            }
+        }
+        turn_ ^= 1;
+        TileSums& now = sums_[turn_];
+        _tile_stored(0, now[0], 64);
+        _tile_stored(1, now[1], 64);
+        if (both) {
+            _tile_stored(2, now[2], 64);
+            _tile_stored(3, now[3], 64);
+        }
+        asm volatile("" ::: "memory");  // the stores above are not known to the compiler
+        before_.emplace(now, unit_, scales, zeros, x_, first, chunk, y_, y_stride_);
+        before_count_ = count;
+    }
+    // Scales what is left.
+    void finish() noexcept { (*before_)(0, before_count_); }
+
+  private:
+    TileSums (&sums_)[2];
+    const UnitView& unit_;
+    const QuantizedView& x_;
+    const uint32_t chunk_cols_, depth_;
+    float* const y_;
+    const uint64_t y_stride_;
+    Coming coming_;
+    uint32_t turn_ = 0;
+    std::optional<Flush<kScales, kZeros>> before_;
+    uint64_t before_count_ = 0;
+};
+
+// Where a chunk's scales and zeros are.
+struct Groups {
+    const uint8_t *scales, *zeros;
+    uint32_t within = 0;
+
+    void advance(const UnitView& unit) noexcept {
+        if (++within < unit.repeat) return;
+        within = 0;
+        scales += unit.scale_step;
+        if (zeros != nullptr) zeros += unit.zero_step;
+    }
+};
+
 template <Scales kScales, Zeros kZeros>
 void tile(const UnitView& unit, const QuantizedView& x, uint64_t tokens, float* y, uint64_t y_stride) noexcept {
-    const uint32_t chunk_cols = unit.steps * 4, depth = std::min(chunk_cols, 64u), products = chunk_cols / depth;
-    configure(depth);
+    const uint32_t chunk_cols = unit.steps * 4;
     alignas(64) TileSums sums[2];
-    const uint8_t* coming = unit.coming;
-    const uint8_t* const coming_end = coming + unit.coming_bytes;
-    const uint64_t lines_a_time = ceil_div(
-        unit.coming_bytes, uint64_t{unit.chunks} * products * 2 * ceil_div(tokens, kRows) * kLine);
+    Multiplier<kScales, kZeros> multiplier(sums, unit, x, chunk_cols, tokens, y, y_stride);
     for (uint64_t first = 0; first < tokens; first += kBlocks * kRows) {
-        const uint64_t count = std::min<uint64_t>(tokens - first, kBlocks * kRows);
-        const bool both = count > kRows;
-        const uint8_t *scales = unit.scales, *zeros = unit.zeros;
-        uint32_t within = 0;
-        std::optional<Flush<kScales, kZeros>> before;
-        for (uint32_t chunk = 0; chunk < unit.chunks; ++chunk) {
-            const int8_t* const a = x.x + first * x.x_stride + chunk * chunk_cols;
+        Groups groups{unit.scales, unit.zeros};
+        for (uint32_t chunk = 0; chunk < unit.chunks; ++chunk, groups.advance(unit)) {
             const uint8_t* const b = unit.codes + uint64_t{chunk} * chunk_cols * kPanelRows;
-            // The sums of the chunk before are scaled while the tiles multiply: a share of the tokens after each product.
-            uint64_t done = 0;
-            const uint64_t share = ceil_div(count, products * (both ? 4 : 2));
-            const auto go_on = [&] {
-                for (uint64_t i = 0; i < lines_a_time && coming < coming_end; ++i, coming += kLine)
-                    __builtin_prefetch(coming, 0, 2);
-                if (!before) return;
-                const uint64_t until = std::min(count, done + share);
-                (*before)(done, until);
-                done = until;
-            };
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            for (uint32_t p = 0; p < products; ++p) {
-                const uint64_t line = uint64_t{p} * depth * kPanelRows;
-                _tile_loadd(4, a + p * depth, static_cast<long>(x.x_stride));
-                _tile_loadd(6, b + line, 64);
-                _tile_dpbsud(0, 4, 6);
-                go_on();
-                _tile_loadd(7, b + unit.codes_stride + line, 64);
-                _tile_dpbsud(1, 4, 7);
-                go_on();
-                if (both) {
-                    _tile_loadd(5, a + kRows * x.x_stride + p * depth, static_cast<long>(x.x_stride));
-                    _tile_dpbsud(2, 5, 6);
-                    go_on();
-                    _tile_dpbsud(3, 5, 7);
-                    go_on();
-                }
-            }
-            TileSums& now = sums[chunk % 2];
-            _tile_stored(0, now[0], 64);
-            _tile_stored(1, now[1], 64);
-            if (both) {
-                _tile_stored(2, now[2], 64);
-                _tile_stored(3, now[3], 64);
-            }
-            asm volatile("" ::: "memory");  // the stores above are not known to the compiler
-            before.emplace(now, unit, scales, zeros, x, first, chunk, y, y_stride);
-            if (++within < unit.repeat) continue;
-            within = 0;
-            scales += unit.scale_step;
-            if constexpr (kZeros == Zeros::kStored) zeros += unit.zero_step;
+            multiplier.multiply(first, std::min<uint64_t>(tokens - first, kBlocks * kRows), chunk, b,
+                                b + unit.codes_stride, groups.scales, groups.zeros);
         }
-        (*before)(0, count);
     }
-    asm volatile("tilerelease");
+    multiplier.finish();
+}
+
+// From packed lines: a chunk is unpacked into the first-level cache and multiplied there, by all tokens, whose sums had
+// better be there too.
+constexpr uint64_t kPackedTokens = 64;
+template <Scales kScales, Zeros kZeros>
+void packed_tile(const UnitView& unit, Codes codes, const QuantizedView& x, uint64_t tokens, float* y,
+                 uint64_t y_stride) noexcept {
+    const uint32_t chunk_cols = unit.steps * step_cols(codes);
+    const uint64_t step_bytes = uint64_t{kUnitPanels} * step_lines(codes) * kLine;
+    const auto unpack = panel_kernels_avx512vnni.unpack[static_cast<size_t>(codes)];
+    alignas(64) uint8_t lines[kPanels][kMaxChunk * kPanelRows] = {};  // behind the last column: codes times zero
+    alignas(64) TileSums sums[2];
+    Multiplier<kScales, kZeros> multiplier(sums, unit, x, chunk_cols, tokens, y, y_stride);
+    Groups groups{unit.scales, unit.zeros};
+    const uint8_t* from = unit.codes;
+    for (uint32_t chunk = 0; chunk < unit.chunks; ++chunk, groups.advance(unit)) {
+        const uint32_t steps = chunk + 1 == unit.chunks ? unit.last_steps : unit.steps;
+        for (uint32_t p = 0; p < kPanels; ++p) unpack(from + p * unit.codes_stride, steps, lines[p]);
+        from += steps * step_bytes + (groups.within + 1 == unit.repeat ? unit.gap : 0);
+        for (uint64_t first = 0; first < tokens; first += kBlocks * kRows)
+            multiplier.multiply(first, std::min<uint64_t>(tokens - first, kBlocks * kRows), chunk, lines[0], lines[1],
+                                groups.scales, groups.zeros);
+    }
+    multiplier.finish();
 }
 
 }  // namespace
@@ -171,6 +243,11 @@ const PanelKernels& panel_kernels_amx() noexcept {
         k.tile[0][1][0] = tile<Scales::kFloat32, Zeros::kConstant>;
         k.tile[0][1][1] = tile<Scales::kFloat32, Zeros::kStored>;
         k.tile_panels[0] = kPanels;
+        k.packed_tile[0][0] = packed_tile<Scales::kFloat16, Zeros::kConstant>;
+        k.packed_tile[0][1] = packed_tile<Scales::kFloat16, Zeros::kStored>;
+        k.packed_tile[1][0] = packed_tile<Scales::kFloat32, Zeros::kConstant>;
+        k.packed_tile[1][1] = packed_tile<Scales::kFloat32, Zeros::kStored>;
+        k.packed_tile_tokens = kPackedTokens;
         return k;
     }();
     return kernels;

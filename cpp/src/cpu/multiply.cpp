@@ -224,16 +224,31 @@ void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64
         }
         return;
     }
+    const uint32_t at_once = floats ? 1 : kernels.tile_panels[e.trits()];
+    const uint64_t unit_bytes = UnitSizes(e, weights.cols()).bytes, coming_bytes = unit_bytes * at_once / kUnitPanels;
+    // A share of the next unit.
+    const auto coming = [&](uint32_t panel) { return view.scales + unit_bytes + panel / at_once * coming_bytes; };
+    if (!floats && !e.trits() && tokens <= kernels.packed_tile_tokens) {
+        UnitView part = view;
+        part.coming_bytes = coming_bytes;
+        for (uint32_t panel = 0; panel < kUnitPanels; panel += at_once) {
+            part.codes = view.codes + panel * view.codes_stride;
+            part.scales = view.scales + panel * view.scales_stride;
+            if (view.zeros != nullptr) part.zeros = view.zeros + panel * view.zeros_stride;
+            part.coming = coming(panel);
+            kernels.packed_tile[scales][zeros](part, e.codes, rows.quantized(first), tokens, y + panel * kPanelRows,
+                                               kUnitRows);
+        }
+        return;
+    }
     thread_local Scratch scratch;
     Unpacked part(view, e, weights.cols());
-    const uint32_t at_once = floats ? 1 : kernels.tile_panels[e.trits()];
+    part.view.coming_bytes = coming_bytes;
     uint8_t* const codes = aligned(scratch.codes, part.view.codes_stride * at_once);
     const uint64_t cols = part.sizes.padded_cols(e);
     if (floats && scratch.weights.size() < cols * kPanelRows) scratch.weights.resize(cols * kPanelRows);
-    const uint64_t unit_bytes = UnitSizes(e, weights.cols()).bytes;
-    part.view.coming_bytes = unit_bytes * at_once / kUnitPanels;
     for (uint32_t panel = 0; panel < kUnitPanels; panel += at_once) {
-        part.view.coming = view.scales + unit_bytes + panel / at_once * part.view.coming_bytes;  // of the next unit
+        part.view.coming = coming(panel);
         part.unpack(kernels, view, panel, at_once, codes);
         float* const to = y + panel * kPanelRows;
         if (!floats) {

@@ -26,6 +26,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "qmoe/checked.h"
 #include "qmoe/prepacked.h"
 
 namespace qmoe {
@@ -73,6 +74,18 @@ struct UnitView {
     uint64_t coming_bytes = 0;
 };
 
+// Asks for a unit's `coming` bytes, an equal share at each of so many times.
+struct Coming {
+    const uint8_t *at, *end;
+    uint64_t lines;  // a time
+
+    Coming(const UnitView& unit, uint64_t times) noexcept
+        : at(unit.coming), end(at + unit.coming_bytes), lines(ceil_div(unit.coming_bytes, times * kLine)) {}
+    void ask() noexcept {
+        for (uint64_t i = 0; i < lines && at < end; ++i, at += kLine) __builtin_prefetch(at, 0, 2);
+    }
+};
+
 // What a chunk's values of a token share. Stored zeros are subtracted from the sums of products as integers, before
 // anything becomes a float: a weight is scale * (code - zero - offset).
 struct ActivationChunk {
@@ -97,6 +110,9 @@ using TileKernel = void (*)(const UnitView& unit, const QuantizedView& x, uint64
                             uint64_t y_stride) noexcept;
 // `steps` steps of a panel's lines, as they lie in a unit, to one code a byte.
 using UnpackKernel = void (*)(const uint8_t* lines, uint64_t steps, uint8_t* codes) noexcept;
+// And for the first tile_panels panels as they are packed.
+using PackedTileKernel = void (*)(const UnitView& unit, Codes codes, const QuantizedView& x, uint64_t tokens, float* y,
+                                  uint64_t y_stride) noexcept;
 
 struct PanelKernels {
     const char* isa;
@@ -117,6 +133,9 @@ struct PanelKernels {
                        uint64_t y_stride) noexcept;
     // out[i] = what the experts' activation makes of gate[i] and up[i]; up is null without a gate.
     void (*activate)(const ExpertsSpec& spec, const float* gate, const float* up, uint64_t count, float* out) noexcept;
+    // In place of unpack and tile for up to so many tokens of what is not ternary: [scales][zeros].
+    PackedTileKernel packed_tile[2][2] = {};
+    uint64_t packed_tile_tokens = 0;
 };
 
 }  // namespace qmoe
