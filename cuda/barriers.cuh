@@ -105,9 +105,10 @@ inline constexpr uint32_t kCopyArrivals = 32;
 #endif
 
 // By a warp: brings `count` pieces of `bytes`, a multiple of 16, from global to shared memory, piece i from `from + i *
-// stride` to `to + i * bytes`. `full` is over when all have come. At most 32 pieces; all are aligned to 16 bytes.
+// stride` to `to + i * bytes`; in place of those that are not `there`, the last one that is. `full` is over when all have
+// come. At most 32 pieces; all are aligned to 16 bytes.
 __device__ __forceinline__ void copy_pieces(Barrier& full, uint8_t* to, const uint8_t* from, uint64_t stride,
-                                            uint32_t bytes, uint32_t count) {
+                                            uint32_t bytes, uint32_t count, uint32_t there) {
     const uint32_t lane = threadIdx.x % 32;
 #if __CUDA_ARCH__ >= 900
     const uint32_t barrier = shared_address(&full);
@@ -117,13 +118,13 @@ __device__ __forceinline__ void copy_pieces(Barrier& full, uint8_t* to, const ui
     if (lane < count)
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                          shared_address(to + lane * bytes)),
-                     "l"(from + lane * stride), "r"(bytes), "r"(barrier)
+                     "l"(from + min(lane, there - 1) * stride), "r"(bytes), "r"(barrier)
                      : "memory");
 #else
     for (uint32_t i = 0; i < count; ++i)
         for (uint32_t at = lane * 16; at < bytes; at += 32 * 16)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + i * bytes + at)),
-                         "l"(from + i * stride + at)
+                         "l"(from + min(i, there - 1) * stride + at)
                          : "memory");
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&full)) : "memory");
 #endif
@@ -154,6 +155,12 @@ __device__ __forceinline__ void publish_barriers() {
 __device__ __forceinline__ void publish_to_async() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// The same for global memory, before and behind what all threads wait at, and for copies of boxes.
+__device__ __forceinline__ void publish_memory_to_async() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
 }
 

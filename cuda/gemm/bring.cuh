@@ -12,14 +12,15 @@ __device__ __forceinline__ void bring_codes(const GemmProjection& p, const GemmW
                                             GemmRing& ring) {
     GemmPiece piece;
     for (typename GemmWork<Tile>::Pieces pieces(work); pieces.next(piece);) {
-        const uint32_t first = min(piece.panel * Tile::kTiles, p.count.by);
-        const uint32_t tiles = min(Tile::kTiles, p.count.by - first);  // none of a cluster's panel too many
+        // The last tile in place of those that are not there: shared memory is never read where nothing was written.
+        const uint32_t first = min(piece.panel * Tile::kTiles, p.count.by - 1);
+        const uint32_t there = min(Tile::kTiles, p.count.by - first);
         const uint64_t expert = products.at(piece.product).expert - first_expert;
         const uint8_t* from =
             p.tiles + expert * p.expert_bytes + first * p.tile_bytes + uint64_t{piece.begin} * p.block_bytes;
         for (uint32_t block = piece.begin; block < piece.end; ++block, from += p.block_bytes) {
             ring.wait_empty();
-            copy_pieces(ring.full[ring.index], ring.stage(), from, p.tile_bytes, p.block_bytes, tiles);
+            copy_pieces(ring.full[ring.index], ring.stage(), from, p.tile_bytes, p.block_bytes, Tile::kTiles, there);
             ring.advance();
         }
     }

@@ -78,7 +78,7 @@ class GemmMultiplier {
                 to_rows[i].x = call_.schedule.choice(product.row + row);
                 to_rows[i].y = __float_as_uint(load_weight(call_.weights, to_rows[i].x, call_.weights_type));
             }
-        const bool has_boxes = p.has_boxes;
+        const bool has_boxes = kept(p.has_boxes);
         const typename Codes::Shape shape(p);
         const uint32_t tile = min(piece.panel * Tile::kTiles + own_tile(), p.count.by - 1);
         const uint32_t codes_at = kept(own_tile() * p.block_bytes);  // in a stage

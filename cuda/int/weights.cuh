@@ -54,6 +54,16 @@ class IntGrid {
 #pragma unroll
         for (int i = 0; i < 2; ++i) scales_[i] = pair_of(kIsHalf ? scale : rounded * kTaken * part_of(up_of(i)));
     }
+    // The same of kPlain grids in bfloat16, of a scale that is rounded already, twice: only its exponent changes.
+    static constexpr bool kTakesPair = kPlain && std::is_same_v<T, __nv_bfloat16>;
+    __device__ __forceinline__ void set_scale(uint32_t pair) {
+        const auto times = [&](float power) {
+            return __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&pair), __float2bfloat162_rn(power));
+        };
+        rest_ = times(-static_cast<float>(1 << (kBits - 1)) * (kTaken * kSubnormal));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) scales_[i] = times(kTaken * part_of(up_of(i)));
+    }
     // Of codes at bits kAt and kAt + 16 of a word.
     template <int kAt>
     __device__ __forceinline__ uint32_t at(uint32_t word) const {
@@ -122,7 +132,7 @@ class IntWeights {
         __device__ __forceinline__ explicit Shape(const TiledMatrix& p)
             : row_groups(p.row_groups),
               has_zeros(kForm != IntForm::kPlain && p.has_zeros),
-              bf16_scales(p.bf16_scales),
+              bf16_scales(kept(p.bf16_scales)),
               groups(kWhole ? 1 : p.groups),
               zero(kForm == IntForm::kPlain ? static_cast<float>(1 << (kBits - 1)) : p.zero) {}
     };
@@ -167,8 +177,18 @@ class IntWeights {
                 const float2 zero = floats_of(zeros_[kGroup], false);
                 lower_.set_zero(zero.x), upper_.set_zero(zero.y);
             }
-            const float2 scale = floats_of(scales_[kGroup], shape.bf16_scales);
-            lower_.set_scale(scale.x), upper_.set_scale(scale.y);
+            if constexpr (Lower::kTakesPair) {
+                uint32_t both = scales_[kGroup];
+                if (!shape.bf16_scales) {
+                    const float2 scale = floats_of(both, false);
+                    const __nv_bfloat162 rounded = __floats2bfloat162_rn(scale.x, scale.y);
+                    both = *reinterpret_cast<const uint32_t*>(&rounded);
+                }
+                lower_.set_scale(permuted(both, both, 0x1010)), upper_.set_scale(permuted(both, both, 0x3232));
+            } else {
+                const float2 scale = floats_of(scales_[kGroup], shape.bf16_scales);
+                lower_.set_scale(scale.x), upper_.set_scale(scale.y);
+            }
         }
         pairs<kQ, 0>(a), pairs<kQ, 1>(a);
     }

@@ -54,9 +54,9 @@ inline void wait_for_flag(const uint64_t* flag, uint64_t value) {
 inline constexpr uint32_t kCopyArrivals = 1;
 
 inline void copy_pieces(Barrier& full, uint8_t* to, const uint8_t* from, uint64_t stride, uint32_t bytes,
-                        uint32_t count) {
+                        uint32_t count, uint32_t there) {
     if (emulation::lane() != 0) return;
-    for (uint32_t i = 0; i < count; ++i) std::memcpy(to + i * bytes, from + i * stride, bytes);
+    for (uint32_t i = 0; i < count; ++i) std::memcpy(to + i * bytes, from + std::min(i, there - 1) * stride, bytes);
     full.arrive();
 }
 
@@ -72,5 +72,6 @@ inline void arrive_with_copies(Barrier& barrier) {
 }
 inline void publish_barriers() {}
 inline void publish_to_async() {}
+inline void publish_memory_to_async() {}
 
 }  // namespace qmoe::cuda
