@@ -101,6 +101,9 @@ def int_linear(result: dict[str, Any]) -> list[str]:
         of = [cells[rows, cols, kind, n] for n in tokens]
         shown = " | ".join(times(row, 1) for row in of)
         lines.append(f"| {rows} x {cols} | {kind} | {shown} | {of[0]['share_of_copy_bandwidth']:.0%} |")
+        if "humming_us" in of[0]:
+            rivals = " | ".join(f"{row['humming_us']:.1f}" for row in of)
+            lines.append(f"| | {kind}, Humming | {rivals} | |")
     lines += [
         "",
         "Microseconds in a CUDA graph, weights rotating past the cache, and how many times as fast as cuBLAS in "

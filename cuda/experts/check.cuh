@@ -59,7 +59,7 @@ Status check_linear(const Linear<Stack>& linear) noexcept {
 // Where the kernel for many tokens becomes faster than the one for few, measured on an H100: tokens of an expert on
 // average. Small experts are over before the former has begun, and ternary ones become tiles first.
 inline uint64_t few_tokens_of(const IntStack& stack) noexcept {
-    return stack.rows * stack.cols < 1 << 24 ? 7 : 3;
+    return stack.rows * stack.cols < 1 << 24 ? 7 : 4;
 }
 inline uint64_t few_tokens_of(const TernaryStack&) noexcept {
     return 11;
@@ -67,7 +67,7 @@ inline uint64_t few_tokens_of(const TernaryStack&) noexcept {
 // And of a linear layer. The former takes at most 8 at once where activations of more have no room in shared memory.
 template <typename Stack>
 bool is_for_many(const Linear<Stack>& linear) noexcept {
-    const uint64_t few_tokens = std::is_same_v<Stack, IntStack> && cols_of(linear.weight) > 4096 ? 8 : 16;
+    const uint64_t few_tokens = std::is_same_v<Stack, IntStack> && cols_of(linear.weight) > 8192 ? 8 : 16;
     return linear.kernel == Kernel::kManyTokens || (linear.kernel == Kernel::kAuto && linear.tokens > few_tokens);
 }
 template <typename Stack>

@@ -91,7 +91,7 @@ def check_linear(
     found = linear(*there)
     assert torch.equal(found, linear(*there))
     error = (found.cpu().double() - expected).abs()
-    few = 8 if packed.cols > 4096 else 16  # tokens that "auto" takes the kernel for few for
+    few = 8 if packed.cols > 8192 else 16  # tokens that "auto" takes the kernel for few for
     many = kernel == "many" or (kernel == "auto" and tokens > few)
     rounding = rounding_of_ints(packed, x.double(), weight, dtype) if many and not linear.ternary else 0
     assert (error <= ERROR[dtype] * expected.abs() + 1e-4 * scale + rounding).all(), float((error / scale).max())
@@ -147,7 +147,7 @@ class Layer:
 
     def is_for_many(self, choices: int) -> bool:
         """Which kernel a call gets."""
-        few = 11 if self.stacks[0].ternary else 7 if self.first.rows * self.first.cols < 2**24 else 3
+        few = 11 if self.stacks[0].ternary else 7 if self.first.rows * self.first.cols < 2**24 else 4
         return self.kernel == "many" or (self.kernel == "auto" and choices > min(few * self.experts, 1024))
 
     def check_guards(self) -> None:
