@@ -43,7 +43,7 @@ template <typename T>
 __device__ __forceinline__ void finish_projection(const Gemm& call, uint32_t projection) {
     if (projection == 0 && call.end == 1) return;
     if (projection == 1 && call.last_expert < call.choices.experts) return;  // more launches follow
-    publish_memory_to_async();  // what the next projection brings in boxes
+    publish_memory_to_async();                                               // what the next projection brings in boxes
     cooperative_groups::this_grid().sync();
     publish_memory_to_async();
     if (projection == 0) return;
