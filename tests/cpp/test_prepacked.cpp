@@ -124,7 +124,7 @@ Problem random_problem(uint64_t seed) {
     for (uint64_t e = 0; e < experts; ++e) {
         matrices.push_back(e > 0 && random.below(2) == 0 ? matrices[0] : test::random_matrix(random, p.rows, p.cols));
         p.offsets.push_back(p.offsets.back() +
-                            static_cast<int64_t>(random.pick({0u, 0u, 1u, 1u, 2u, 3u, 4u, 7u, 9u, 14u, 33u})));
+                            static_cast<int64_t>(random.pick({0u, 0u, 1u, 1u, 2u, 3u, 4u, 7u, 9u, 14u, 33u, 70u})));
     }
     p.tokens = static_cast<uint64_t>(p.offsets.back()) + random.below(3);
     p.stack = std::make_unique<Stack>(std::move(matrices), order, static_cast<int>(1 + random.below(3)));
