@@ -43,7 +43,8 @@ template <typename T>
 __device__ __forceinline__ void finish_projection(const Gemm& call, uint32_t projection) {
     if (projection == 0 && call.end == 1) return;
     if (projection == 1 && call.last_expert < call.choices.experts) return;  // more launches follow
-    publish_memory_to_async();                                               // what the next projection brings in boxes
+    // The next projection brings in boxes what this one has written.
+    publish_memory_to_async();
     cooperative_groups::this_grid().sync();
     publish_memory_to_async();
     if (projection == 0) return;

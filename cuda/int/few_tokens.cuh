@@ -123,9 +123,9 @@ __device__ __forceinline__ void write(const FewTokens& call, const Projection& p
     }
 }
 
-// The four parts of eight columns that a lane, t of four, has of a block of one token's columns, zeros beyond the last one:
-// columns 32 i + 8 t of which i is i ^ odd. `to` is where the block is to be in shared memory: where rows begin anywhere, columns
-// are brought there one by one first.
+// The four parts of eight columns that a lane, t of four, has of a block of one token's columns, zeros beyond the last one: part i
+// begins at column 32 (i ^ odd) + 8 t. `to` is where the block is to be in shared memory: where rows begin anywhere, columns are
+// brought there one by one first.
 template <typename T>
 __device__ __forceinline__ void load_parts(const T* row, uint32_t col, uint32_t cols, bool aligned, uint32_t t,
                                            uint32_t odd, uint8_t* to, uint4 (&parts)[4]) {

@@ -35,7 +35,7 @@ Tuning initial_tuning() noexcept {
     // too many, and all requests then wait for each other.
     if (__builtin_cpu_is("amd")) values = {0, 0, 1024, 192, 64};
     // A core of the class of Sapphire Rapids gets most when 4 KiB ahead are asked for into its second-level cache and half
-    // of that into the first: 2 to 5 % more than with one of the two, in all widths.
+    // of that into the first: more than with one of the two, in all widths.
     if (__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512vnni")) values = {4096, 4096, 8, 2048, 2048};
 #endif
     return values;
@@ -165,6 +165,12 @@ QuantizedView advance(QuantizedView x, uint64_t tokens) noexcept {
     return {x.x + tokens * x.x_stride, x.x_stride, x.chunks + tokens * x.chunk_stride, x.chunk_stride};
 }
 
+// The scales and zeros of `part` become those of the unit from a panel on.
+void begin_at(UnitView& part, const UnitView& unit, uint64_t panel) noexcept {
+    part.scales = unit.scales + panel * unit.scales_stride;
+    if (unit.zeros != nullptr) part.zeros = unit.zeros + panel * unit.zeros_stride;
+}
+
 // A panel of a unit, or some, with the codes unpacked: steps are then quads, a line each.
 struct Unpacked {
     UnitSizes sizes;
@@ -194,8 +200,7 @@ struct Unpacked {
             std::memset(to + sizes.all_steps * step, 0, view.codes_stride - sizes.all_steps * step);
         }
         view.codes = out;
-        view.scales = unit.scales + panel * unit.scales_stride;
-        if (unit.zeros != nullptr) view.zeros = unit.zeros + panel * unit.zeros_stride;
+        begin_at(view, unit, panel);
     }
 };
 
@@ -233,8 +238,7 @@ void multiply_unit(const PanelKernels& kernels, const Prepacked& weights, uint64
         part.coming_bytes = coming_bytes;
         for (uint32_t panel = 0; panel < kUnitPanels; panel += at_once) {
             part.codes = view.codes + panel * view.codes_stride;
-            part.scales = view.scales + panel * view.scales_stride;
-            if (view.zeros != nullptr) part.zeros = view.zeros + panel * view.zeros_stride;
+            begin_at(part, view, panel);
             part.coming = coming(panel);
             kernels.packed_tile[scales][zeros](part, e.codes, rows.quantized(first), tokens, y + panel * kPanelRows,
                                                kUnitRows);

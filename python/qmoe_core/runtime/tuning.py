@@ -123,6 +123,8 @@ def tune(
 ) -> TuneResult:
     """Measure prefetch distances at one token, of int2 and int4, and the crossover to unpacked codes, of int4.
 
+    It takes `COLD_BYTES` of memory and about 20 seconds.
+
     Args:
         threads: 0 takes all that may be used.
         seconds: how long each candidate is measured at least.
@@ -160,7 +162,8 @@ def tune(
     try:
         # Far, near, or both: some processors' own prefetchers are helped by near requests and disturbed by far ones.
         for width, bits in (("narrow", 2), ("wide", 4)):
-            layouts = itertools.cycle(_copies(bits, generator, threads))  # those of int4 remain
+            layouts = iter(())  # one width's copies are in memory at a time; those of int4 remain
+            layouts = itertools.cycle(_copies(bits, generator, threads))
             far_name, near_name, both_name = (f"{kind}_{width}" for kind in ("prefetch", "near", "both"))
             trials[far_name] = {far: one_token(width, bits, far, 0) for far in PREFETCH}
             trials[near_name] = {near: one_token(width, bits, 0, near) for near in NEAR}
