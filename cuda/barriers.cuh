@@ -138,6 +138,10 @@ __device__ __forceinline__ void copy_16_if(bool wanted, uint8_t* to, const void*
         "l"(from), "r"(there ? 16 : 0), "r"(wanted ? 1 : 0)
         : "memory");
 }
+// Waits for all that this thread has asked for by copy_16_if().
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
 // This thread arrives when all that it has asked for by copy_16_if() has come.
 __device__ __forceinline__ void arrive_with_copies(Barrier& barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");

@@ -6,22 +6,28 @@
 // when all others are written, by an atomic operation. One for every symbol took longer.
 #pragma once
 
+#include "barriers.cuh"
 #include "gemm/matrix.cuh"
 #include "launch.cuh"
-#include "ternary/stack.cuh"
+#include "ternary/task.cuh"
 
 namespace qmoe::cuda {
 
 struct TernaryCodes {
     static constexpr uint32_t kPlus = 1, kMinus = 2, kOfWord = 16;
 
-    // Words of a row: whole blocks of a tile's columns.
-    QMOE_INLINE static uint32_t words_of(uint32_t cols) noexcept {
-        return (cols + kTileColumns - 1) / kTileColumns * (kTileColumns / kOfWord);
+    // Columns of a row that symbols can be of: those behind the last one, too, where a row's last quad ends.
+    QMOE_INLINE static uint32_t all_columns(const TernaryView& stack) noexcept {
+        return stack.all_slots - (stack.all_slots >> stack.gap_bits);
+    }
+    // Words of a row: those, and whole blocks of a tile.
+    QMOE_INLINE static uint32_t words_of(const TernaryView& stack) noexcept {
+        const uint32_t all = all_columns(stack), blocks = (stack.cols + kTileColumns - 1) / kTileColumns * kTileColumns;
+        return ((all > blocks ? all : blocks) + 4 * kOfWord - 1) / (4 * kOfWord) * 4;
     }
     // Of shared memory that a warp needs.
     QMOE_INLINE static uint32_t bytes_of_warp(const TernaryView& stack) noexcept {
-        return stack.group_rows * words_of(stack.cols) * 4;
+        return stack.group_rows * words_of(stack) * 4;
     }
 };
 
@@ -36,44 +42,123 @@ inline uint32_t decoding_warps(uint32_t bytes_of_warp, uint64_t groups, const De
 }
 
 // What a lane has of a row's codes.
-struct TernaryMarker {
-    uint32_t* row;
-    uint32_t next;      // slot
-    uint32_t word = 0;  // where `codes` belongs
-    uint32_t codes = 0;
+template <int kGap>
+class TernaryMarker {
+  public:
+    // `row` is in shared memory; `next` is one behind the slot before.
+    __device__ __forceinline__ TernaryMarker(uint32_t* row, uint32_t next)
+        : row_(address_of(row)), slot_(2 * next - 2), word_(word_at(column(2 * next))) {}
 
-    // All symbols of a quad; columns from slot `slots` on are none.
-    template <int kGap>
-    __device__ __forceinline__ void mark(const uint4& quad, uint32_t slots) {
+    // All symbols of a task's quads. What is not of the encoder's making ends behind the last slot. Whole warps call.
+    __device__ __forceinline__ void mark_all(TernaryTask& task, uint32_t all_slots) {
+#pragma unroll 1
+        for (; task.k < task.k_end; ++task.k) {
+            const uint4 fetched = task.quad(task.k + 3);
+            mark(task.now);
+            slot_ = min(slot_, 2 * all_slots);
+            task.now = task.ahead, task.ahead = task.further, task.further = fetched;
+        }
+        __syncwarp();
+        if (codes_ != 0) leave_shared();
+        __syncwarp();
+    }
+
+  private:
+    // a times kB, plus c: by the multiplier, which has less to do here than adders have.
+    template <int kB>
+    static __device__ __forceinline__ uint32_t multiplied(uint32_t a, uint32_t c) {
+#ifdef __CUDA_ARCH__
+        uint32_t out;
+        asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "n"(kB), "r"(c));
+        return out;
+#else
+        return a * static_cast<uint32_t>(kB) + c;
+#endif
+    }
+    // Twice the column of a slot, from twice the slot; a lowest bit stays.
+    static __device__ __forceinline__ uint32_t column(uint32_t slot) {
+        return multiplied<-2>(slot >> (kGap + 1), slot);
+    }
+    __device__ __forceinline__ void mark(const uint4& quad) {
+        constexpr uint32_t kLastOfStep = 2 * ((1u << kGap) - 1);
         using Symbols = TernarySymbols<kGap>;
-        constexpr uint32_t kStep = 1u << kGap;
         const Symbols symbols(quad);
 #pragma unroll
         for (int i = 0; i < Symbols::kCount; ++i) {
-            const uint32_t symbol = symbols[i];
-            next += Symbols::gap(symbol) + (i > 0 ? 1 : 0);
-            const uint32_t col = next - (next >> kGap), at = col / TernaryCodes::kOfWord;
-            const bool is_column = next < slots && (~next & (kStep - 1)) != 0, moves = is_column && at != word;
-            if (moves) row[word] = codes;
-            codes = moves ? 0 : codes, word = moves ? at : word;
-            const uint32_t code = (TernaryCodes::kPlus + Symbols::minus(symbol)) << (2 * col & 31);
-            codes |= is_column ? code : 0;
-        }
-        ++next;
-    }
-    template <int kGap>
-    __device__ __forceinline__ void mark_all(const uint4* from, uint32_t step, uint32_t k, uint32_t k_end,
-                                             uint32_t slots) {
-        word = (next - (next >> kGap)) / TernaryCodes::kOfWord;
-        uint4 now = k < k_end ? from[k * step] : uint4{}, ahead = k + 1 < k_end ? from[(k + 1) * step] : uint4{};
-#pragma unroll 1
-        for (; k < k_end; ++k) {
-            const uint4 fetched = k + 2 < k_end ? from[(k + 2) * step] : uint4{};
-            mark<kGap>(now, slots);
-            now = ahead, ahead = fetched;
+            // Twice the column, and one more for a minus, is where the bit belongs among the row's.
+            slot_ = (slot_ & ~1u) + (symbols[i] >> (31 - kGap)) + 2;
+            const uint32_t bit = column(slot_);
+            go_to(word_at(bit));
+            if ((slot_ & kLastOfStep) != kLastOfStep) codes_ |= __funnelshift_l(0, 1, bit);
         }
     }
+
+    // Words by where they are in shared memory: compilers would find out anew for every store where that begins.
+#ifdef __CUDA_ARCH__
+    using Address = uint32_t;
+
+    static __device__ __forceinline__ Address address_of(uint32_t* row) {
+        return kept(shared_address(row));
+    }
+    __device__ __forceinline__ Address word_at(uint32_t bit) const {
+        return multiplied<4>(bit / 32, row_);
+    }
+    __device__ __forceinline__ void go_to(Address word) {
+        asm volatile(
+            "{\n"
+            ".reg .pred moves;\n"
+            "setp.ne.u32 moves, %1, %2;\n"
+            "@moves st.shared.u32 [%1], %0;\n"
+            "@moves mov.u32 %0, 0;\n"
+            "}\n"
+            : "+r"(codes_)
+            : "r"(word_), "r"(word)
+            : "memory");
+        word_ = word;
+    }
+    __device__ __forceinline__ void leave_shared() const {
+        asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(word_), "r"(codes_) : "memory");
+    }
+#else
+    using Address = uint8_t*;
+
+    static __device__ Address address_of(uint32_t* row) {
+        return reinterpret_cast<Address>(row);
+    }
+    __device__ Address word_at(uint32_t bit) const {
+        return row_ + bit / 32 * 4;
+    }
+    __device__ void go_to(Address word) {
+        if (word != word_) *reinterpret_cast<uint32_t*>(word_) = codes_, codes_ = 0;
+        word_ = word;
+    }
+    __device__ void leave_shared() const {
+        atomicOr(reinterpret_cast<uint32_t*>(word_), codes_);
+    }
+#endif
+
+    const Address row_;
+    uint32_t slot_;  // twice, and one more for a minus
+    Address word_;   // where `codes_` belong
+    uint32_t codes_ = 0;
 };
+
+// Leaves the codes of a task's group of rows at `codes` (group_rows, pitch), 16-byte aligned in shared memory, which all
+// lanes can then read. Behind a row's last column there are some of no meaning. Whole warps call; pitch is a multiple of 4.
+__device__ __forceinline__ void decode_group(const TernaryView& stack, TernaryTask& task, uint32_t* codes,
+                                             uint32_t pitch) {
+    const uint32_t lane = threadIdx.x % kLanes;
+    for (uint32_t i = lane; i < stack.group_rows * pitch / 4; i += kLanes) reinterpret_cast<uint4*>(codes)[i] = {};
+    __syncwarp();
+    uint32_t* const row = codes + (lane >> stack.segment_bits) * pitch;
+    switch (stack.gap_bits) {
+        case 3: TernaryMarker<3>(row, task.next).mark_all(task, stack.all_slots); break;
+        case 4: TernaryMarker<4>(row, task.next).mark_all(task, stack.all_slots); break;
+        case 5: TernaryMarker<5>(row, task.next).mark_all(task, stack.all_slots); break;
+        case 6: TernaryMarker<6>(row, task.next).mark_all(task, stack.all_slots); break;
+        default: TernaryMarker<7>(row, task.next).mark_all(task, stack.all_slots);
+    }
+}
 
 // What is known of a group's rows, each by the lanes that decode it.
 struct TernaryRows {
@@ -92,36 +177,23 @@ struct TernaryRows {
     }
 };
 
-// Leaves the codes of a group of an expert's rows at `codes` (group_rows, words_of(cols)), 16-byte aligned, which all lanes
-// can then read.
-__device__ __forceinline__ TernaryRows decode_group(const TernaryView& stack, const uint8_t* matrix, uint32_t group,
+// The same for an expert's group, of which nothing has been asked for; `codes` are (group_rows, words_of(stack)), and behind
+// a row's last column zeros.
+__device__ __forceinline__ TernaryRows decode_group(const TernaryView& stack, uint32_t expert, uint32_t group,
                                                     uint32_t* codes) {
-    const uint32_t lane = threadIdx.x % kLanes, words = TernaryCodes::words_of(stack.cols);
-    const uint32_t own = lane >> stack.segment_bits, segment = lane & (stack.segments - 1);
-    const uint32_t at = group * stack.group_rows + own;
-    const TernaryRows rows{.info = reinterpret_cast<const uint32_t*>(matrix)[at],
-                           .levels = reinterpret_cast<const uint32_t*>(matrix + stack.levels_at)[at],
-                           .segment_bits = stack.segment_bits};
-    const uint4* const from = reinterpret_cast<const uint4*>(matrix + stack.quads_at) +
-                              reinterpret_cast<const uint32_t*>(matrix + stack.bases_at)[group] + own;
-    TernaryMarker marker{
-        .row = codes + own * words,
-        .next = reinterpret_cast<const uint16_t*>(matrix + stack.starts_at)[at * stack.segments + segment]};
-    for (uint32_t i = lane; i < stack.group_rows * words / 4; i += kLanes) reinterpret_cast<uint4*>(codes)[i] = {};
-    __syncwarp();
-    const uint32_t quads = rows.info >> TernaryStreams::kRowBits;
-    const uint32_t k = segment * quads >> stack.segment_bits, k_end = (segment + 1) * quads >> stack.segment_bits;
-    switch (stack.gap_bits) {
-        case 3: marker.mark_all<3>(from, stack.group_rows, k, k_end, stack.slots); break;
-        case 4: marker.mark_all<4>(from, stack.group_rows, k, k_end, stack.slots); break;
-        case 5: marker.mark_all<5>(from, stack.group_rows, k, k_end, stack.slots); break;
-        case 6: marker.mark_all<6>(from, stack.group_rows, k, k_end, stack.slots); break;
-        default: marker.mark_all<7>(from, stack.group_rows, k, k_end, stack.slots);
+    const uint32_t words = TernaryCodes::words_of(stack);
+    TernaryTask task;
+    task.look(stack, expert, group);
+    task.fetch(stack);
+    decode_group(stack, task, codes, words);
+    const uint32_t lane = threadIdx.x % kLanes, last = stack.cols / TernaryCodes::kOfWord;
+    const uint32_t behind = ~0u << 2 * (stack.cols % TernaryCodes::kOfWord);
+    for (uint32_t i = lane; i < stack.group_rows * (words - last); i += kLanes) {
+        const uint32_t word = last + i / stack.group_rows;
+        codes[i % stack.group_rows * words + word] &= word == last ? ~behind : 0;
     }
     __syncwarp();
-    if (marker.codes != 0) atomicOr(marker.row + marker.word, marker.codes);
-    __syncwarp();
-    return rows;
+    return {task.info, task.levels, stack.segment_bits};
 }
 
 }  // namespace qmoe::cuda

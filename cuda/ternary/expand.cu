@@ -18,6 +18,7 @@ __device__ __forceinline__ uint32_t row_of_tiles(const TiledMatrix& matrix, uint
 // blockIdx: some groups of rows; product, or expert where there is no schedule; stack.
 __global__ __launch_bounds__(kMostDecodingWarps* kLanes) void expand_streams(
     const __grid_constant__ TernaryExpansion call) {
+    constexpr uint32_t kNone = ~0u;
     QMOE_SHARED_MEMORY(shared, 16);
     if (call.scheduled) wait_for_previous();
     let_next_begin();
@@ -33,24 +34,28 @@ __global__ __launch_bounds__(kMostDecodingWarps* kLanes) void expand_streams(
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const uint32_t group = blockIdx.x * (blockDim.x / kLanes) + warp;
     if (expert < call.first || expert >= call.last || group * stack.group_rows >= stack.rows) return;
-    const uint32_t words = TernaryCodes::words_of(stack.cols);
+    const uint32_t words = TernaryCodes::words_of(stack);
     auto* const codes = reinterpret_cast<uint32_t*>(shared + warp * TernaryCodes::bytes_of_warp(stack));
-    const uint8_t* const matrix = stack.matrix(expert);
-    const TernaryRows rows = decode_group(stack, matrix, group, codes);
+    const TernaryRows rows = decode_group(stack, expert, group, codes);
 
     if (!call.scheduled) wait_for_previous();  // which may still read the tiles
+    // Where this lane's row is among the tiles.
+    const uint32_t own = rows.number(lane >> stack.segment_bits), place = row_of_tiles(to, own);
+    const uint64_t own_tile = place / kTileRows * to.tile_bytes;
+    const uint32_t own_row = own < stack.rows ? place % kTileRows * TernaryTiles::kRowBytes : kNone;
     uint8_t* const tiles = const_cast<uint8_t*>(to.tiles) + (expert - call.first) * to.expert_bytes;
-#pragma unroll 1
+    if (own_row != kNone && (lane & (stack.segments - 1)) == 0)
+        *reinterpret_cast<uint32_t*>(tiles + own_tile + to.tile_bytes - TernaryTiles::kLevelsBytes +
+                                     place % kTileRows * 4) = rows.levels;
+#pragma unroll 2
     for (uint32_t r = 0; r < stack.group_rows; ++r) {
-        const uint32_t row = rows.number(r), levels = rows.levels_of(r);
-        if (row >= stack.rows) continue;
-        const uint32_t place = row_of_tiles(to, row);
-        uint8_t* const tile = tiles + place / kTileRows * to.tile_bytes;
-        const uint32_t of_tile = place % kTileRows;
-        for (uint32_t i = lane; i < words / 4; i += kLanes)
-            *reinterpret_cast<uint4*>(tile + i / 2 * TernaryTiles::kBlockBytes + of_tile * TernaryTiles::kRowBytes +
-                                      i % 2 * 16) = *reinterpret_cast<const uint4*>(codes + r * words + 4 * i);
-        if (lane == 0) reinterpret_cast<uint32_t*>(tile + to.tile_bytes - TernaryTiles::kLevelsBytes)[of_tile] = levels;
+        const int from = static_cast<int>(r << stack.segment_bits);
+        const uint32_t row = __shfl_sync(~0u, own_row, from);
+        uint8_t* const tile = tiles + __shfl_sync(~0u, own_tile, from) + row;
+        if (row == kNone) continue;
+        for (uint32_t i = lane; i < to.blocks.by * 2; i += kLanes)
+            *reinterpret_cast<uint4*>(tile + i / 2 * TernaryTiles::kBlockBytes + i % 2 * 16) =
+                *reinterpret_cast<const uint4*>(codes + r * words + 4 * i);
     }
 }
 

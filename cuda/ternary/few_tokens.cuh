@@ -15,10 +15,8 @@
 #include <cooperative_groups.h>
 
 #include "experts/combine.cuh"
-#include "experts/gates.cuh"
-#include "experts/schedule.cuh"
 #include "launch.cuh"
-#include "ternary/stack.cuh"
+#include "ternary/task.cuh"
 
 namespace qmoe::cuda {
 
@@ -88,36 +86,6 @@ __device__ __forceinline__ void load_slot(const uint8_t* at, float (&out)[kM]) {
     }
 }
 
-// A warp's group of rows: what is known of this lane's row, and its quads, of which some are on their way.
-struct TernaryTask {
-    uint32_t info, levels, next, base;
-    uint32_t k, k_end, step;
-    const uint4* from;
-    uint4 now, ahead, further;
-
-    // Asks for what says where the quads are.
-    __device__ __forceinline__ void look(const TernaryProjection& p, uint32_t expert, uint32_t group) {
-        const uint32_t lane = threadIdx.x % kLanes, row = lane >> p.segment_bits, segment = lane & (p.segments - 1);
-        const uint8_t* const matrix = p.matrix(expert);
-        step = kLanes >> p.segment_bits;
-        const uint32_t at = group * step + row;
-        info = reinterpret_cast<const uint32_t*>(matrix)[at];
-        levels = reinterpret_cast<const uint32_t*>(matrix + p.levels_at)[at];
-        next = reinterpret_cast<const uint16_t*>(matrix + p.starts_at)[at * p.segments + segment];
-        base = reinterpret_cast<const uint32_t*>(matrix + p.bases_at)[group];
-        from = reinterpret_cast<const uint4*>(matrix + p.quads_at) + row;
-    }
-    // And for the first quads.
-    __device__ __forceinline__ void fetch(const TernaryProjection& p) {
-        const uint32_t segment = threadIdx.x % kLanes & (p.segments - 1), quads = info >> TernaryStreams::kRowBits;
-        k = segment * quads >> p.segment_bits, k_end = (segment + 1) * quads >> p.segment_bits;
-        from += base;
-        now = quad(k), ahead = quad(k + 1), further = quad(k + 2);
-    }
-    __device__ __forceinline__ uint4 quad(uint32_t i) const { return i < k_end ? from[i * step] : uint4{}; }
-    __device__ __forceinline__ uint32_t row() const { return info & ((1u << TernaryStreams::kRowBits) - 1); }
-};
-
 // Goes through the symbols of a quad from slot `next` on, which it moves behind the last one: adds what is there to `both`,
 // and with its sign to `signed_`.
 template <typename T, int kGap, int kM>
@@ -140,15 +108,6 @@ __device__ __forceinline__ void walk(const uint4& quad, const uint8_t* x, uint32
         }
     }
     next += Symbols::kCount;
-}
-
-// What a first projection has left of a choice, for the second one's column.
-__device__ __forceinline__ float second_input(const TernaryFewTokens& call, uint32_t choice, uint32_t col) {
-    const TernaryProjection& first = call.projections[0];
-    const float* const row = static_cast<const float*>(first.y) + uint64_t{choice} * first.rows;
-    if (first.order == RowOrder::kPlain) return activated(row[col], call.gate.activation);
-    const bool halves = first.order == RowOrder::kHalves;
-    return gated(row[halves ? col : 2 * col], row[halves ? first.rows / 2 + col : 2 * col + 1], call.gate);
 }
 
 // Brings the activations of one product to `x`, by slot; those of tokens that it does not have are zeros.
@@ -269,19 +228,7 @@ __global__ __launch_bounds__(kTernaryWarps<kM>* kLanes,
                     for (uint32_t other = p.segments / 2; other > 0; other /= 2)
                         sum += __shfl_xor_sync(~0u, sum, other);
                     if (segment != (m & (p.segments - 1)) || row >= p.rows) continue;
-                    const T* const bias = static_cast<const T*>(p.bias);
-                    if constexpr (kExperts) {
-                        const uint32_t first_row = schedule.first_row(product);
-                        if (first_row + m >= schedule.first_row(product + 1)) continue;
-                        const uint32_t choice = schedule.choice(first_row + m);
-                        if (bias != nullptr) sum += to_float(bias[uint64_t{schedule.expert(product)} * p.rows + row]);
-                        if (!p.is_first) sum *= load_weight(call.weights, choice, call.weights_type);
-                        static_cast<float*>(p.y)[uint64_t{choice} * p.rows + row] = sum;
-                    } else {
-                        if (m >= call.tokens) continue;
-                        if (bias != nullptr) sum += to_float(bias[row]);
-                        static_cast<T*>(p.y)[uint64_t{static_cast<uint32_t>(m)} * p.rows + row] = from_float<T>(sum);
-                    }
+                    write_sum<T, kExperts>(call, p, schedule, product, m, row, sum);
                 }
             }
             share.begin = end;

@@ -17,11 +17,10 @@ __global__ __launch_bounds__(kMostDecodingWarps* kLanes) void unpack_streams(con
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const uint32_t group = blockIdx.x * (blockDim.x / kLanes) + warp;
     if (uint64_t{group} * stack.group_rows >= stack.rows) return;
-    const uint8_t* const matrix = stack.matrix(first + blockIdx.y);
     auto* const codes = reinterpret_cast<uint32_t*>(shared + warp * TernaryCodes::bytes_of_warp(stack));
-    const TernaryRows rows = decode_group(stack, matrix, group, codes);
+    const TernaryRows rows = decode_group(stack, first + blockIdx.y, group, codes);
 
-    const uint32_t cols = stack.cols, words = TernaryCodes::words_of(cols);
+    const uint32_t cols = stack.cols, words = TernaryCodes::words_of(stack);
     const bool whole = cols % kAtOnce == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
 #pragma unroll 1
     for (uint32_t r = 0; r < stack.group_rows; ++r) {
