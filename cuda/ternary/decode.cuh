@@ -177,20 +177,15 @@ struct TernaryRows {
     }
 };
 
-// The same for an expert's group, of which nothing has been asked for; `codes` are (group_rows, words_of(stack)), and behind
-// a row's last column zeros.
-__device__ __forceinline__ TernaryRows decode_group(const TernaryView& stack, uint32_t expert, uint32_t group,
-                                                    uint32_t* codes) {
+// The same where `codes` are (group_rows, words_of(stack)): behind a row's last column there are zeros.
+__device__ __forceinline__ TernaryRows decode_whole(const TernaryView& stack, TernaryTask& task, uint32_t* codes) {
     const uint32_t words = TernaryCodes::words_of(stack);
-    TernaryTask task;
-    task.look(stack, expert, group);
-    task.fetch(stack);
     decode_group(stack, task, codes, words);
     const uint32_t lane = threadIdx.x % kLanes, last = stack.cols / TernaryCodes::kOfWord;
     const uint32_t behind = ~0u << 2 * (stack.cols % TernaryCodes::kOfWord);
     for (uint32_t i = lane; i < stack.group_rows * (words - last); i += kLanes) {
-        const uint32_t word = last + i / stack.group_rows;
-        codes[i % stack.group_rows * words + word] &= word == last ? ~behind : 0;
+        const uint32_t word = last + (i >> (5 - stack.segment_bits));
+        codes[(i & (stack.group_rows - 1)) * words + word] &= word == last ? ~behind : 0;
     }
     __syncwarp();
     return {task.info, task.levels, stack.segment_bits};

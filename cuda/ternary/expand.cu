@@ -1,4 +1,6 @@
 // From streams to tiles of two bits a weight: a warp decodes a group of rows and brings them to their tiles.
+#include <algorithm>
+
 #include "ternary/decode.cuh"
 #include "ternary/gemm.cuh"
 #include "ternary/weights.cuh"
@@ -31,31 +33,38 @@ __global__ __launch_bounds__(kMostDecodingWarps* kLanes) void expand_streams(
         expert = call.schedule.expert(product);
         if (product > 0 && call.schedule.expert(product - 1) == expert) return;
     }
+    if (expert < call.first || expert >= call.last) return;
     const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const uint32_t group = blockIdx.x * (blockDim.x / kLanes) + warp;
-    if (expert < call.first || expert >= call.last || group * stack.group_rows >= stack.rows) return;
-    const uint32_t words = TernaryCodes::words_of(stack);
+    if (group * stack.group_rows >= stack.rows) return;
     auto* const codes = reinterpret_cast<uint32_t*>(shared + warp * TernaryCodes::bytes_of_warp(stack));
-    const TernaryRows rows = decode_group(stack, expert, group, codes);
+    TernaryTask task;
+    task.look(stack, expert, group);
+    task.fetch(stack);
+    const TernaryRows rows = decode_whole(stack, task, codes);
 
     if (!call.scheduled) wait_for_previous();  // which may still read the tiles
-    // Where this lane's row is among the tiles.
-    const uint32_t own = rows.number(lane >> stack.segment_bits), place = row_of_tiles(to, own);
-    const uint64_t own_tile = place / kTileRows * to.tile_bytes;
-    const uint32_t own_row = own < stack.rows ? place % kTileRows * TernaryTiles::kRowBytes : kNone;
+    // Where this lane's row is in the expert's tiles.
     uint8_t* const tiles = const_cast<uint8_t*>(to.tiles) + (expert - call.first) * to.expert_bytes;
-    if (own_row != kNone && (lane & (stack.segments - 1)) == 0)
-        *reinterpret_cast<uint32_t*>(tiles + own_tile + to.tile_bytes - TernaryTiles::kLevelsBytes +
+    const uint32_t row = rows.number(lane >> stack.segment_bits), place = row_of_tiles(to, row);
+    const uint64_t tile = place / kTileRows * to.tile_bytes;
+    const uint32_t own = row < stack.rows
+                             ? static_cast<uint32_t>(tile / 16) + place % kTileRows * (TernaryTiles::kRowBytes / 16)
+                             : kNone;
+    if (own != kNone && (lane & (stack.segments - 1)) == 0)
+        *reinterpret_cast<uint32_t*>(tiles + tile + to.tile_bytes - TernaryTiles::kLevelsBytes +
                                      place % kTileRows * 4) = rows.levels;
-#pragma unroll 2
-    for (uint32_t r = 0; r < stack.group_rows; ++r) {
-        const int from = static_cast<int>(r << stack.segment_bits);
-        const uint32_t row = __shfl_sync(~0u, own_row, from);
-        uint8_t* const tile = tiles + __shfl_sync(~0u, own_tile, from) + row;
-        if (row == kNone) continue;
-        for (uint32_t i = lane; i < to.blocks.by * 2; i += kLanes)
-            *reinterpret_cast<uint4*>(tile + i / 2 * TernaryTiles::kBlockBytes + i % 2 * 16) =
-                *reinterpret_cast<const uint4*>(codes + r * words + 4 * i);
+    const uint32_t words = TernaryCodes::words_of(stack), pieces = to.blocks.by * (TernaryTiles::kRowBytes / 16);
+#pragma unroll 1
+    for (uint32_t i = lane; i - lane < pieces; i += kLanes) {
+        uint8_t* const to_piece = tiles + i / 2 * TernaryTiles::kBlockBytes + i % 2 * 16;
+#pragma unroll 4
+        for (uint32_t r = 0; r < stack.group_rows; ++r) {
+            const uint32_t at = __shfl_sync(~0u, own, static_cast<int>(r << stack.segment_bits));
+            if (at != kNone && i < pieces)
+                *reinterpret_cast<uint4*>(to_piece + uint64_t{at} * 16) =
+                    *reinterpret_cast<const uint4*>(codes + r * words + 4 * i);
+        }
     }
 }
 

@@ -91,8 +91,10 @@ struct ManyOfExperts {
         at_once = static_cast<uint32_t>(fit == 0 ? 1 : fit < e.first.experts ? fit : e.first.experts);
         expansion.count = 2, expansion.scheduled = true;
         expansion.most_products = GemmSchedule::most_products(choices, e.first.experts, plan.most);
-        tiles_at[0] = GemmSchedule::bytes(choices, expansion.most_products);
-        tiles_at[1] = tiles_at[0] + Workspace::aligned(at_once * first.expert_bytes);
+        // Rows' pieces of tiles are whole sectors of memory: of parts of them it would have to read the rest.
+        constexpr uint64_t kSectors = 128;
+        tiles_at[0] = ceil_div(GemmSchedule::bytes(choices, expansion.most_products), kSectors) * kSectors;
+        tiles_at[1] = tiles_at[0] + ceil_div(at_once * first.expert_bytes, kSectors) * kSectors;
         gathered_at = tiles_at[1] + Workspace::aligned(at_once * second.expert_bytes);
         first_at = gathered_at + plan.gathered_bytes_of(choices, e.first.shape.cols);
         second_at = first_at + Workspace::aligned(choices * width_of(e) * 2);

@@ -18,7 +18,10 @@ __global__ __launch_bounds__(kMostDecodingWarps* kLanes) void unpack_streams(con
     const uint32_t group = blockIdx.x * (blockDim.x / kLanes) + warp;
     if (uint64_t{group} * stack.group_rows >= stack.rows) return;
     auto* const codes = reinterpret_cast<uint32_t*>(shared + warp * TernaryCodes::bytes_of_warp(stack));
-    const TernaryRows rows = decode_group(stack, first + blockIdx.y, group, codes);
+    TernaryTask task;
+    task.look(stack, first + blockIdx.y, group);
+    task.fetch(stack);
+    const TernaryRows rows = decode_whole(stack, task, codes);
 
     const uint32_t cols = stack.cols, words = TernaryCodes::words_of(stack);
     const bool whole = cols % kAtOnce == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
