@@ -62,13 +62,23 @@ inline uint64_t few_tokens_of(const IntStack& stack) noexcept {
     return stack.rows * stack.cols < 1 << 24 ? 7 : 4;
 }
 inline uint64_t few_tokens_of(const TernaryStack&) noexcept {
-    return 11;
+    return 8;
 }
-// And of a linear layer. The former takes at most 8 at once where activations of more have no room in shared memory.
+// And of a linear layer. Of int the former takes at most 8 at once where activations of more have no room in shared memory.
+inline uint64_t few_tokens_of_linear(const IntStack& stack) noexcept {
+    return stack.cols > 8192 ? 8 : 16;
+}
+// Of ternary it walks through nonzeros for every four tokens; up to 16 are multiplied as codes in shared memory where there
+// is room for their activations.
+inline constexpr uint64_t kMostTokensToWalk = 4;
+inline uint64_t few_tokens_of_linear(const TernaryStack& stack) noexcept {
+    constexpr uint64_t kNumbers = 72 << 10;
+    return 16 * stack.shape.cols <= kNumbers ? 16 : 8 * stack.shape.cols <= kNumbers ? 8 : kMostTokensToWalk;
+}
 template <typename Stack>
 bool is_for_many(const Linear<Stack>& linear) noexcept {
-    const uint64_t few_tokens = std::is_same_v<Stack, IntStack> && cols_of(linear.weight) > 8192 ? 8 : 16;
-    return linear.kernel == Kernel::kManyTokens || (linear.kernel == Kernel::kAuto && linear.tokens > few_tokens);
+    return linear.kernel == Kernel::kManyTokens ||
+           (linear.kernel == Kernel::kAuto && linear.tokens > few_tokens_of_linear(linear.weight));
 }
 template <typename Stack>
 bool is_for_many(const Experts<Stack>& e) noexcept {

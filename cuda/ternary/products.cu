@@ -7,10 +7,6 @@
 
 namespace qmoe::cuda {
 
-#ifndef QMOE_WALK
-#define QMOE_WALK 2
-#endif
-
 QMOE_TERNARY_FEW_TOKENS(extern, 3)
 QMOE_TERNARY_FEW_TOKENS(extern, 4)
 QMOE_TERNARY_FEW_TOKENS(extern, 5)
@@ -128,34 +124,18 @@ Status linear_few(const TernaryLinear& linear, const Device& device, cudaStream_
     });
 }
 
-// Tokens of a linear layer, and of an expert on average, up to which nonzeros are walked through for each; measured on an H100.
-constexpr uint64_t kMostToWalk = 4, kMostToWalkOfExperts = QMOE_WALK;
-
+// Up to 16 tokens at a time; `launched` is false where there is no room for as many.
 Status linear_strips(const TernaryLinear& linear, const Device& device, cudaStream_t stream, bool& launched) noexcept {
     StripTokens call{};
-    StripProjection& p = call.projections[0];
-    QMOE_TRY(view_of(linear.weight, p));
-    call.count = 1;
-    p.bias = linear.bias;
+    QMOE_TRY(view_of(linear.weight, call));
+    call.bias = linear.bias;
+    // Of the parts the last one has most tokens: if there is room for it, there was for all.
     return in_parts(linear.tokens, 16, [&](uint64_t first, uint64_t count) {
         call.tokens = static_cast<uint32_t>(count);
-        p.x = static_cast<const uint16_t*>(linear.x) + first * p.cols;
-        p.y = static_cast<uint16_t*>(linear.y) + first * p.rows;
-        return launch_strips(call, false, linear.type, device, stream, launched);
+        call.x = static_cast<const uint16_t*>(linear.x) + first * call.cols;
+        call.y = static_cast<uint16_t*>(linear.y) + first * call.rows;
+        return launch_strips(call, linear.type, device, stream, launched);
     });
-}
-
-Status experts_strips(const TernaryExperts& e, const Device& device, cudaStream_t stream, bool& launched) noexcept {
-    const Workspace room(e);
-    StripTokens call{};
-    StripProjection &first = call.projections[0], &second = call.projections[1];
-    QMOE_TRY(view_of(e.first, first));
-    QMOE_TRY(view_of(e.second, second));
-    take_call(call, e);
-    first.y = e.workspace;
-    second.y = static_cast<uint8_t*>(e.workspace) + room.second_at;
-    call.count = 2;
-    return launch_strips(call, true, e.type, device, stream, launched);
 }
 
 Status linear_many(const TernaryLinear& linear, const Device& device, cudaStream_t stream) noexcept {
@@ -232,7 +212,7 @@ Status linear_ternary(const TernaryLinear& linear, cudaStream_t stream) noexcept
     QMOE_TRY(Device::current(device));
     if (is_for_many(linear)) return linear_many(linear, device, stream);
     bool launched = false;
-    if (linear.tokens > kMostToWalk) QMOE_TRY(linear_strips(linear, device, stream, launched));
+    if (linear.tokens > kMostTokensToWalk) QMOE_TRY(linear_strips(linear, device, stream, launched));
     return launched ? Status{} : linear_few(linear, device, stream);
 }
 
@@ -266,11 +246,6 @@ Status experts_ternary(const TernaryExperts& e, cudaStream_t stream) noexcept {
     QMOE_TRY(check_choices(e, kMostChoices));
     const Workspace room(e);
     QMOE_TRY(check_workspace(room.bytes, e.workspace_bytes));
-    if (e.tokens * e.top_k > kMostToWalkOfExperts * e.first.experts) {
-        bool launched = false;
-        QMOE_TRY(experts_strips(e, device, stream, launched));
-        if (launched) return {};
-    }
     TernaryFewTokens call{};
     TernaryProjection &first = call.projections[0], &second = call.projections[1];
     QMOE_TRY(projection_of(e.first, first));

@@ -4,45 +4,44 @@ namespace qmoe::cuda {
 
 namespace {
 
-template <typename T, int kN, bool kExperts>
-Status launch_as(StripTokens& call, uint32_t shared, const Device& device, cudaStream_t stream) noexcept {
-    const auto kernel = ternary_strips<T, kN, kExperts>;
+template <typename T, int kN>
+Status launch_as(const StripTokens& call, uint32_t shared, const Device& device, cudaStream_t stream) noexcept {
+    const auto kernel = ternary_strips<T, kN>;
     QMOE_TRY(runtime_status(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared))));
-    call.grid = Divisor(device.multiprocessors);
-    return launch(kernel, device.multiprocessors, Strips::kWarps * kLanes, shared, kExperts, device, stream, call);
+    return launch(kernel, call.grid.by, Strips::kWarps * kLanes, shared, false, device, stream, call);
 }
 
 template <int kN>
-Status launch_tokens(StripTokens& call, bool experts, OutputType type, const Device& device, cudaStream_t stream,
+Status launch_tokens(StripTokens& call, OutputType type, const Device& device, cudaStream_t stream,
                      bool& launched) noexcept {
-    const uint32_t shared = divide_strips<kN>(call, experts, device);
-    launched = shared != 0;
+    const uint32_t beside = StripRoom<kN>(call).strips;
+    const uint32_t strip_bytes = call.strip_rows() * Strips::pitch(call.blocks) * 4;
+    const uint32_t each = static_cast<uint32_t>(ceil_div(uint64_t{call.strips}, uint64_t{call.grid.by}));
+    const uint32_t wanted = std::min(each, Strips::kMostTiles * Strips::kTile / call.strip_rows());
+    const uint32_t fit = device.shared > beside ? (device.shared - beside) / strip_bytes : 0;
+    launched = fit >= std::min(wanted, 2u);
     if (!launched) return {};
-    const auto with = [&]<typename T>(T) {
-        return experts ? launch_as<T, kN, true>(call, shared, device, stream)
-                       : launch_as<T, kN, false>(call, shared, device, stream);
-    };
+    // Batches as even as can be.
+    call.batch = static_cast<uint32_t>(ceil_div(each, ceil_div(each, uint64_t{std::min(wanted, fit)})));
+    const uint32_t shared = beside + call.batch * strip_bytes;
     switch (type) {
-        case OutputType::kFloat16: return with(__half{});
-        case OutputType::kBfloat16: return with(__nv_bfloat16{});
+        case OutputType::kFloat16: return launch_as<__half, kN>(call, shared, device, stream);
+        case OutputType::kBfloat16: return launch_as<__nv_bfloat16, kN>(call, shared, device, stream);
         default: return Status::error(Code::kDtype, "cuda: activations are float16 or bfloat16");
     }
 }
 
 }  // namespace
 
-Status launch_strips(StripTokens call, bool experts, OutputType type, const Device& device, cudaStream_t stream,
+Status launch_strips(StripTokens call, OutputType type, const Device& device, cudaStream_t stream,
                      bool& launched) noexcept {
-    for (uint32_t i = 0; i < call.count; ++i) {
-        StripProjection& p = call.projections[i];
-        p.strip_groups = p.group_rows < Strips::kTile ? Strips::kTile / p.group_rows : 1;
-        p.strips = Divisor(ceil_div(uint64_t{p.rows}, uint64_t{p.strip_rows()}));
-    }
-    // Most products of experts with fewer choices than that on average have no more than 8.
-    const bool one = experts ? call.tokens * call.choices.top_k.by <= 5 * call.choices.experts : call.tokens <= 8;
-    return one ? launch_tokens<1>(call, experts, type, device, stream, launched)
-               : launch_tokens<2>(call, experts, type, device, stream, launched);
+    call.strip_groups = call.group_rows < Strips::kTile ? Strips::kTile / call.group_rows : 1;
+    call.strips = static_cast<uint32_t>(ceil_div(uint64_t{call.rows}, uint64_t{call.strip_rows()}));
+    call.blocks = static_cast<uint32_t>(ceil_div(TernaryCodes::all_columns(call), uint64_t{Strips::kOfBlock}));
+    call.grid = Divisor(std::min(call.strips, device.multiprocessors));
+    return call.tokens <= 8 ? launch_tokens<1>(call, type, device, stream, launched)
+                            : launch_tokens<2>(call, type, device, stream, launched);
 }
 
 }  // namespace qmoe::cuda

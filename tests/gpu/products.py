@@ -147,7 +147,7 @@ class Layer:
 
     def is_for_many(self, choices: int) -> bool:
         """Which kernel a call gets."""
-        few = 11 if self.stacks[0].ternary else 7 if self.first.rows * self.first.cols < 2**24 else 4
+        few = 8 if self.stacks[0].ternary else 7 if self.first.rows * self.first.cols < 2**24 else 4
         return self.kernel == "many" or (self.kernel == "auto" and choices > min(few * self.experts, 1024))
 
     def check_guards(self) -> None:

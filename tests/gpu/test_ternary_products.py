@@ -73,6 +73,20 @@ def test_it_is_the_product_of_many_tokens(shape: tuple[int, int], zeros: float) 
     check_linear(packed, 700, "bfloat16", 700, biased=True, kernel="many")
 
 
+@pytest.mark.parametrize("tokens", [5, 8, 9, 16, 33])
+@pytest.mark.parametrize(
+    "shape", [(133, 1201), (47, 88), (300, 2048), (20000, 136), (14336, 4096), (500, 4400), (70, 9000)]
+)
+def test_tokens_that_become_one_product(shape: tuple[int, int], tokens: int) -> None:
+    """Streams as codes in shared memory: batches of strips, rows that are not aligned, columns that there is no room for."""
+    packed = stack(0.885, 1, *shape, seed=4)
+    check_linear(packed, tokens, "bfloat16", tokens, biased=True, kernel="few")
+    check_linear(packed, tokens, "float16", tokens + 1, kernel="few")
+    if shape[0] < 1000:
+        for zeros in (0.2, 0.99):
+            check_linear(stack(zeros, 1, *shape, seed=5), tokens, "bfloat16", tokens, kernel="few")
+
+
 def test_many_tokens_of_matrices_that_are_cut() -> None:
     """Few windows of rows, long ones: several blocks of threads share each."""
     for shape in [(128, 14336), (1000, 9000), (260, 50000), (4096, 4096)]:

@@ -58,13 +58,14 @@ struct TernaryStack {
 // that can, kernels begin to read them before that one has ended.
 
 // Which kernel of several: for few tokens, that reads weights again for every few of them, or for many, that makes them
-// operands of tensor cores once for up to 256. kAuto: the one for few up to 8 or 16 tokens of a linear layer, or up to 3 to 11
-// of an expert on average, as its matrices are, and kMostChoices of all; else the one for many.
+// operands of tensor cores once for up to 256. kAuto: the one for few up to 4, 8 or 16 tokens of a linear layer, or up to 4 to
+// 8 of an expert on average, as its matrices are, and kMostChoices of all; else the one for many.
 enum class Kernel : uint8_t { kAuto, kFewTokens, kManyTokens };
 
 // y (tokens, rows) = x (tokens, cols) times the transpose of a stack's one matrix, plus bias (rows) where it is not null;
 // all row-major, of `type` (float16 or bfloat16), 2-byte aligned at least, on the device. Sums are float32 in a fixed
-// order. Few tokens are taken 16 at a time, of ternary matrices at most 4; many need a `workspace` of
+// order. Few tokens are taken 16 at a time, of ternary matrices 4, or more where their
+// activations have room in shared memory; many need a `workspace` of
 // int_linear_workspace() or ternary_linear_workspace() bytes, 16-byte aligned. Of many tokens int weights are rounded to
 // `type`, and so are their scales, except those of whole rows; scales from 2^47 on overflow in bfloat16 then, and those below
 // 2^-73 lose digits.
