@@ -78,7 +78,7 @@ def test_it_is_the_product_of_many_tokens(shape: tuple[int, int], zeros: float) 
     "shape", [(133, 1201), (47, 88), (300, 2048), (20000, 136), (14336, 4096), (500, 4400), (70, 9000)]
 )
 def test_tokens_that_become_one_product(shape: tuple[int, int], tokens: int) -> None:
-    """Streams as codes in shared memory: batches of strips, rows that are not aligned, columns that there is no room for."""
+    """Streams as codes in shared memory: batches of strips, unaligned rows, columns that there is no room for."""
     packed = stack(0.885, 1, *shape, seed=4)
     check_linear(packed, tokens, "bfloat16", tokens, biased=True, kernel="few")
     check_linear(packed, tokens, "float16", tokens + 1, kernel="few")

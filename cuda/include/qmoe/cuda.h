@@ -64,11 +64,10 @@ enum class Kernel : uint8_t { kAuto, kFewTokens, kManyTokens };
 
 // y (tokens, rows) = x (tokens, cols) times the transpose of a stack's one matrix, plus bias (rows) where it is not null;
 // all row-major, of `type` (float16 or bfloat16), 2-byte aligned at least, on the device. Sums are float32 in a fixed
-// order. Few tokens are taken 16 at a time, of ternary matrices 4, or more where their
-// activations have room in shared memory; many need a `workspace` of
-// int_linear_workspace() or ternary_linear_workspace() bytes, 16-byte aligned. Of many tokens int weights are rounded to
-// `type`, and so are their scales, except those of whole rows; scales from 2^47 on overflow in bfloat16 then, and those below
-// 2^-73 lose digits.
+// order. Few tokens are taken 16 at a time, of ternary matrices 4 where more have no room in shared memory; many need a
+// `workspace` of int_linear_workspace() or ternary_linear_workspace() bytes, 16-byte aligned. Of many tokens int weights are
+// rounded to `type`, and so are their scales, except those of whole rows; scales from 2^47 on overflow in bfloat16 then, and
+// those below 2^-73 lose digits.
 template <typename Stack>
 struct Linear {
     Stack weight;  // kPlain
