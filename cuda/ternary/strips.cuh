@@ -233,17 +233,17 @@ __global__ __launch_bounds__(Strips::kWarps* kLanes, 1) void ternary_strips(cons
                 step.template operator()<6>();
             }
             const uint32_t levels[2] = {rows[tile * kTile + g].y, rows[tile * kTile + g + 8].y};
-            float high[2], low[2];
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                high[r] = __uint_as_float(levels[r] << 16) * kBehind<T>;
-                low[r] = __uint_as_float(levels[r] & 0xffff0000u) * (kBehind<T> / 2);
+            for (int n = 0; n < kN; ++n) {
+                float sums[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float high = __uint_as_float(levels[i / 2] << 16);
+                    const float low = __uint_as_float(levels[i / 2] & 0xffff0000u);
+                    sums[i] = fmaf(high, plus[n][i] * kBehind<T>, low * (minus[n][i] * (kBehind<T> / 2)));
+                }
+                cut[(warp * kN + n) * kLanes + lane] = {sums[0], sums[1], sums[2], sums[3]};
             }
-#pragma unroll
-            for (int n = 0; n < kN; ++n)
-                cut[(warp * kN + n) * kLanes + lane] = {
-                    fmaf(high[0], plus[n][0], low[0] * minus[n][0]), fmaf(high[0], plus[n][1], low[0] * minus[n][1]),
-                    fmaf(high[1], plus[n][2], low[1] * minus[n][2]), fmaf(high[1], plus[n][3], low[1] * minus[n][3])};
         }
         __syncthreads();
         // What the members of a team have, in their order. Four numbers of a lane are of rows g and g + 8, tokens 2 t and

@@ -67,7 +67,7 @@ enum class Kernel : uint8_t { kAuto, kFewTokens, kManyTokens };
 // order. Few tokens are taken 16 at a time, of ternary matrices 4 where more have no room in shared memory; many need a
 // `workspace` of int_linear_workspace() or ternary_linear_workspace() bytes, 16-byte aligned. Of many tokens int weights are
 // rounded to `type`, and so are their scales, except those of whole rows; scales from 2^47 on overflow in bfloat16 then, and
-// those below 2^-73 lose digits.
+// those below 2^-73 lose digits. Of few tokens (of ternary matrices 5 and more) bfloat16 activations from 2^64 on overflow.
 template <typename Stack>
 struct Linear {
     Stack weight;  // kPlain
