@@ -125,9 +125,16 @@ Status in_parts(uint64_t tokens, uint64_t most, const Launch& launch) noexcept {
 }
 inline constexpr uint64_t kMostTokensOfMany = 1 << 16;  // of a linear layer, of one launch
 
-inline Status check_workspace(uint64_t needed, uint64_t given) noexcept {
-    return given >= needed ? Status{}
-                           : Status::mismatch(Code::kShape, "cuda: bytes of the workspace", 0, needed, given);
+// Parts of a workspace are whole lines of memory: what is written in parts of its sectors has to be read before. Where tiles
+// of ternary codes began anywhere, making them took more than twice as long.
+inline uint64_t whole_lines(uint64_t bytes) noexcept {
+    return ceil_div(bytes, uint64_t{128}) * 128;
+}
+inline Status check_workspace(uint64_t needed, const void* workspace, uint64_t given) noexcept {
+    if (given < needed) return Status::mismatch(Code::kShape, "cuda: bytes of the workspace", 0, needed, given);
+    return needed == 0 || reinterpret_cast<uintptr_t>(workspace) % 16 == 0
+               ? Status{}
+               : Status::error(Code::kValue, "cuda: the workspace must be aligned to 16 bytes");
 }
 
 }  // namespace qmoe::cuda

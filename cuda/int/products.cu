@@ -78,7 +78,7 @@ struct FewWorkspace {
 
     explicit FewWorkspace(const IntExperts& e) noexcept {
         const uint64_t choices = e.tokens * e.top_k;
-        second_at = ceil_div(choices * width_of(e) * 2, 16) * 16;
+        second_at = whole_lines(choices * width_of(e) * 2);
         bytes = second_at + choices * e.second.rows * sizeof(float);
     }
 };
@@ -93,10 +93,10 @@ struct ManyWorkspace {
         const uint64_t choices = e.tokens * e.top_k;
         QMOE_TRY(plan.make_for_experts(choices, e.first.experts));
         products = GemmSchedule::most_products(choices, e.first.experts, plan.most);
-        gathered_at = GemmSchedule::bytes(choices, products);
-        first_at = gathered_at + plan.gathered_bytes_of(choices, e.first.cols);
-        second_at = first_at + ceil_div(choices * width_of(e) * 2, 16) * 16;
-        sums_at = second_at + ceil_div(choices * e.second.rows * 2, 16) * 16;
+        gathered_at = whole_lines(GemmSchedule::bytes(choices, products));
+        first_at = gathered_at + whole_lines(plan.gathered_bytes_of(choices, e.first.cols));
+        second_at = first_at + whole_lines(choices * width_of(e) * 2);
+        sums_at = second_at + whole_lines(choices * e.second.rows * 2);
         bytes = sums_at + plan.sums_bytes(device);
         return {};
     }
@@ -124,7 +124,7 @@ Status linear_many(const IntLinear& linear, const Device& device, cudaStream_t s
     uint32_t bits = 0;
     QMOE_TRY(tiles_of(linear.weight, p, bits));
     QMOE_TRY(plan.make(linear.weight.rows, linear.weight.cols, linear.tokens, device));
-    QMOE_TRY(check_workspace(plan.sums_bytes(device), linear.workspace_bytes));
+    QMOE_TRY(check_workspace(plan.sums_bytes(device), linear.workspace, linear.workspace_bytes));
     call.end = 1;
     p.bias = linear.bias;
     return in_parts(linear.tokens, kMostTokensOfMany, [&](uint64_t first, uint64_t count) {
@@ -139,7 +139,7 @@ Status linear_many(const IntLinear& linear, const Device& device, cudaStream_t s
 Status experts_few(const IntExperts& e, const Device& device, cudaStream_t stream) noexcept {
     QMOE_TRY(check_choices(e, kMostChoices));
     const FewWorkspace room(e);
-    QMOE_TRY(check_workspace(room.bytes, e.workspace_bytes));
+    QMOE_TRY(check_workspace(room.bytes, e.workspace, e.workspace_bytes));
     FewTokens call{};
     Projection &first = call.projections[0], &second = call.projections[1];
     uint32_t first_bits = 0, second_bits = 0;
@@ -170,7 +170,7 @@ Status experts_many(const IntExperts& e, const Device& device, cudaStream_t stre
     QMOE_TRY(tiles_of(e.second, second, second_bits));
     ManyWorkspace room{};
     QMOE_TRY(room.make(e, device));
-    QMOE_TRY(check_workspace(room.bytes, e.workspace_bytes));
+    QMOE_TRY(check_workspace(room.bytes, e.workspace, e.workspace_bytes));
     uint8_t* const workspace = static_cast<uint8_t*>(e.workspace);
     call.experts = true;
     take_call(call, e);

@@ -45,10 +45,9 @@ struct Workspace {
 
     explicit Workspace(const TernaryExperts& e) noexcept {
         const uint64_t choices = e.tokens * e.top_k;
-        second_at = aligned(choices * e.first.shape.rows * sizeof(float));
+        second_at = whole_lines(choices * e.first.shape.rows * sizeof(float));
         bytes = second_at + choices * e.second.shape.rows * sizeof(float);
     }
-    static uint64_t aligned(uint64_t bytes) noexcept { return ceil_div(bytes, uint64_t{16}) * 16; }
 };
 
 // Of many tokens: the tiles that streams become.
@@ -62,7 +61,7 @@ struct ManyOfLinear {
         QMOE_TRY(view_of(linear.weight, expansion.stacks[0]));
         expansion.count = 1, expansion.last = 1;
         expansion.matrices[0] = ternary_tiles(expansion.stacks[0]);
-        sums_at = Workspace::aligned(expansion.matrices[0].expert_bytes);
+        sums_at = whole_lines(expansion.matrices[0].expert_bytes);
         bytes = sums_at + plan.sums_bytes(device);
         return {};
     }
@@ -87,14 +86,12 @@ struct ManyOfExperts {
         at_once = static_cast<uint32_t>(fit == 0 ? 1 : fit < e.first.experts ? fit : e.first.experts);
         expansion.count = 2, expansion.scheduled = true;
         expansion.most_products = GemmSchedule::most_products(choices, e.first.experts, plan.most);
-        // Rows' pieces of tiles are whole sectors of memory: of parts of them it would have to read the rest.
-        constexpr uint64_t kSectors = 128;
-        tiles_at[0] = ceil_div(GemmSchedule::bytes(choices, expansion.most_products), kSectors) * kSectors;
-        tiles_at[1] = tiles_at[0] + ceil_div(at_once * first.expert_bytes, kSectors) * kSectors;
-        gathered_at = tiles_at[1] + Workspace::aligned(at_once * second.expert_bytes);
-        first_at = gathered_at + plan.gathered_bytes_of(choices, e.first.shape.cols);
-        second_at = first_at + Workspace::aligned(choices * width_of(e) * 2);
-        sums_at = second_at + Workspace::aligned(choices * e.second.shape.rows * 2);
+        tiles_at[0] = whole_lines(GemmSchedule::bytes(choices, expansion.most_products));
+        tiles_at[1] = tiles_at[0] + whole_lines(at_once * first.expert_bytes);
+        gathered_at = tiles_at[1] + whole_lines(at_once * second.expert_bytes);
+        first_at = gathered_at + whole_lines(plan.gathered_bytes_of(choices, e.first.shape.cols));
+        second_at = first_at + whole_lines(choices * width_of(e) * 2);
+        sums_at = second_at + whole_lines(choices * e.second.shape.rows * 2);
         bytes = sums_at + plan.sums_bytes(device);
         return {};
     }
@@ -141,7 +138,7 @@ Status linear_strips(const TernaryLinear& linear, const Device& device, cudaStre
 Status linear_many(const TernaryLinear& linear, const Device& device, cudaStream_t stream) noexcept {
     ManyOfLinear many;
     QMOE_TRY(many.make(linear, device));
-    QMOE_TRY(check_workspace(many.bytes, linear.workspace_bytes));
+    QMOE_TRY(check_workspace(many.bytes, linear.workspace, linear.workspace_bytes));
     uint8_t* const room = static_cast<uint8_t*>(linear.workspace);
     many.expansion.matrices[0].tiles = room;
     QMOE_TRY(launch_expansion(many.expansion, device, stream));
@@ -163,7 +160,7 @@ Status linear_many(const TernaryLinear& linear, const Device& device, cudaStream
 Status experts_many(const TernaryExperts& e, const Device& device, cudaStream_t stream) noexcept {
     ManyOfExperts many;
     QMOE_TRY(many.make(e, device));
-    QMOE_TRY(check_workspace(many.bytes, e.workspace_bytes));
+    QMOE_TRY(check_workspace(many.bytes, e.workspace, e.workspace_bytes));
     uint8_t* const room = static_cast<uint8_t*>(e.workspace);
     TernaryExpansion& expansion = many.expansion;
     Gemm call{};
@@ -245,7 +242,7 @@ Status experts_ternary(const TernaryExperts& e, cudaStream_t stream) noexcept {
     }
     QMOE_TRY(check_choices(e, kMostChoices));
     const Workspace room(e);
-    QMOE_TRY(check_workspace(room.bytes, e.workspace_bytes));
+    QMOE_TRY(check_workspace(room.bytes, e.workspace, e.workspace_bytes));
     TernaryFewTokens call{};
     TernaryProjection &first = call.projections[0], &second = call.projections[1];
     QMOE_TRY(projection_of(e.first, first));

@@ -439,5 +439,15 @@ TEST_SUITE("emulated products") {
         CHECK(run(call).code == Code::kValue);
         float out = 0.0f;
         CHECK(unpack(stack.view, 1, &out).code == Code::kValue);
+
+        call.weight = stack.view, call.type = cuda::OutputType::kBfloat16, call.kernel = cuda::Kernel::kManyTokens;
+        call.workspace_bytes = workspace(call);
+        Room room(call.workspace_bytes / sizeof(Quad) + 2);
+        call.workspace = reinterpret_cast<uint8_t*>(room.data()) + 8;
+        CHECK(run(call).code == Code::kValue);
+        call.workspace = room.data();
+        CHECK(run(call).ok());
+        --call.workspace_bytes;
+        CHECK(run(call).code == Code::kShape);
     }
 }
