@@ -1,5 +1,5 @@
 // The kernels of few_tokens.cuh for 2 bits.
-#include "int/few_tokens.cuh"
+#include "int/launch_few_tokens.cuh"
 
 namespace qmoe::cuda {
 

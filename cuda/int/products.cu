@@ -1,7 +1,7 @@
 // Products of `int` stacks: a linear layer, and a layer's experts.
 #include "experts/check.cuh"
-#include "int/few_tokens.cuh"
 #include "int/gemm.cuh"
+#include "int/launch_few_tokens.cuh"
 
 namespace qmoe::cuda {
 
