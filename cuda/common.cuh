@@ -77,6 +77,15 @@ Status with_output_type(OutputType type, const Launch& launch) noexcept {
     }
     return Status::error(Code::kDtype, "cuda: output must be float32, float16 or bfloat16");
 }
+// The same for the type of what is multiplied.
+template <class Launch>
+Status with_activation_type(OutputType type, const Launch& launch) noexcept {
+    switch (type) {
+        case OutputType::kFloat16: return launch(__half{});
+        case OutputType::kBfloat16: return launch(__nv_bfloat16{});
+        default: return Status::error(Code::kDtype, "cuda: activations are float16 or bfloat16");
+    }
+}
 
 Status dequantize_int(const DeviceMatrix& matrix, void* out, OutputType type, cudaStream_t stream) noexcept;
 Status dequantize_ternary(const DeviceMatrix& matrix, void* out, OutputType type, cudaStream_t stream) noexcept;

@@ -27,19 +27,28 @@ SAMPLES, EXECUTED = "Warp Stall Sampling (All Samples)", "Instructions Executed"
 WAVES, IDEAL = "L1 Wavefronts Shared", "L1 Wavefronts Shared Ideal"
 
 
+def ncu(*arguments: str) -> str:
+    """What it prints; ends this program with that where it fails."""
+    try:
+        done = subprocess.run(["ncu", *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        sys.exit("profile.py: there is no ncu in the PATH")
+    if done.returncode != 0:
+        sys.exit(f"profile.py: ncu failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    return done.stdout
+
+
 def profile(kernel: str, skip: int, command: list[str]) -> str:
     """The page of instructions, as comma-separated values; what else was measured is printed."""
     with tempfile.TemporaryDirectory() as folder:
-        report = str(Path(folder) / "report")
+        report = Path(folder) / "report.ncu-rep"
         sections = itertools.chain.from_iterable(("--section", section) for section in SECTIONS)
-        subprocess.run(
-            ["ncu", "--kernel-name", f"regex:{kernel}", "--launch-skip", str(skip), "--launch-count", "1", *sections,
-             "--import-source", "no", "--export", report, *command],
-            check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        show = ["ncu", "--import", f"{report}.ncu-rep"]
-        print(subprocess.run(show, check=True, capture_output=True, text=True).stdout)
-        return subprocess.run([*show, "--page", "source", "--csv"], check=True, capture_output=True, text=True).stdout
+        which = ("--kernel-name", f"regex:{kernel}", "--launch-skip", str(skip), "--launch-count", "1")
+        ncu(*which, *sections, "--import-source", "no", "--export", str(report), *command)
+        if not report.exists():
+            sys.exit(f"profile.py: no launch of a kernel like {kernel!r} was profiled")
+        print(ncu("--import", str(report)))
+        return ncu("--import", str(report), "--page", "source", "--csv")
 
 
 def number(row: dict[str, str], column: str) -> int:
@@ -78,7 +87,7 @@ def main() -> None:
     lines = page.splitlines()
     begin = next((i for i, line in enumerate(lines) if line.startswith('"Address"')), None)
     if begin is None:
-        sys.exit(f"profile.py: no launch of a kernel like {arguments.kernel!r} was profiled")
+        sys.exit("profile.py: this is not a page of instructions")
     rows = list(csv.DictReader(lines[begin:]))
     samples = sum(number(row, SAMPLES) for row in rows) or 1
     if arguments.instructions:

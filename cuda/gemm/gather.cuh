@@ -27,7 +27,7 @@ static __global__ __launch_bounds__(kGatherThreads) void gather_rows(const __gri
 }
 
 inline uint64_t gathered_bytes(uint64_t choices, uint64_t cols) noexcept {
-    return ceil_div(choices * cols * 2, uint64_t{16}) * 16;
+    return choices * cols * 2;
 }
 inline Status launch_gather(const Choices& choices, const GemmSchedule& schedule, const void* x, void* to,
                             uint32_t cols, const Device& device, cudaStream_t stream) noexcept {

@@ -43,19 +43,14 @@ Status tiles_of(const IntStack& stack, TiledMatrix& p, uint32_t& bits) noexcept 
 // Calls with.operator()<T, kBits>() for a call's activations and bits.
 template <typename With>
 Status with_types(uint32_t bits, OutputType type, const With& with) noexcept {
-    const auto with_bits = [&]<typename T>() {
+    return with_activation_type(type, [&]<typename T>(T) {
         switch (bits) {
             case 2: return with.template operator()<T, 2>();
             case 3: return with.template operator()<T, 3>();
             case 4: return with.template operator()<T, 4>();
             default: return with.template operator()<T, 8>();
         }
-    };
-    switch (type) {
-        case OutputType::kFloat16: return with_bits.template operator()<__half>();
-        case OutputType::kBfloat16: return with_bits.template operator()<__nv_bfloat16>();
-        default: return Status::error(Code::kDtype, "cuda: activations are float16 or bfloat16");
-    }
+    });
 }
 
 template <bool kExperts>

@@ -15,6 +15,8 @@
 #include <cooperative_groups.h>
 
 #include "experts/combine.cuh"
+#include "experts/gates.cuh"
+#include "experts/schedule.cuh"
 #include "launch.cuh"
 #include "ternary/task.cuh"
 
@@ -108,6 +110,15 @@ __device__ __forceinline__ void walk(const uint4& quad, const uint8_t* x, uint32
         }
     }
     next += Symbols::kCount;
+}
+
+// What a first projection has left of a choice, for the second one's column.
+__device__ __forceinline__ float second_input(const TernaryFewTokens& call, uint32_t choice, uint32_t col) {
+    const TernaryProjection& first = call.projections[0];
+    const float* const row = static_cast<const float*>(first.y) + uint64_t{choice} * first.rows;
+    if (first.order == RowOrder::kPlain) return activated(row[col], call.gate.activation);
+    const bool halves = first.order == RowOrder::kHalves;
+    return gated(row[halves ? col : 2 * col], row[halves ? first.rows / 2 + col : 2 * col + 1], call.gate);
 }
 
 // Brings the activations of one product to `x`, by slot; those of tokens that it does not have are zeros.
@@ -228,7 +239,19 @@ __global__ __launch_bounds__(kTernaryWarps<kM>* kLanes,
                     for (uint32_t other = p.segments / 2; other > 0; other /= 2)
                         sum += __shfl_xor_sync(~0u, sum, other);
                     if (segment != (m & (p.segments - 1)) || row >= p.rows) continue;
-                    write_sum<T, kExperts>(call, p, schedule, product, m, row, sum);
+                    const T* const bias = static_cast<const T*>(p.bias);
+                    if constexpr (kExperts) {
+                        const uint32_t first_row = schedule.first_row(product);
+                        if (first_row + m >= schedule.first_row(product + 1)) continue;
+                        const uint32_t choice = schedule.choice(first_row + m);
+                        if (bias != nullptr) sum += to_float(bias[uint64_t{schedule.expert(product)} * p.rows + row]);
+                        if (!p.is_first) sum *= load_weight(call.weights, choice, call.weights_type);
+                        static_cast<float*>(p.y)[uint64_t{choice} * p.rows + row] = sum;
+                    } else {
+                        if (m >= call.tokens) continue;
+                        if (bias != nullptr) sum += to_float(bias[row]);
+                        static_cast<T*>(p.y)[uint64_t{static_cast<uint32_t>(m)} * p.rows + row] = from_float<T>(sum);
+                    }
                 }
             }
             share.begin = end;

@@ -23,7 +23,7 @@ Status projection_of(const TernaryStack& stack, TernaryProjection& p) noexcept {
 
 template <bool kExperts>
 Status launch_type(const TernaryFewTokens& call, OutputType type, const Device& device, cudaStream_t stream) noexcept {
-    const auto with = [&]<typename T>(T) {
+    return with_activation_type(type, [&]<typename T>(T) {
         switch (call.projections[call.begin].gap_bits) {
             case 3: return launch_ternary<T, 3, kExperts>(call, device, stream);
             case 4: return launch_ternary<T, 4, kExperts>(call, device, stream);
@@ -31,12 +31,7 @@ Status launch_type(const TernaryFewTokens& call, OutputType type, const Device& 
             case 6: return launch_ternary<T, 6, kExperts>(call, device, stream);
             default: return launch_ternary<T, 7, kExperts>(call, device, stream);
         }
-    };
-    switch (type) {
-        case OutputType::kFloat16: return with(__half{});
-        case OutputType::kBfloat16: return with(__nv_bfloat16{});
-        default: return Status::error(Code::kDtype, "cuda: activations are float16 or bfloat16");
-    }
+    });
 }
 
 // What the first projection leaves, (choices, its rows) float32, and behind it what the second one does.
@@ -98,11 +93,7 @@ struct ManyOfExperts {
 };
 
 Status launch_many(const Gemm& call, OutputType type, const Device& device, cudaStream_t stream) noexcept {
-    switch (type) {
-        case OutputType::kFloat16: return launch_ternary_gemm<__half>(call, device, stream);
-        case OutputType::kBfloat16: return launch_ternary_gemm<__nv_bfloat16>(call, device, stream);
-        default: return Status::error(Code::kDtype, "cuda: activations are float16 or bfloat16");
-    }
+    return with_activation_type(type, [&]<typename T>(T) { return launch_ternary_gemm<T>(call, device, stream); });
 }
 
 Status linear_few(const TernaryLinear& linear, const Device& device, cudaStream_t stream) noexcept {

@@ -66,9 +66,8 @@ struct TernarySymbols {
                : shift + kBits <= 32 ? words[word] << shift
                                      : __funnelshift_l(words[word + 1], words[word], shift);
     }
-    // How many slots a symbol goes ahead, less one; and 1 for a minus.
+    // How many slots a symbol goes ahead, less one.
     static __device__ __forceinline__ uint32_t gap(uint32_t symbol) { return symbol >> (32 - kGap); }
-    static __device__ __forceinline__ uint32_t minus(uint32_t symbol) { return symbol >> (31 - kGap) & 1; }
 };
 
 }  // namespace qmoe::cuda

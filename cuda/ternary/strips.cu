@@ -1,3 +1,4 @@
+// Launches of strips.cuh's kernel.
 #include "ternary/strips.cuh"
 
 namespace qmoe::cuda {
@@ -25,11 +26,7 @@ Status launch_tokens(StripTokens& call, OutputType type, const Device& device, c
     // Batches as even as can be.
     call.batch = static_cast<uint32_t>(ceil_div(each, ceil_div(each, uint64_t{std::min(wanted, fit)})));
     const uint32_t shared = beside + call.batch * strip_bytes;
-    switch (type) {
-        case OutputType::kFloat16: return launch_as<__half, kN>(call, shared, device, stream);
-        case OutputType::kBfloat16: return launch_as<__nv_bfloat16, kN>(call, shared, device, stream);
-        default: return Status::error(Code::kDtype, "cuda: activations are float16 or bfloat16");
-    }
+    return with_activation_type(type, [&]<typename T>(T) { return launch_as<T, kN>(call, shared, device, stream); });
 }
 
 }  // namespace

@@ -48,11 +48,11 @@ struct Strips {
 // What is where in shared memory.
 template <int kN>
 struct StripRoom {
-    uint32_t rows, cut, x, strips;  // rows: of two batches, their number and levels; cut: [warp][n][lane]
+    // First of all the rows of two batches, their number and levels. cut: [warp][n][lane]
+    static constexpr uint32_t cut = 2 * Strips::kMostTiles * Strips::kTile * 8;
+    uint32_t x, strips;
 
     QMOE_INLINE explicit StripRoom(const StripTokens& call) noexcept {
-        rows = 0;
-        cut = rows + 2 * Strips::kMostTiles * Strips::kTile * 8;
         x = cut + Strips::kWarps * kN * kLanes * 16;
         strips = x + 8 * kN * Strips::row_bytes(call.blocks);
     }
@@ -179,7 +179,7 @@ __global__ __launch_bounds__(Strips::kWarps* kLanes, 1) void ternary_strips(cons
     for (uint32_t begin = share.begin, turn = 0; begin < share.end; begin += call.batch, ++turn) {
         const uint32_t first_group = begin * call.strip_groups, last_group = batch_end(begin);
         const uint32_t tiles = min(call.batch, share.end - begin) * call.strip_rows() / kTile;
-        uint2* const rows = reinterpret_cast<uint2*>(shared + room.rows) + turn % 2 * Strips::kMostTiles * kTile;
+        uint2* const rows = reinterpret_cast<uint2*>(shared) + turn % 2 * Strips::kMostTiles * kTile;
         for (uint32_t i = (last_group - first_group) * call.group_rows + threadIdx.x; i < tiles * kTile;
              i += blockDim.x)
             rows[i] = {kNone, 0};
@@ -263,7 +263,8 @@ __global__ __launch_bounds__(Strips::kWarps* kLanes, 1) void ternary_strips(cons
     }
 }
 
-// Whether there is room for two strips beside the activations, or for all of a share; `tokens` and the matrix are set.
+// Of the call the matrix, its operands and `tokens` are set. `launched`: whether there is room for two strips, or all of a
+// share, beside the activations; nothing is done where there is not.
 Status launch_strips(StripTokens call, OutputType type, const Device& device, cudaStream_t stream,
                      bool& launched) noexcept;
 

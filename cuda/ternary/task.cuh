@@ -1,9 +1,6 @@
-// What the kernels share that multiply streams in one launch: a warp's work, what is between the projections of a layer of
-// experts, and behind a product.
+// A warp's work on streams, of those kernels that read them directly.
 #pragma once
 
-#include "experts/gates.cuh"
-#include "experts/schedule.cuh"
 #include "ternary/stack.cuh"
 
 namespace qmoe::cuda {
@@ -37,34 +34,5 @@ struct TernaryTask {
     __device__ __forceinline__ uint4 quad(uint32_t i) const { return i < k_end ? from[i * step] : uint4{}; }
     __device__ __forceinline__ uint32_t row() const { return info & ((1u << TernaryStreams::kRowBits) - 1); }
 };
-
-// What a first projection has left of a choice, for the second one's column.
-template <typename Call>
-__device__ __forceinline__ float second_input(const Call& call, uint32_t choice, uint32_t col) {
-    const auto& first = call.projections[0];
-    const float* const row = static_cast<const float*>(first.y) + uint64_t{choice} * first.rows;
-    if (first.order == RowOrder::kPlain) return activated(row[col], call.gate.activation);
-    const bool halves = first.order == RowOrder::kHalves;
-    return gated(row[halves ? col : 2 * col], row[halves ? first.rows / 2 + col : 2 * col + 1], call.gate);
-}
-
-// The sum of a row of token m of a product: of a matrix its output, of experts what is to come next, float32 by choice.
-template <typename T, bool kExperts, typename Call, typename Projection>
-__device__ __forceinline__ void write_sum(const Call& call, const Projection& p, const Schedule& schedule,
-                                          uint32_t product, uint32_t m, uint32_t row, float sum) {
-    const T* const bias = static_cast<const T*>(p.bias);
-    if constexpr (kExperts) {
-        const uint32_t first_row = schedule.first_row(product);
-        if (first_row + m >= schedule.first_row(product + 1)) return;
-        const uint32_t choice = schedule.choice(first_row + m);
-        if (bias != nullptr) sum += to_float(bias[uint64_t{schedule.expert(product)} * p.rows + row]);
-        if (!p.is_first) sum *= load_weight(call.weights, choice, call.weights_type);
-        static_cast<float*>(p.y)[uint64_t{choice} * p.rows + row] = sum;
-    } else {
-        if (m >= call.tokens) return;
-        if (bias != nullptr) sum += to_float(bias[row]);
-        static_cast<T*>(p.y)[uint64_t{m} * p.rows + row] = from_float<T>(sum);
-    }
-}
 
 }  // namespace qmoe::cuda
