@@ -29,6 +29,8 @@ struct TernaryCodes {
     QMOE_INLINE static uint32_t bytes_of_warp(const TernaryView& stack) noexcept {
         return stack.group_rows * words_of(stack) * 4;
     }
+    // And behind the last warp's: as far as a quad goes from a row's last column on that no encoder makes, 2048 columns.
+    static constexpr uint32_t kBehind = 2048 / kOfWord * 4 + 16;
 };
 
 // Warps of a block of threads, of which each decodes one of `groups`: as many as share what a block may have without asking
@@ -41,6 +43,13 @@ inline uint32_t decoding_warps(uint32_t bytes_of_warp, uint64_t groups, const De
     return warps;
 }
 
+inline Status check_room_of_group(uint32_t bytes_of_warp, const Device& device) noexcept {
+    const uint32_t needed = bytes_of_warp + TernaryCodes::kBehind;
+    return needed <= device.shared
+               ? Status{}
+               : Status::mismatch(Code::kNoKernel, "cuda: shared memory for a group of rows", 0, device.shared, needed);
+}
+
 // What a lane has of a row's codes.
 template <int kGap>
 class TernaryMarker {
@@ -49,7 +58,7 @@ class TernaryMarker {
     __device__ __forceinline__ TernaryMarker(uint32_t* row, uint32_t next)
         : row_(address_of(row)), slot_(2 * next - 2), word_(word_at(column(2 * next))) {}
 
-    // All symbols of a task's quads. What is not of the encoder's making ends behind the last slot. Whole warps call.
+    // All symbols of a task's quads. Those that no encoder makes end at most a quad behind the last slot. Whole warps call.
     __device__ __forceinline__ void mark_all(TernaryTask& task, uint32_t all_slots) {
 #pragma unroll 1
         for (; task.k < task.k_end; ++task.k) {

@@ -90,14 +90,14 @@ Status launch_expansion(const TernaryExpansion& call, const Device& device, cuda
         most_groups =
             std::max(most_groups, ceil_div(uint64_t{call.stacks[i].rows}, uint64_t{call.stacks[i].group_rows}));
     }
-    if (each > device.shared)
-        return Status::mismatch(Code::kNoKernel, "cuda: shared memory for a group of rows", 0, device.shared, each);
+    QMOE_TRY(check_room_of_group(each, device));
     const uint32_t experts = call.scheduled ? call.most_products : call.last - call.first;
     const uint32_t warps = decoding_warps(each, most_groups * experts, device);
     QMOE_TRY(runtime_status(cudaFuncSetAttribute(expand_streams, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                  static_cast<int>(device.shared))));
     const dim3 grid(static_cast<uint32_t>(ceil_div(most_groups, uint64_t{warps})), experts, call.count);
-    return launch(expand_streams, grid, warps * kLanes, warps * each, false, device, stream, call);
+    return launch(expand_streams, grid, warps * kLanes, warps * each + TernaryCodes::kBehind, false, device, stream,
+                  call);
 }
 
 }  // namespace qmoe::cuda

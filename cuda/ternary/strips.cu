@@ -16,7 +16,7 @@ Status launch_as(const StripTokens& call, uint32_t shared, const Device& device,
 template <int kN>
 Status launch_tokens(StripTokens& call, OutputType type, const Device& device, cudaStream_t stream,
                      bool& launched) noexcept {
-    const uint32_t beside = StripRoom<kN>(call).strips;
+    const uint32_t beside = StripRoom<kN>(call).strips + TernaryCodes::kBehind;
     const uint32_t strip_bytes = call.strip_rows() * Strips::pitch(call.blocks) * 4;
     const uint32_t each = static_cast<uint32_t>(ceil_div(uint64_t{call.strips}, uint64_t{call.grid.by}));
     const uint32_t wanted = std::min(each, Strips::kMostTiles * Strips::kTile / call.strip_rows());

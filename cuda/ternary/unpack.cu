@@ -63,8 +63,7 @@ Status unpack_ternary(const TernaryStack& stack, uint64_t first, uint64_t count,
     QMOE_TRY(Device::current(device));
     const uint64_t groups = ceil_div(uint64_t{view.rows}, uint64_t{view.group_rows});
     const uint32_t each = TernaryCodes::bytes_of_warp(view), warps = decoding_warps(each, groups * count, device);
-    if (each > device.shared)
-        return Status::mismatch(Code::kNoKernel, "cuda: shared memory for a group of rows", 0, device.shared, each);
+    QMOE_TRY(check_room_of_group(each, device));
     return with_output_type(type, [&](auto element) {
         using T = decltype(element);
         const auto kernel = unpack_streams<T>;
@@ -72,8 +71,9 @@ Status unpack_ternary(const TernaryStack& stack, uint64_t first, uint64_t count,
                                                      static_cast<int>(device.shared))));
         const auto blocks = static_cast<uint32_t>(ceil_div(groups, uint64_t{warps}));
         return in_parts(count, kMostAtOnce, [&](uint64_t done, uint64_t experts) {
-            return launch_in_order(kernel, dim3(blocks, static_cast<uint32_t>(experts)), warps * kLanes, warps * each,
-                                   stream, view, static_cast<uint32_t>(first + done),
+            return launch_in_order(kernel, dim3(blocks, static_cast<uint32_t>(experts)), warps * kLanes,
+                                   warps * each + TernaryCodes::kBehind, stream, view,
+                                   static_cast<uint32_t>(first + done),
                                    static_cast<T*>(out) + done * view.rows * view.cols);
         });
     });

@@ -425,6 +425,33 @@ TEST_SUITE("emulated products") {
             for (const uint32_t group : {0u, 64u}) check(integers(bits, group, true), IntStack{});
     }
 
+    TEST_CASE("symbols that no encoder makes stay in shared memory") {
+        Random random(49);
+        for (const uint32_t zeros : {300u, 700u, 906u, 980u, 1015u})
+            for (const bool ones : {false, true}) {
+                const Stack<TernaryStack> stack({ternary(zeros)(random, 70, 700)}, RowOrder::kPlain);
+                const TernaryStreams layout(stack.view.shape);
+                auto* const bytes = static_cast<uint8_t*>(const_cast<void*>(stack.view.streams));
+                uint8_t* const matrix = bytes + *reinterpret_cast<const uint64_t*>(bytes);
+                const uint32_t quads = reinterpret_cast<const uint32_t*>(matrix + layout.bases_at)[layout.groups];
+                for (uint64_t i = 0; i < 16 * uint64_t{quads}; ++i)
+                    matrix[layout.quads_at + i] = ones ? 0xff : static_cast<uint8_t>(random.next());
+
+                std::vector<float> out(70 * 700);
+                CHECK(unpack(stack.view, 0, out.data()).ok());
+                const Numbers x = Numbers::random(random, 6 * 700);
+                Numbers y(6 * 70);
+                cuda::TernaryLinear call{};
+                call.weight = stack.view, call.x = x.values.data(), call.y = y.values.data(), call.tokens = 6;
+                call.type = cuda::OutputType::kBfloat16, call.kernel = cuda::Kernel::kFewTokens;
+                CHECK(run(call).ok());
+                call.kernel = cuda::Kernel::kManyTokens, call.workspace_bytes = workspace(call);
+                Room room(call.workspace_bytes / sizeof(Quad) + 1);
+                call.workspace = room.data();
+                CHECK(run(call).ok());
+            }
+    }
+
     TEST_CASE("refusals") {
         Random random(50);
         const Stack<TernaryStack> stack({ternary(906)(random, 1, 62000)}, RowOrder::kPlain);
